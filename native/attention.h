@@ -1,0 +1,31 @@
+// Rotary position embedding, and causal attention of a batch of queries over their sequences' caches.
+#pragma once
+#include <vector>
+
+#include "config.h"
+#include "kernels/kernels.h"
+#include "kv_cache.h"
+#include "threads.h"
+
+namespace bitnet {
+
+// A token of the ragged batch: which sequence it belongs to, and where in it.
+struct Token {
+  KvCache* cache;
+  int position;
+};
+
+// Rotates x [n_heads, head_dim] in place by position * inverse[i] radians.
+struct Rotation {
+  std::vector<float> cosine, sine;  // [head_dim / 2]
+  Rotation(const float* inverse, int head_dim, int position);
+  void apply(float* x, int n_heads, bool interleaved) const;
+};
+
+// Writes k, v [n_kv_heads, head_dim] of one token into its cache at its position.
+void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values);
+
+// q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions.
+void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* q, float* out);
+
+}  // namespace bitnet

@@ -1,0 +1,233 @@
+// The only file that knows Python. Shapes and sizes are checked on the Python side; what would corrupt memory is checked here again.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <chrono>
+#include <cstdlib>
+#include <memory>
+#include <stdexcept>
+
+#include "forward.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+
+namespace bitnet {
+namespace {
+
+template <typename T, typename Shape>
+using Array = nb::ndarray<const T, Shape, nb::c_contig, nb::device::cpu>;
+template <typename T>
+using Matrix = Array<T, nb::ndim<2>>;
+template <typename T>
+using Vector = Array<T, nb::ndim<1>>;
+
+int to_int(size_t n) {
+  if (n > 0x7fffffff) throw std::invalid_argument("an array dimension exceeds 2^31");
+  return int(n);
+}
+
+template <typename T>
+nb::object new_array(std::initializer_list<size_t> shape, T** data) {
+  size_t n = 1;
+  for (size_t s : shape) n *= s;
+  auto owner = std::make_unique<Buffer<T>>(n);
+  *data = owner->data();
+  nb::capsule capsule(owner.get(), [](void* p) noexcept { delete static_cast<Buffer<T>*>(p); });
+  owner.release();
+  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, capsule));
+}
+
+Scheme scheme_named(const std::string& name) {
+  if (name == "ternary") return Scheme::ternary;
+  if (name == "int8") return Scheme::int8;
+  if (name == "f16") return Scheme::f16;
+  if (name == "bf16") return Scheme::bf16;
+  if (name == "f32") return Scheme::f32;
+  throw std::invalid_argument("no scheme is called " + name);
+}
+
+// A model and its caches share ownership: a cache may outlive the Python object of the model it was made for.
+struct PyModel {
+  PyModel(const Config& c, int threads, const Kernels* k) : model(c, threads, k) {}
+  Model model;
+  bool complete = false;
+};
+struct PyCache {
+  explicit PyCache(const Config& c) : cache(c), config(c) {}
+  KvCache cache;
+  Config config;
+};
+
+const Kernels* kernels_named(const std::string& isa) {
+  const char* failed = nullptr;
+  const Kernels* k = choose_kernels(isa.c_str(), &failed);
+  if (!k) throw std::invalid_argument("the instruction set " + isa + " is unknown or cannot run here");
+  return k;
+}
+
+Linear make_integer(const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales) {
+  if (scales.shape(0) != codes.shape(0)) throw std::invalid_argument("codes and scales differ in their rows");
+  Scheme s = scheme_named(scheme);
+  if (s != Scheme::ternary && s != Scheme::int8) throw std::invalid_argument(scheme + " has no integer codes");
+  return repack_integer(s, codes.data(), scales.data(), to_int(codes.shape(0)), to_int(codes.shape(1)), to_int(scales.shape(1)));
+}
+
+nb::object run_forward(PyModel& m, const std::vector<std::pair<PyCache*, Vector<int32_t>>>& batch, bool all_logits) {
+  if (!m.complete) m.model.check_complete(), m.complete = true;
+  const Config& c = m.model.config;
+  std::vector<Span> spans;
+  size_t rows = 0;
+  for (const auto& [cache, ids] : batch) {
+    const Config& o = cache->config;
+    if (o.n_layers != c.n_layers || o.n_kv_heads != c.n_kv_heads || o.head_dim != c.head_dim) throw std::invalid_argument("a cache of another model");
+    for (const Span& s : spans)
+      if (s.cache == &cache->cache) throw std::invalid_argument("a sequence is in the batch twice");
+    const int n = to_int(ids.shape(0));
+    if (n < 1 || n > c.max_context - cache->cache.length()) throw std::invalid_argument("no tokens, or more than the context holds");
+    for (int i = 0; i < n; i++)
+      if (ids(i) < 0 || ids(i) >= c.vocab_size) throw std::invalid_argument("a token id outside the vocabulary");
+    spans.push_back({&cache->cache, ids.data(), n});
+    rows += all_logits ? n : 1;
+  }
+  if (spans.empty()) throw std::invalid_argument("an empty batch");
+  float* logits = nullptr;
+  nb::object result = new_array<float>({rows, size_t(c.vocab_size)}, &logits);
+  bool raised = false, finished;
+  {
+    nb::gil_scoped_release release;
+    auto last = std::chrono::steady_clock::now();
+    finished = forward(m.model, spans, all_logits, logits, [&] {
+      auto now = std::chrono::steady_clock::now();
+      if (now - last < std::chrono::milliseconds(20)) return false;
+      last = now;
+      nb::gil_scoped_acquire acquire;
+      return raised = PyErr_CheckSignals() != 0;
+    });
+  }
+  if (!finished && raised) throw nb::python_error();
+  return result;
+}
+
+}  // namespace
+}  // namespace bitnet
+
+NB_MODULE(_native, m) {
+  using namespace bitnet;
+  m.doc() = "The native core. Use bitnet.engine.";
+
+  nb::class_<PyCache>(m, "Cache")
+      .def("__len__", [](PyCache& c) { return c.cache.length(); })
+      .def("truncate", [](PyCache& c, int n) {
+        if (n < 0 || n > c.cache.length()) throw std::invalid_argument("a cache can only become shorter");
+        c.cache.truncate(n);
+      });
+
+  nb::class_<PyModel>(m, "Model")
+      .def("__init__",
+           [](PyModel* self, int n_layers, int vocab_size, int hidden_size, int ffn_size, int n_heads, int n_kv_heads, int head_dim,
+              int max_context, float norm_eps, const std::string& activation, bool sub_norms, bool rope_interleaved, int threads,
+              const std::string& isa) {
+             if (activation != "silu" && activation != "relu2") throw std::invalid_argument("no activation is called " + activation);
+             if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
+             Config c{n_layers, vocab_size, hidden_size, ffn_size, n_heads, n_kv_heads, head_dim, max_context, norm_eps,
+                      activation == "silu" ? Activation::silu : Activation::relu2, sub_norms, rope_interleaved};
+             new (self) PyModel(c, threads, kernels_named(isa));
+           },
+           nb::kw_only(), "n_layers"_a, "vocab_size"_a, "hidden_size"_a, "ffn_size"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a,
+           "max_context"_a, "norm_eps"_a, "activation"_a, "sub_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
+      .def("set_integer", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<int8_t> codes,
+                             Matrix<float> scales) { self.model.set_linear(name, make_integer(scheme, codes, scales)); },
+           "name"_a, "scheme"_a, "codes"_a, "scales"_a)
+      .def("set_dense_f32", [](PyModel& self, const std::string& name, Matrix<float> w) {
+             self.model.set_linear(name, repack_dense(Scheme::f32, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
+           }, "name"_a, "values"_a)
+      .def("set_dense_16", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<uint16_t> w) {
+             Scheme s = scheme_named(scheme);
+             if (s != Scheme::f16 && s != Scheme::bf16) throw std::invalid_argument(scheme + " is not of 16 bits");
+             self.model.set_linear(name, repack_dense(s, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
+           }, "name"_a, "scheme"_a, "bits"_a)
+      .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
+             self.model.set_linear(name, random_linear(scheme_named(scheme), rows, cols, n_groups, seed));
+           }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
+      .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
+           "name"_a, "values"_a)
+      .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
+      .def("cache", [](PyModel& self) { return new PyCache(self.model.config); })  // Python owns it
+      .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
+      .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
+      .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
+      .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
+
+  // ---- for tests, benchmarks and `bitnet doctor`
+  m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x) {
+    Linear w = make_integer(scheme, codes, scales);
+    if (int(x.shape(1)) != w.cols) throw std::invalid_argument("x and the weights differ in their inputs");
+    ThreadPool pool(threads);
+    Activations in;
+    in.set(x.data(), to_int(x.shape(0)), w.cols);
+    float* y = nullptr;
+    nb::object result = new_array<float>({x.shape(0), size_t(w.rows)}, &y);
+    matmul(*kernels_named(isa), pool, w, in, y);
+    return result;
+  }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a);
+  m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> values, Matrix<float> x) {
+    Scheme s = scheme_named(scheme);
+    if (s == Scheme::ternary || s == Scheme::int8 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
+    Linear w = repack_dense(s, values.data(), to_int(values.shape(0)), to_int(values.shape(1)));
+    if (int(x.shape(1)) != w.cols) throw std::invalid_argument("x and the weights differ in their inputs");
+    ThreadPool pool(threads);
+    Activations in;
+    in.set(x.data(), to_int(x.shape(0)), w.cols);
+    float* y = nullptr;
+    nb::object result = new_array<float>({x.shape(0), size_t(w.rows)}, &y);
+    matmul(*kernels_named(isa), pool, w, in, y);
+    return result;
+  }, "isa"_a, "threads"_a, "scheme"_a, "values"_a, "x"_a);
+  m.def("quantize", [](const std::string& isa, Matrix<float> x) {
+    const Kernels* k = kernels_named(isa);
+    int8_t* q = nullptr;
+    float* step = nullptr;
+    nb::object codes = new_array<int8_t>({x.shape(0), x.shape(1)}, &q), steps = new_array<float>({x.shape(0)}, &step);
+    for (size_t t = 0; t < x.shape(0); t++) step[t] = k->quantize(x.data() + t * x.shape(1), to_int(x.shape(1)), q + t * x.shape(1));
+    return nb::make_tuple(codes, steps);
+  }, "isa"_a, "x"_a);
+  m.def("self_test", [] {
+    IsaReport reports[kMaxIsas];
+    nb::dict result;
+    for (int i = 0, n = test_isas(reports); i < n; i++)
+      result[reports[i].name] = !reports[i].supported ? std::string("not supported by this CPU")
+                                : reports[i].failure  ? std::string("FAILED in ") + reports[i].failure
+                                                      : std::string("ok");
+    return result;
+  });
+  // (the instruction set that runs, a better one that failed its self-test or ""); BITNET_ISA picks one by name.
+  m.def("choose_isa", [] {
+    const char* failed = nullptr;
+    const char* wanted = std::getenv("BITNET_ISA");
+    const Kernels* k = choose_kernels(wanted && *wanted ? wanted : nullptr, &failed);
+    return std::make_pair(std::string(k ? k->name : ""), std::string(failed ? failed : ""));
+  });
+  m.def("read_bandwidth", [](int64_t bytes, int threads, int repetitions) {  // GB/s, the median
+    const Kernels& k = *choose_kernels(nullptr, new const char*);
+    constexpr int64_t kPiece = 4 << 20;
+    const int pieces = int(bytes / kPiece);
+    if (pieces < 1 || threads < 1 || repetitions < 1) throw std::invalid_argument("at least 4 MiB, one thread, one repetition");
+    nb::gil_scoped_release release;
+    Buffer<uint8_t> memory(pieces * kPiece);
+    std::memset(memory.data(), 1, memory.size());
+    ThreadPool pool(threads);
+    std::vector<double> rates;
+    std::atomic<uint64_t> sink{0};
+    for (int r = 0; r < repetitions; r++) {
+      auto start = std::chrono::steady_clock::now();
+      pool.run(pieces, [&](int i, int) { sink += k.read_bytes(memory.data() + i * kPiece, kPiece); });
+      rates.push_back(double(memory.size()) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9);
+    }
+    std::nth_element(rates.begin(), rates.begin() + repetitions / 2, rates.end());
+    return rates[repetitions / 2];
+  }, "bytes"_a, "threads"_a, "repetitions"_a);
+}

@@ -1,0 +1,69 @@
+// The kernels in plain C++: the reference of the others on any CPU, and what runs where no vector set is known.
+#include "kernels.h"
+
+namespace {
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+static float from_half(uint16_t h) {
+  uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
+  union { uint32_t u; float f; } x;
+  if (exponent == 0) {  // zero and subnormals: fraction * 2^-24, exact
+    x.f = (float)fraction * 5.9604644775390625e-8f;
+    x.u |= sign;
+  } else if (exponent == 31) {  // infinity, and NaN made quiet as the hardware does
+    x.u = sign | 0x7f800000 | (fraction << 13) | (fraction ? 0x400000 : 0);
+  } else {
+    x.u = sign | ((exponent + 112) << 23) | (fraction << 13);
+  }
+  return x.f;
+}
+
+static uint16_t to_half(float f) {  // round half to even
+  union { float f; uint32_t u; } x = {f};
+  uint32_t sign = (x.u >> 16) & 0x8000, u = x.u & 0x7fffffff;
+  if (u > 0x7f800000) return (uint16_t)(sign | 0x7e00 | ((u >> 13) & 0x3ff));
+  if (u >= 0x47800000) return (uint16_t)(sign | 0x7c00);  // 65536 and above
+  if (u < 0x38800000) {                                   // below 2^-14: adding 0.5 leaves f / 2^-24, rounded, in the low bits
+    union { float f; uint32_t u; } y = {0};
+    y.u = u;
+    y.f += 0.5f;
+    return (uint16_t)(sign | (y.u - 0x3f000000));
+  }
+  u += 0xfff + ((u >> 13) & 1);  // may carry into infinity at 65520, as it should
+  return (uint16_t)(sign | ((u - 0x38000000) >> 13));
+}
+
+static inline v16 load_f16(const uint16_t* p) {
+  v16 x;
+  for (int i = 0; i < 16; i++) x[i] = from_half(p[i]);
+  return x;
+}
+static inline void store_f16(v16 x, uint16_t* p) {
+  for (int i = 0; i < 16; i++) p[i] = to_half(x[i]);
+}
+
+static void dot_t2_i8(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
+  for (int t = 0; t < n_tokens; t++, x += x_stride, out += 16) {
+    for (int r = 0; r < 16; r++) out[r] = 0;
+    for (int64_t v = 0; v < n_vectors; v++)
+      for (int s = 0; s < 4; s++)
+        for (int r = 0; r < 16; r++)
+          for (int i = 0; i < 4; i++) out[r] += ((panel[64 * v + 4 * r + i] >> (2 * s)) & 3) * x[16 * v + 4 * s + i];
+  }
+}
+
+static void dot_i8_i8(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
+  for (int t = 0; t < n_tokens; t++, x += x_stride, out += 16) {
+    for (int r = 0; r < 16; r++) out[r] = 0;
+    for (int64_t v = 0; v < n_vectors; v++)
+      for (int r = 0; r < 16; r++)
+        for (int i = 0; i < 4; i++) out[r] += panel[64 * v + 4 * r + i] * x[4 * v + i];
+  }
+}
+}  // namespace
+
+#include "float_ops.h"
+
+namespace bitnet {
+const Kernels kScalar = BITNET_KERNELS("scalar");
+}

@@ -1,0 +1,226 @@
+#include "matmul.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace bitnet {
+namespace {
+
+constexpr int kMaxCols = 65536;  // the bound of the int32 accumulators, see kernels.h
+constexpr int kTokenBlock = 32;  // tokens whose sums of one panel are held before they are scaled
+
+int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int inputs_per_vector(Scheme s) { return s == Scheme::ternary ? kTwoBitInputs : kInt8Inputs; }
+int code_bias(Scheme s) { return s == Scheme::ternary ? 1 : 128; }
+
+Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
+  if (rows < 1 || cols < 1 || cols > kMaxCols) throw std::invalid_argument("a matrix needs 1 or more rows and 1 to 65536 columns");
+  Linear w;
+  w.scheme = scheme, w.rows = rows, w.cols = cols;
+  if (w.integer()) {
+    w.padded_cols = round_up(cols, inputs_per_vector(scheme));
+    w.group = n_groups == 1 ? w.padded_cols : round_up((cols + n_groups - 1) / n_groups, 16);
+    if (n_groups < 1 || (cols + w.group - 1) / w.group != n_groups)
+      throw std::invalid_argument("groups must be equal runs of inputs, a multiple of 16 long");
+    w.n_groups = n_groups;
+    w.panel_bytes = int64_t{64} * (w.padded_cols / inputs_per_vector(scheme));
+    w.scales = Buffer<float>(size_t(w.n_panels()) * n_groups * kPanelRows);
+  } else {
+    w.padded_cols = round_up(cols, 4);
+    w.panel_bytes = int64_t{w.padded_cols} * kPanelRows * (scheme == Scheme::f32 ? 4 : 2);
+  }
+  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes);
+  return w;
+}
+
+// Where the code of (row, col) lies: a byte and a shift.
+struct Place {
+  int64_t byte;
+  int shift;
+};
+Place place(const Linear& w, int row, int col) {
+  int64_t panel = row / kPanelRows * w.panel_bytes;
+  int lane = 4 * (row % kPanelRows) + col % 4;
+  if (w.scheme == Scheme::ternary) return {panel + 64 * int64_t(col / kTwoBitInputs) + lane, 2 * (col / 4 % 4)};
+  return {panel + 64 * int64_t(col / 4) + lane, 0};
+}
+}  // namespace
+
+Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
+  Linear w = shaped(scheme, rows, cols, n_groups);
+  const int bias = code_bias(scheme), top = scheme == Scheme::ternary ? 2 : 255;
+  for (int r = 0; r < rows; r++) {
+    const int8_t* row = codes + int64_t{r} * cols;
+    for (int c = 0; c < cols; c++) {
+      int code = row[c] + bias;
+      if (code < 0 || code > top) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
+      Place at = place(w, r, c);
+      w.panels[at.byte] = uint8_t(w.panels[at.byte] | code << at.shift);
+    }
+    for (int g = 0; g < n_groups; g++)
+      w.scales[(size_t(r / kPanelRows) * n_groups + g) * kPanelRows + r % kPanelRows] = scales[int64_t{r} * n_groups + g];
+  }
+  return w;
+}
+
+Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
+  Linear w = shaped(scheme, rows, cols, 1);
+  const size_t size = scheme == Scheme::f32 ? 4 : 2;
+  for (int r = 0; r < rows; r++) {
+    const uint8_t* from = static_cast<const uint8_t*>(values) + size_t(r) * cols * size;
+    uint8_t* to = w.panels.data() + r / kPanelRows * w.panel_bytes + r % kPanelRows * size;
+    for (int c = 0; c < cols; c++) std::memcpy(to + c * kPanelRows * size, from + c * size, size);
+  }
+  return w;
+}
+
+Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed) {
+  Linear w = shaped(scheme, rows, cols, n_groups);
+  uint64_t state = seed * 2 + 1;
+  auto next = [&state] { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 32; };
+  const float scale = 1.0f / std::sqrt(float(cols));
+  for (size_t i = 0; i < w.scales.size(); i++) w.scales[i] = scheme == Scheme::ternary ? scale : scale / 64;
+  const size_t bytes = w.panels.size();
+  if (scheme == Scheme::ternary) {
+    for (size_t i = 0; i < bytes; i += 4) {  // four codes of 0..2 a byte: the low bit of each pair only where the high one is clear
+      uint32_t r = uint32_t(next()), high = r & 0xaaaaaaaau, low = r & 0x55555555u & ~(high >> 1);
+      r = high | low;
+      std::memcpy(w.panels.data() + i, &r, 4);
+    }
+  } else if (scheme == Scheme::int8) {
+    for (size_t i = 0; i < bytes; i++) w.panels[i] = uint8_t(next());
+  } else {
+    const uint16_t one = scheme == Scheme::f16 ? 0x3c00 : 0x3f80;
+    if (scheme == Scheme::f32) throw std::invalid_argument("random f32 matrices are not made: benchmark f16 or bf16");
+    int exponent = std::ilogb(scale);  // values +-2^exponent * (1 + fraction): no infinities, no subnormals
+    const int mantissa = scheme == Scheme::f16 ? 10 : 7;
+    for (size_t i = 0; i < bytes; i += 2) {
+      uint32_t r = uint32_t(next());
+      uint16_t v = uint16_t((r & 0x8000) | ((one >> mantissa) + exponent) << mantissa | (r & ((1 << mantissa) - 1)));
+      std::memcpy(w.panels.data() + i, &v, 2);
+    }
+  }
+  return w;
+}
+
+void dequantize_row(const Linear& w, int row, float* out) {
+  if (w.integer()) {
+    const int bias = code_bias(w.scheme), mask = w.scheme == Scheme::ternary ? 3 : 255;
+    const float* scales = &w.scales[size_t(row / kPanelRows) * w.n_groups * kPanelRows + row % kPanelRows];
+    for (int c = 0; c < w.cols; c++) {
+      Place at = place(w, row, c);
+      out[c] = float((w.panels[at.byte] >> at.shift & mask) - bias) * scales[c / w.group * kPanelRows];
+    }
+    return;
+  }
+  // One-hot activations through the scalar kernel would do the same; reading the column of the panel is quicker.
+  const uint8_t* panel = w.panels.data() + row / kPanelRows * w.panel_bytes;
+  alignas(64) float lanes[kPanelRows];
+  static const float unit[4] = {1, 0, 0, 0};
+  DotDense widen = w.scheme == Scheme::f16 ? kScalar.dot_f16_f32 : kScalar.dot_bf16_f32;
+  for (int c = 0; c < w.cols; c++) {
+    if (w.scheme == Scheme::f32) {
+      std::memcpy(out + c, panel + (c * kPanelRows + row % kPanelRows) * 4, 4);
+      continue;
+    }
+    alignas(64) uint16_t column[4 * kPanelRows] = {};
+    std::memcpy(column, panel + (c * kPanelRows + row % kPanelRows) * 2, 2);
+    widen(column, 4, unit, 4, 1, lanes);
+    out[c] = lanes[0];
+  }
+}
+
+void Activations::quantize(const Kernels& k, ThreadPool& pool, int group) {
+  if (stride_ == 0) {
+    stride_ = round_up(cols_, 64);
+    q_.reserve(size_t(n_) * stride_);
+    step_.reserve(n_);
+    pool.run(n_, [&](int t, int) {
+      int8_t* row = q_.data() + t * stride_;
+      step_[t] = k.quantize(x_ + int64_t{t} * cols_, cols_, row);
+      std::memset(row + cols_, 0, stride_ - cols_);
+    });
+  }
+  if (group_ != group) {
+    group_ = group;
+    const int n_groups = (cols_ + group - 1) / group;
+    sums_.reserve(size_t(n_) * n_groups);
+    for (int t = 0; t < n_; t++)
+      for (int g = 0; g < n_groups; g++) {
+        const int8_t* row = q_.data() + t * stride_;
+        int32_t sum = 0;
+        for (int c = g * group, end = std::min(cols_, c + group); c < end; c++) sum += row[c];
+        sums_[t * n_groups + g] = sum;
+      }
+  }
+}
+
+const float* Activations::dense(int padded) {
+  if (padded == cols_) return x_;
+  padded_.reserve(size_t(n_) * padded);
+  for (int t = 0; t < n_; t++) {
+    std::memcpy(&padded_[size_t(t) * padded], x_ + int64_t{t} * cols_, cols_ * sizeof(float));
+    std::fill_n(&padded_[size_t(t) * padded + cols_], padded - cols_, 0.0f);
+  }
+  return padded_.data();
+}
+
+namespace {
+
+// One panel of 16 rows for all tokens; the scales are applied to the exact sums of each group, in order.
+void integer_panel(const Kernels& k, const Linear& w, const Activations& x, int panel, float* y) {
+  const uint8_t* codes = w.panels.data() + panel * w.panel_bytes;
+  const float* scales = &w.scales[size_t(panel) * w.n_groups * kPanelRows];
+  const DotInteger dot = w.scheme == Scheme::ternary ? k.dot_t2_i8 : k.dot_i8_i8;
+  const int per_vector = inputs_per_vector(w.scheme), bias = code_bias(w.scheme);
+  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+  alignas(64) int32_t dots[kTokenBlock * kPanelRows];
+  alignas(64) float sums[kTokenBlock * kPanelRows];
+  for (int t0 = 0; t0 < x.n_tokens(); t0 += kTokenBlock) {
+    const int n = std::min(kTokenBlock, x.n_tokens() - t0);
+    std::fill_n(sums, n * kPanelRows, 0.0f);
+    for (int g = 0; g < w.n_groups; g++) {
+      const int first = g * w.group, inputs = std::min(w.group, w.padded_cols - first);
+      dot(codes + int64_t{64} * (first / per_vector), inputs / per_vector, x.q() + t0 * x.stride() + first, x.stride(), n, dots);
+      for (int t = 0; t < n; t++) {
+        const int32_t correction = bias * x.group_sums()[int64_t{t0 + t} * w.n_groups + g];
+        for (int r = 0; r < kPanelRows; r++)
+          sums[t * kPanelRows + r] += float(dots[t * kPanelRows + r] - correction) * scales[g * kPanelRows + r];
+      }
+    }
+    for (int t = 0; t < n; t++) {
+      const float step = x.step()[t0 + t];
+      for (int r = 0; r < n_rows; r++) y[int64_t{t0 + t} * w.rows + row0 + r] = sums[t * kPanelRows + r] * step;
+    }
+  }
+}
+
+void dense_panel(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
+  const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
+  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+  alignas(64) float sums[kTokenBlock * kPanelRows];
+  for (int t0 = 0; t0 < n_tokens; t0 += kTokenBlock) {
+    const int n = std::min(kTokenBlock, n_tokens - t0);
+    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + int64_t{t0} * w.padded_cols, w.padded_cols, n, sums);
+    for (int t = 0; t < n; t++) std::copy_n(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
+  }
+}
+}  // namespace
+
+void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) {
+  const float* dense = nullptr;
+  if (w.integer()) x.quantize(k, pool, w.group);
+  else dense = x.dense(w.padded_cols);
+  // A job is some neighbouring panels, about 64 KB of weights: one sequential stream, and still enough jobs to share out.
+  const int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
+  pool.run((w.n_panels() + per_job - 1) / per_job, [&](int job, int) {
+    for (int p = job * per_job; p < std::min(w.n_panels(), (job + 1) * per_job); p++) {
+      if (w.integer()) integer_panel(k, w, x, p, y);
+      else dense_panel(k, w, dense, x.n_tokens(), p, y);
+    }
+  });
+}
+
+}  // namespace bitnet

@@ -1,0 +1,111 @@
+"""What ternary means: the definitions that everything else must equal.
+
+Plain numpy, no speed. The native kernels are compared with these functions for equality, not closeness, so the order of
+every floating-point operation here is part of the definition.
+
+Ternary weights are W = scale * T with T in {-1, 0, +1}. Two ways to T are in use:
+- a threshold, `ternarize`: T = sign(W) where |W| > alpha * mean|W|, else 0;
+- absmean (BitNet b1.58, arXiv:2402.17764): scale = mean|W|, T = clip(round(W / scale), -1, 1), which is the threshold 0.5.
+
+Activations are int8 per token: step = max(|x|max, 1e-5) / 127, q = round half to even(x * 127 / |x|max), clipped to [-128, 127].
+A product is an integer dot product per group of inputs, times that group's scale, summed over the groups in order, times the token's step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.errors import UsageError
+
+F32 = NDArray[np.float32]
+I8 = NDArray[np.int8]
+
+SMALLEST_ABSMAX = np.float32(1e-5)  # of an activation row, so that a row of zeros has a step
+
+
+def ternarize(weights: Any, alpha: float = 0.05) -> Any:
+    """Unscaled ternary weights: sign(w) where |w| > alpha * mean|w|, 0 elsewhere; one threshold for the whole array.
+
+    `weights` is a numpy array or a torch tensor of any floating dtype and shape; the result is of the same kind, dtype, shape and
+    device, with the values -1, 0, +1. Raises `UsageError` for an empty array, for values that are not finite, and for a negative alpha.
+    """
+    if not (isinstance(alpha, (int, float, np.floating, np.integer)) and np.isfinite(alpha) and alpha >= 0):
+        raise UsageError(f"ternarize: alpha is {alpha!r}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
+    is_torch = type(weights).__module__.split(".")[0] == "torch"
+    w = weights if is_torch else np.asarray(weights)
+    floating = w.is_floating_point() if is_torch else np.issubdtype(w.dtype, np.floating)
+    if not floating:
+        raise UsageError(f"ternarize: the weights are of dtype {w.dtype}; expected floating point")
+    if (w.numel() if is_torch else w.size) == 0:
+        raise UsageError(f"ternarize: the weights are empty (shape {tuple(w.shape)})")
+    wide = w.detach().double() if is_torch else w.astype(np.float64)
+    mean = float(abs(wide).mean())
+    if not np.isfinite(mean):
+        raise UsageError("ternarize: the weights hold NaN or infinity; expected finite values")
+    threshold = alpha * mean
+    if is_torch:
+        return (wide > threshold).to(w.dtype) - (wide < -threshold).to(w.dtype)
+    return (wide > threshold).astype(w.dtype) - (wide < -threshold).astype(w.dtype)
+
+
+def absmean(weights: F32) -> tuple[I8, np.float32]:
+    """(trits int8, scale float32): the ternarization that BitNet models are trained with, one scale for the whole array."""
+    w = np.asarray(weights, np.float32)
+    scale = np.float32(max(np.abs(w).mean(dtype=np.float64), 1e-5))
+    return np.clip(np.rint(w / scale), -1, 1).astype(np.int8), scale
+
+
+def quantize_activations(x: F32) -> tuple[I8, F32]:
+    """x float32 [tokens, in] -> (q int8 [tokens, in], step float32 [tokens]); x is about q * step."""
+    x = np.asarray(x, np.float32)
+    absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), SMALLEST_ABSMAX)
+    q = np.clip(np.rint(x * (np.float32(127) / absmax)), -128, 127).astype(np.int8)
+    return q, (absmax / np.float32(127))[..., 0]
+
+
+def quantize_int8(weights: F32) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in] in [-127, 127], scales float32 [out]), symmetric, per row."""
+    w = np.asarray(weights, np.float32)
+    scale = np.abs(w).max(axis=-1) / np.float32(127)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return np.clip(np.rint(w * inverse[:, None]), -127, 127).astype(np.int8), scale
+
+
+def matmul_integer(codes: I8, scales: F32, q: I8, step: F32) -> F32:
+    """The product of ternary or int8 weights with int8 activations.
+
+    codes int8 [out, in]; scales float32 [out, groups], the groups being equal runs of inputs (the last may be shorter);
+    q int8 [tokens, in]; step float32 [tokens]. Returns float32 [tokens, out].
+    """
+    out_features, in_features = codes.shape
+    groups = scales.shape[1]
+    size = group_size(in_features, groups)
+    y = np.zeros((q.shape[0], out_features), np.float32)
+    for g in range(groups):
+        part = slice(g * size, (g + 1) * size)
+        dot = q[:, part].astype(np.int64) @ codes[:, part].astype(np.int64).T
+        assert np.abs(dot).max(initial=0) < 2**31, "int32 accumulators would wrap"
+        y = y + dot.astype(np.int32).astype(np.float32) * scales[:, g]
+    return np.asarray(y * step[:, None], np.float32)
+
+
+def matmul_dense(weights: F32, x: F32) -> F32:
+    """weights float32 [out, in] (widened from whatever is stored), x float32 [tokens, in] -> float32 [tokens, out].
+
+    Input k goes to the partial sum k mod 4, in order, without fused multiply-add; the four are added as (0 + 1) + (2 + 3).
+    """
+    partial = np.zeros((4, x.shape[0], weights.shape[0]), np.float32)
+    for k in range(weights.shape[1]):
+        partial[k % 4] = partial[k % 4] + x[:, k, None] * weights[None, :, k]
+    return np.asarray((partial[0] + partial[1]) + (partial[2] + partial[3]), np.float32)
+
+
+def group_size(in_features: int, groups: int) -> int:
+    """Inputs per group when `in_features` are cut into `groups` runs; a multiple of 16 unless there is one group."""
+    if groups == 1:
+        return in_features
+    size = -(-in_features // groups)
+    return -(-size // 16) * 16
