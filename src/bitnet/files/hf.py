@@ -1,0 +1,123 @@
+"""Checkpoints as Hugging Face lays them out: a folder of config.json, tokenizer.json and safetensors (sharded or not), or one file.
+
+A single .safetensors can be complete by itself, with the same JSON texts in its metadata under "config", "tokenizer" and
+"generation_config"; what is not there is taken from the files beside it. What a file is is read from its bytes, never from its name.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any, NoReturn
+
+from bitnet.errors import FormatError
+from bitnet.files import (
+    PathLike,
+    check_json_object,
+    json_object,
+    open_regular,
+    read_file,
+    refuse_other_formats,
+    safetensors,
+    shown,
+    system_errors,
+)
+from bitnet.files.tensor import MAX_CONFIG_BYTES, Tensor, pair_ternary
+
+MAX_TOKENIZER_BYTES = 64 << 20
+MAX_SHARDS = 1000
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    config: dict[str, Any]
+    tensors: dict[str, Tensor]
+    tokenizer_json: bytes | None  # the text of a JSON object by its brackets, at most 64 MB; no more is checked here
+    generation_config: dict[str, Any]  # empty where there is none
+
+
+def open_checkpoint(path: PathLike) -> Checkpoint:
+    """Open a folder or a file; no tensor's bytes are read. Raises FormatError and UnsupportedModelError, one line each."""
+    path = Path(path)
+    folder, metadata = path, {}
+    if not os.path.isdir(path):
+        file = safetensors.read(path)
+        folder, metadata, tensors = path.parent, file.metadata, file.tensors
+    elif os.path.lexists(path / "model.safetensors"):
+        file = safetensors.read(path / "model.safetensors")
+        metadata, tensors = file.metadata, file.tensors
+    elif os.path.lexists(path / "model.safetensors.index.json"):
+        tensors = pair_ternary(_read_shards(path / "model.safetensors.index.json"), {}, path)
+    else:
+        _refuse_folder(path)
+    if not tensors:
+        raise FormatError(f"{shown(path)}: holds no tensors; expected a model's weights")
+
+    config, where = _find_json("config", metadata, path, folder, MAX_CONFIG_BYTES)
+    if config is None:
+        raise FormatError(f'{shown(path)}: has no config; expected {where}, or "config" in the metadata of the safetensors: put it there')
+    generation, generation_where = _find_json("generation_config", metadata, path, folder, MAX_CONFIG_BYTES)
+    tokenizer, tokenizer_where = _find_json("tokenizer", metadata, path, folder, MAX_TOKENIZER_BYTES)
+    if tokenizer is not None:
+        check_json_object(tokenizer, tokenizer_where)
+    return Checkpoint(
+        path, json_object(config, where), tensors, tokenizer, json_object(generation, generation_where) if generation is not None else {}
+    )
+
+
+def _find_json(key: str, metadata: Mapping[str, str], path: Path, folder: Path, limit_bytes: int) -> tuple[bytes | None, str]:
+    """(JSON text or None, where it is or should be)."""
+    if key not in metadata:
+        beside = folder / f"{key}.json"
+        return (read_file(beside, limit_bytes) if os.path.lexists(beside) else None), shown(beside)
+    raw, where = metadata[key].encode(), f'{shown(path)}: metadata "{key}"'
+    if len(raw) > limit_bytes:
+        raise FormatError(f"{where}: holds {len(raw):,} bytes; expected at most {limit_bytes:,}")
+    return raw, where
+
+
+def _read_shards(index: Path) -> dict[str, Tensor]:
+    """The tensors that the index names, each from the shard that it names. Shards are plain names in the index's own folder."""
+    where, folder = shown(index), index.parent
+    weight_map = json_object(read_file(index, MAX_CONFIG_BYTES), where).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map or len(weight_map) > safetensors.MAX_TENSORS:
+        raise FormatError(f'{where}: "weight_map" is missing, empty or too long; expected an object of tensor name -> shard name')
+    for name, shard in weight_map.items():
+        if not isinstance(shard, str) or shard in ("", ".", "..") or any(mark in shard for mark in "/\\:\0"):
+            raise FormatError(f"{where}: tensor {shown(name)!r} is in shard {shown(repr(shard))}; expected a plain file name in its folder")
+    shards = sorted(set(weight_map.values()))
+    missing = [shard for shard in shards[:MAX_SHARDS] if not os.path.exists(folder / shard)]
+    if missing or len(shards) > MAX_SHARDS:
+        absent = f"misses {len(missing)}: {', '.join(map(shown, missing[:5]))}{', ...' if len(missing) > 5 else ''}"
+        raise FormatError(f"{where}: names {len(shards)} shards (at most {MAX_SHARDS}) and {absent}; download them into the same folder")
+
+    stored: dict[str, Tensor] = {}
+    files: dict[tuple[int, int], str] = {}
+    for shard in shards:
+        with system_errors(folder / shard, "read"):
+            status = os.stat(folder / shard)
+        if (other := files.setdefault((status.st_dev, status.st_ino), shard)) != shard:
+            raise FormatError(f"{where}: shards {shown(other)!r} and {shown(shard)!r} are one and the same file; download them again")
+        stored.update((n, t) for n, t in safetensors.read_stored(folder / shard).tensors.items() if weight_map.get(n) == shard)
+    for name, shard in weight_map.items():
+        if name not in stored:
+            raise FormatError(f"{where}: tensor {shown(name)!r} is not in shard {shown(shard)!r} as the index says; download both again")
+    return stored
+
+
+def _refuse_folder(folder: Path) -> NoReturn:
+    """Say what the folder holds instead, the largest file first."""
+    with system_errors(folder, "read"), os.scandir(folder) as entries:
+        names = [entry.name for entry in islice(entries, 1000) if os.path.isfile(entry)]
+        names.sort(key=lambda name: os.path.getsize(folder / name), reverse=True)
+    for name in names:
+        with open_regular(folder / name) as (descriptor, _):
+            head = os.read(descriptor, 64)
+        refuse_other_formats(head, shown(folder / name))
+        if head[4:9] == b"\0\0\0\0{":
+            raise FormatError(f"{shown(folder)}: has no model.safetensors or index of shards, but {shown(name)}: name that file itself")
+    raise FormatError(f"{shown(folder)}: holds no model; expected model.safetensors, or model.safetensors.index.json and its shards")

@@ -1,0 +1,135 @@
+"""One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale."""
+
+from __future__ import annotations
+
+import mmap
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.files import json_object, read_file, shown
+from bitnet.packing import CODECS
+
+# name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
+DTYPES: dict[str, np.dtype[Any]] = {
+    "F64": np.dtype("<f8"), "F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "BF16": np.dtype("<u2"), "F8_E4M3": np.dtype("u1"),
+    "F8_E5M2": np.dtype("u1"), "I64": np.dtype("<i8"), "I32": np.dtype("<i4"), "I16": np.dtype("<i2"), "I8": np.dtype("i1"),
+    "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
+}  # fmt: skip
+MAX_CONFIG_BYTES = 16 << 20
+LINEAR_CLASSES = ("bitlinear", "autobitlinear")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Tensor:
+    """A reader makes these after it has checked that the bytes named here are in the file, so only values can still be wrong."""
+
+    name: str
+    shape: tuple[int, ...]  # of dense(); a ternary tensor stored as [R, in] has the shape (4R, in), padding rows included
+    dtype: str  # of the stored values, a key of DTYPES; "U8" for packed ternary
+    scheme: str  # "ternary", or the dtype in small letters: "f32", "f16", "bf16", "u8", ...
+    path: str
+    data: mmap.mmap  # the whole file
+    offset: int  # of this tensor's first byte in the file
+    scale: Tensor | None = None  # of ternary: what is stored as `weight_scale`
+    linear_class: str = ""  # of ternary: whether the scale divides ("bitlinear") or multiplies ("autobitlinear")
+    codec: str = ""  # of ternary: a key of packing.CODECS
+
+    @property
+    def where(self) -> str:
+        return f"{shown(self.path)}: tensor {shown(self.name)!r}"
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        """Shape of raw()."""
+        return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the values take in the file."""
+        return prod(self.stored_shape) * DTYPES[self.dtype].itemsize
+
+    def raw(self) -> NDArray[Any]:
+        """The stored values, read-only, without a copy (but copied where they lie unaligned). BF16 and 8-bit floats come as their bits."""
+        dtype, shape = DTYPES[self.dtype], self.stored_shape
+        if prod(shape) == 0:
+            return np.empty(shape, dtype)
+        values = np.frombuffer(self.data, dtype, prod(shape), self.offset)
+        return np.require(values, requirements="A").reshape(shape)
+
+    def dense(self) -> NDArray[np.float32]:
+        """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""
+        if self.dtype.startswith("F8"):
+            raise UnsupportedModelError(f"{self.where}: has dtype {self.dtype}, which this build lists but does not compute with")
+        with np.errstate(all="ignore"):  # NaN and infinity, stored or beyond float32, are for the caller to judge
+            if self.scheme == "ternary":
+                return self.trits() * self.scales()
+            raw = self.raw()
+            if self.dtype == "BF16":
+                raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            if self.dtype == "BOOL":
+                raw = raw.view(np.uint8) != 0
+            return np.asarray(raw, np.float32)
+
+    def trits(self) -> NDArray[np.int8]:
+        """int8 -1, 0, +1 of `shape`. Raises FormatError for another scheme, and where a byte holds a code of 3."""
+        self._expect_ternary()
+        try:
+            return CODECS[self.codec].unpack(self.raw())
+        except ValueError as error:
+            raise FormatError(f"{self.where}: {error}; the file is damaged or packed in another layout") from None
+
+    def scales(self) -> NDArray[np.float32]:
+        """float32 [1], with W = trits * scales. Raises FormatError for another scheme or another number of stored scales."""
+        scale = self._expect_ternary()
+        if prod(scale.shape) != 1:
+            raise FormatError(f"{scale.where}: has shape {list(scale.shape)}; expected [1], one scale for the tensor")
+        values = scale.dense().reshape(1)
+        if self.linear_class == "autobitlinear":
+            return values
+        with np.errstate(all="ignore"):
+            return (1 / values).astype(np.float32, copy=False)
+
+    def as_ternary(self, scale: Tensor, linear_class: str, codec: str) -> Tensor:
+        """This tensor of packed bytes [R, in] as the ternary one that it holds."""
+        shape = (4 * self.shape[0], *self.shape[1:])
+        return replace(self, shape=shape, scheme="ternary", scale=scale, linear_class=linear_class, codec=codec)
+
+    def _expect_ternary(self) -> Tensor:
+        if self.scale is None:
+            raise FormatError(f"{self.where}: is stored as {self.scheme}; expected packed ternary weights with a weight_scale beside them")
+        return self.scale
+
+
+def pair_ternary(tensors: dict[str, Tensor], metadata: Mapping[str, str], folder: Path) -> dict[str, Tensor]:
+    """The same names, packed weights as ternary; how their scale is meant stands in the config (metadata, else config.json beside)."""
+    pairs = {}
+    for name, weight in tensors.items():
+        scale = tensors.get(f"{name}_scale")
+        if name.endswith("weight") and weight.dtype == "U8" and len(weight.shape) == 2 and scale and scale.dtype in ("F32", "F16", "BF16"):
+            pairs[name] = scale
+    if not pairs:
+        return tensors
+    linear_class = _linear_class(metadata, folder, shown(next(iter(pairs.values())).path))
+    return {name: t.as_ternary(pairs[name], linear_class, "hf") if name in pairs else t for name, t in tensors.items()}
+
+
+def _linear_class(metadata: Mapping[str, str], folder: Path, path: str) -> str:
+    if "config" in metadata:
+        raw, where = metadata["config"].encode(), f'{path}: metadata "config"'
+    elif os.path.lexists(folder / "config.json"):
+        raw, where = read_file(folder / "config.json", MAX_CONFIG_BYTES), shown(folder / "config.json")
+    else:
+        return "bitlinear"
+    quantization = json_object(raw, where).get("quantization_config") or {}
+    found = quantization.get("linear_class", "bitlinear") if isinstance(quantization, dict) else quantization
+    if found not in LINEAR_CLASSES:
+        raise UnsupportedModelError(f"{where}: linear_class is {shown(repr(found))}; expected {' or '.join(LINEAR_CLASSES)}")
+    return str(found)
