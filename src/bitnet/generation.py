@@ -1,0 +1,157 @@
+"""The loop that turns a prompt into text: prefill in chunks, pick a token, decode it, until something ends it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal, TypedDict
+
+from bitnet.sampling import Sampler, Sampling
+
+if TYPE_CHECKING:
+    from bitnet.engine import Engine
+    from bitnet.tokenizer import Tokenizer
+
+PREFILL_CHUNK = 256  # prompt tokens per forward call
+FinishReason = Literal["stop", "length"]
+
+
+class Timings(TypedDict):
+    """Seconds and rates of one generation. A rate is None where nothing was measured (a single token has no decoding rate)."""
+
+    load_s: float  # of the model, before this generation
+    prompt_tokens: int
+    prefill_tok_s: float | None
+    time_to_first_token_s: float | None  # from the start of the generation to the first picked token
+    generated_tokens: int
+    decode_tok_s: float | None  # tokens after the first, over the time spent on them (not on whoever reads the stream)
+    ms_per_token: float | None
+
+
+@dataclass(frozen=True)
+class Generation:
+    """A generated text. `finish_reason`: "stop" (end of text or a stop string), "length", None if it was interrupted."""
+
+    text: str
+    token_ids: list[int] = field(repr=False)  # without the end-of-text token
+    finish_reason: FinishReason | None
+    timings: Timings = field(repr=False)
+
+
+class StopFilter:
+    """Passes text on, up to the first stop string, holding back a tail that may still become one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = stops
+        self._held = ""
+        self.stopped = False
+
+    def push(self, piece: str) -> str:
+        """The text that is now sure to stand before any stop string."""
+        text = self._held + piece
+        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((overlap(text, stop) for stop in self._stops), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def flush(self) -> str:
+        """The held-back tail: the text ended, so it is no stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+def overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that is a proper beginning of `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+class GenerationStream(Iterator[str]):
+    """Iterates over the pieces of a text as they are generated. `generation` is what there is so far, also after an interruption."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        prompt_ids: list[int],
+        *,
+        max_new_tokens: int,
+        sampling: Sampling,
+        stops: Sequence[str],
+        load_s: float,
+    ):
+        self._engine, self._tokenizer = engine, tokenizer
+        self._prompt_ids = prompt_ids
+        self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
+        self._sampler = Sampler(sampling)
+        self._stop_filter = StopFilter(stops)
+        self._load_s = load_s
+        self._text: list[str] = []
+        self._ids: list[int] = []
+        self._finish_reason: FinishReason | None = None
+        self._prefill_s = 0.0
+        self._decode_s = 0.0
+        self._decode_steps = 0
+        self._pieces = self._run()
+
+    def __next__(self) -> str:
+        piece = next(self._pieces)
+        self._text.append(piece)
+        return piece
+
+    @property
+    def generation(self) -> Generation:
+        """The text so far, and all of it once the iteration has ended."""
+        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings())
+
+    def _run(self) -> Iterator[str]:
+        """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""
+        decoder = self._tokenizer.stream(self._prompt_ids)
+        cache = self._engine.sequence()
+        history = list(self._prompt_ids)
+        start = time.perf_counter()
+        for at in range(0, len(self._prompt_ids), PREFILL_CHUNK):
+            logits = self._engine.forward([(cache, self._prompt_ids[at : at + PREFILL_CHUNK])])
+        token = self._sampler.pick(logits[0], history)
+        self._prefill_s = time.perf_counter() - start
+        while True:
+            if token in self._tokenizer.eos_ids:
+                self._finish_reason = "stop"
+                break
+            self._ids.append(token)
+            history.append(token)
+            piece = self._stop_filter.push(decoder.push(token))
+            if piece:
+                yield piece
+            if self._stop_filter.stopped:
+                self._finish_reason = "stop"
+                return
+            if len(self._ids) == self._max_new_tokens:
+                self._finish_reason = "length"
+                break
+            start = time.perf_counter()
+            logits = self._engine.forward([(cache, [token])])
+            token = self._sampler.pick(logits[0], history)
+            self._decode_s += time.perf_counter() - start
+            self._decode_steps += 1
+        tail = self._stop_filter.push(decoder.flush())
+        if self._stop_filter.stopped:
+            self._finish_reason = "stop"
+        tail += self._stop_filter.flush()
+        if tail:
+            yield tail
+
+    def _timings(self) -> Timings:
+        decode = self._decode_steps / self._decode_s if self._decode_s > 0 else None
+        return Timings(
+            load_s=self._load_s,
+            prompt_tokens=len(self._prompt_ids),
+            prefill_tok_s=len(self._prompt_ids) / self._prefill_s if self._prefill_s > 0 else None,
+            time_to_first_token_s=self._prefill_s or None,
+            generated_tokens=len(self._ids),
+            decode_tok_s=decode,
+            ms_per_token=1000 / decode if decode else None,
+        )

@@ -1,0 +1,205 @@
+"""Text <-> token ids, over the `tokenizers` library, with the three things that a language model's caller needs on top.
+
+- Text is text: a special token typed by a user ("<|endoftext|>") is encoded as its characters. Only the post-processor adds special
+  tokens (a BOS, usually).
+- A tokenizer.json is untrusted input. The library raises bare `Exception` for most bad files and panics for some; both become one line.
+- Streaming gives only complete UTF-8 characters, and the pieces joined equal the decoding of the whole.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import tokenizers
+
+from bitnet.errors import FormatError
+
+_STDERR = 2  # file descriptor
+_stderr_lock = threading.Lock()
+_INCOMPLETE = "\ufffd"  # what the decoders give for bytes that are not (yet) a character
+
+
+class Tokenizer:
+    """A tokenizer that fits its model: every id it can produce is below `vocab_size`."""
+
+    def __init__(self, library: tokenizers.Tokenizer, vocab_size: int, eos_ids: Iterable[int] = ()):
+        self._library = library
+        self.vocab_size = vocab_size  # of the model: rows of its embedding
+        self.eos_ids: set[int] = set(eos_ids)
+        ids, mask = self._encode("a", True)
+        self.prefix_ids: list[int] = ids[: mask.index(0)] if 0 in mask else []  # what the post-processor puts first: [BOS] or []
+        self._byte_ids = _byte_fallback_ids(library)
+        self._special_ids = {token for token, added in library.get_added_tokens_decoder().items() if added.special}
+
+    @classmethod
+    def from_json(cls, data: bytes, vocab_size: int, eos_ids: Iterable[int] = ()) -> Tokenizer:
+        """Reads the bytes of a tokenizer.json for a model of `vocab_size` tokens.
+
+        Raises `FormatError` when the bytes are not a tokenizer, when it cannot encode, and when it has an id >= `vocab_size`.
+        """
+        try:
+            text = bytes(data).decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise FormatError(
+                f"tokenizer.json is not UTF-8 (byte {error.start}); expected the JSON that the tokenizers library writes"
+            ) from None
+        with _silent_panics(), _one_line("tokenizer.json cannot be used"):
+            library = tokenizers.Tokenizer.from_str(text)
+            library.encode_special_tokens = True
+            library.no_truncation()
+            library.no_padding()
+            if getattr(library.model, "dropout", None):
+                library.model.dropout = None  # a training-time option: it would make the encoding random
+            vocabulary = library.get_vocab(with_added_tokens=True)
+            if not vocabulary:
+                raise FormatError("tokenizer.json has an empty vocabulary; expected at least one token")
+            produced = [*vocabulary.values(), *library.encode("").ids, *library.encode("a").ids]
+            largest = max(produced)
+            if largest >= vocab_size:
+                raise FormatError(
+                    f"tokenizer does not fit the vocabulary: its largest token id is {largest} ({len(vocabulary)} tokens), the model has "
+                    f"{vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer.json that belongs to this model"
+                )
+            return cls(library, vocab_size, eos_ids)
+
+    def __len__(self) -> int:
+        """Number of tokens, added ones included."""
+        return self._library.get_vocab_size(with_added_tokens=True)
+
+    def encode(self, text: str, add_special: bool = True) -> list[int]:
+        """Token ids of `text`, with the post-processor's special tokens (BOS) unless `add_special` is False.
+
+        Lone surrogates (undecodable bytes of a command line) are read as U+FFFD. Raises `FormatError` if the tokenizer fails on this text.
+        """
+        with _one_line("the tokenizer cannot encode this text"):
+            return self._encode(text, add_special)[0]
+
+    def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
+        """Ids of `text` without special tokens, and for each the number of characters of `text` consumed up to its end."""
+        with _one_line("the tokenizer cannot encode this text"):
+            encoding = self._library.encode(replace_surrogates(text), add_special_tokens=False)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
+        with _one_line("the tokenizer cannot decode these ids"):
+            return self._library.decode(list(ids), skip_special_tokens=skip_special)
+
+    def stream(self, context: Sequence[int] = ()) -> TextStream:
+        """A decoder for one token after another, following `context` (the ids of a whole text: the prompt), whose own text is not given."""
+        return TextStream(self, context)
+
+    def ends_inside_bytes(self, token: int) -> bool:
+        """Whether `token` is one byte of a byte-fallback vocabulary ("<0xE2>"): its text depends on the bytes that follow."""
+        return token in self._byte_ids
+
+    def has_text(self, token: int) -> bool:
+        """Whether decoding takes notice of `token`: special ones and those that the tokenizer does not know are passed over."""
+        return token not in self._special_ids and self._library.id_to_token(token) is not None
+
+    def _encode(self, text: str, add_special: bool) -> tuple[list[int], list[int]]:
+        encoding = self._library.encode(replace_surrogates(text), add_special_tokens=add_special)
+        return encoding.ids, encoding.special_tokens_mask
+
+
+class TextStream:
+    """Decodes token by token. What `push(id)` and `flush()` give, joined, is what `decode(context + ids)` has beyond the context.
+
+    Decoding only looks back to the last two points at which the text was complete, so a token costs the same however long the text is.
+    One earlier point is needed because some decoders treat the first token of a text differently (they strip its leading space).
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
+        self._tokenizer = tokenizer
+        self._ids = [token for token in context if tokenizer.has_text(token)]  # since the earlier of the two points
+        self._given = len(tokenizer.decode(self._ids))  # characters of decode(self._ids) already given
+        self._boundary = 0  # index into _ids of the later point
+
+    def push(self, token: int) -> str:
+        """The text that has become complete with `token`; often all of the token's, sometimes none."""
+        if not self._tokenizer.has_text(token):
+            return ""
+        self._ids.append(token)
+        return "" if self._tokenizer.ends_inside_bytes(token) else self._advance()
+
+    def flush(self) -> str:
+        """What is left at the end of the text: an unfinished character, as U+FFFD."""
+        text = self._tokenizer.decode(self._ids)
+        piece, self._given = text[self._given :], max(self._given, len(text))
+        return piece
+
+    def _advance(self) -> str:
+        text = self._tokenizer.decode(self._ids)
+        complete = text.removesuffix(_INCOMPLETE)
+        piece = complete[self._given :]
+        self._given = max(self._given, len(complete))
+        if piece and len(complete) == len(text):
+            self._ids, self._boundary = self._ids[self._boundary :], len(self._ids) - self._boundary
+            self._given = len(self._tokenizer.decode(self._ids))
+        return piece
+
+
+def eos_token_ids(config: dict[str, Any], generation_config: dict[str, Any], vocab_size: int) -> set[int]:
+    """The ids that end a text: `eos_token_id` (an int, a list of ints, or null) of generation_config.json, else of config.json.
+
+    Raises `FormatError` for anything else, and for ids outside the vocabulary.
+    """
+    found: Any = next((c["eos_token_id"] for c in (generation_config, config) if c.get("eos_token_id") is not None), [])
+    ids = found if isinstance(found, list) else [found]
+    for token in ids:
+        if isinstance(token, bool) or not isinstance(token, int) or not 0 <= token < vocab_size:
+            raise FormatError(
+                f"eos_token_id is {str(found)[:80]}; expected token ids from 0 to {vocab_size - 1} (config.json or generation_config.json)"
+            )
+    return set(ids)
+
+
+def replace_surrogates(text: str) -> str:
+    """`text` with lone surrogates, which no UTF-8 can hold, as U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def _byte_fallback_ids(library: tokenizers.Tokenizer) -> set[int]:
+    """Ids of the 256 tokens "<0x00>" to "<0xFF>" if the decoder joins them into characters, else none."""
+    if library.decoder is None or b"ByteFallback" not in library.decoder.__getstate__():
+        return set()
+    found = (library.token_to_id(f"<0x{byte:02X}>") for byte in range(256))
+    return {token for token in found if token is not None}
+
+
+@contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """Turns the library's exceptions and panics into a `FormatError` of one line."""
+    try:
+        yield
+    except FormatError:
+        raise
+    except BaseException as error:
+        # A panic in Rust is a PanicException, which derives from BaseException and cannot be imported.
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = " ".join(str(error).split())[:200]
+        raise FormatError(f"{what}: {reason}; expected the JSON that the tokenizers library writes") from None
+
+
+@contextmanager
+def _silent_panics() -> Iterator[None]:
+    """Hides what a panicking thread prints: Rust writes a backtrace to file descriptor 2 before the exception reaches us."""
+    with _stderr_lock:
+        try:
+            saved = os.dup(_STDERR)
+        except OSError:  # stderr is closed
+            yield
+            return
+        sink = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(sink, _STDERR)
+        os.close(sink)
+        try:
+            yield
+        finally:
+            os.dup2(saved, _STDERR)
+            os.close(saved)

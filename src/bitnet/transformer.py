@@ -1,0 +1,271 @@
+"""A ternary language model as one Python object: load, generate, stream, logits."""
+
+from __future__ import annotations
+
+import math
+import operator
+import os
+import time
+import warnings
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.errors import FormatError, UsageError
+from bitnet.generation import PREFILL_CHUNK, Generation, GenerationStream
+from bitnet.machine import usable_cores
+from bitnet.sampling import Sampling
+from bitnet.tokenizer import Tokenizer, eos_token_ids
+
+if TYPE_CHECKING:
+    from bitnet.engine import Engine
+    from bitnet.files.hf import Checkpoint
+
+MOST_THREADS = 1024  # that the native pool takes
+EMBEDDED_MODEL = "tinyllm-ternary-v2"
+
+
+class TernaryTransformer:
+    """A loaded model. Make one with `TernaryTransformer.from_pretrained()`.
+
+    `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load.
+    """
+
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0):
+        self.engine = engine
+        self.tokenizer = tokenizer
+        self.load_s = load_s
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        source: str | os.PathLike[str] = EMBEDDED_MODEL,
+        *,
+        kv_bits: int = 16,
+        kv_group_size: int = 64,
+        device: str = "cpu",
+        threads: int | None = None,
+        zero_skip: bool | str = "auto",
+        head: str = "stored",
+        tokenizer: str | os.PathLike[str] | None = None,
+    ) -> TernaryTransformer:
+        """Loads a model: the embedded one by its name, a folder in Hugging Face layout, or one file.
+
+        kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache;
+        threads: None for one per core; zero_skip: "auto", True or False (this build runs dense; True warns);
+        head: "stored" or "int8" (quantized while loading: faster, not exact); tokenizer: a tokenizer.json instead of the model's own.
+        Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
+        """
+        check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip, head=head)
+        path = resolve(source)
+        start = time.perf_counter()
+        from bitnet.engine import load_engine
+        from bitnet.files.hf import open_checkpoint
+
+        checkpoint = open_checkpoint(path)
+        engine = load_engine(checkpoint, threads=threads, head=head)
+        loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
+        return cls(engine, loaded, time.perf_counter() - start)
+
+    def generate(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> Generation:
+        """Continues `prompt`. The same seed gives the same text, for any number of threads; temperature 0 is greedy.
+
+        Ends with finish_reason "stop" at the end of the text or before a `stop` string, with "length" after `max_new_tokens` or at the
+        end of the context. Raises `UsageError` for an empty prompt, one that fills the context, and values out of range.
+        """
+        stream = self.stream(
+            prompt,
+            max_new_tokens=max_new_tokens,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            repetition_penalty=repetition_penalty,
+            seed=seed,
+            stop=stop,
+        )
+        for _ in stream:
+            pass
+        return stream.generation
+
+    def stream(
+        self,
+        prompt: str,
+        *,
+        max_new_tokens: int = 200,
+        temperature: float = 0.8,
+        top_p: float = 0.95,
+        top_k: int = 0,
+        min_p: float = 0.0,
+        repetition_penalty: float = 1.0,
+        seed: int | None = None,
+        stop: str | Sequence[str] | None = None,
+    ) -> GenerationStream:
+        """As `generate`, but gives the text in pieces as it comes: `for piece in model.stream(...)`. Arguments are checked at once.
+
+        A piece is never empty nor cut inside a character; text that may become a stop string is held back. `.generation` of the
+        returned stream is the result so far.
+        """
+        sampling = Sampling(
+            temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p, repetition_penalty=repetition_penalty, seed=seed
+        )
+        count = _integer("max_new_tokens", max_new_tokens, at_least=1)
+        stops = _stop_strings(stop)
+        return GenerationStream(
+            self.engine,
+            self.tokenizer,
+            self._prompt_ids(prompt),
+            max_new_tokens=count,
+            sampling=sampling,
+            stops=stops,
+            load_s=self.load_s,
+        )
+
+    def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+        """Teacher-forced logits: float32 [tokens, vocab]; row i scores what follows token_ids[: i + 1].
+
+        Raises `UsageError` for no tokens, more than the context holds, or ids outside the vocabulary.
+        """
+        rows = list(self.iter_logits(token_ids))
+        return rows[0].copy() if len(rows) == 1 else np.concatenate(rows)
+
+    def iter_logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> Iterator[NDArray[np.float32]]:
+        """`logits` in blocks of at most 256 rows, so that a long text need not hold [tokens, vocab] at once."""
+        ids = self._checked(token_ids)
+        cache = self.engine.sequence()
+        return (self.engine.forward([(cache, ids[at : at + PREFILL_CHUNK])], all_logits=True) for at in range(0, len(ids), PREFILL_CHUNK))
+
+    def _prompt_ids(self, prompt: str) -> list[int]:
+        if not isinstance(prompt, str):
+            raise UsageError(f"prompt is of type {type(prompt).__name__}; expected text (str)")
+        if not prompt:
+            raise UsageError("prompt is empty; give the text to continue, for example --prompt 'Once upon a time'")
+        ids = self.tokenizer.encode(prompt)
+        if len(ids) <= len(self.tokenizer.prefix_ids):
+            raise UsageError("prompt has no tokens in this model's vocabulary; give the text to continue")
+        context = self.engine.config.max_context
+        if len(ids) >= context:
+            raise UsageError(
+                f"prompt has {len(ids)} tokens, the model's context holds {context} and one must be left to generate; "
+                f"shorten it to at most {context - 1} tokens"
+            )
+        return ids
+
+    def _checked(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[int]:
+        try:
+            ids = [operator.index(token) for token in token_ids]
+        except TypeError:
+            raise UsageError("token_ids are not whole numbers; expected a flat sequence of token ids") from None
+        config = self.engine.config
+        if not ids:
+            raise UsageError("token_ids is empty; expected at least one token id")
+        if len(ids) > config.max_context:
+            raise UsageError(f"token_ids has {len(ids)} tokens, the model's context holds {config.max_context}")
+        bad = next((token for token in ids if not 0 <= token < config.vocab_size), None)
+        if bad is not None:
+            raise UsageError(f"token id {bad} is outside the vocabulary of {config.vocab_size} tokens (0 to {config.vocab_size - 1})")
+        return ids
+
+
+def check_options(
+    *,
+    kv_bits: int = 16,
+    kv_group_size: int = 64,
+    device: str = "cpu",
+    threads: int | None = None,
+    zero_skip: bool | str = "auto",
+    head: str = "stored",
+) -> None:
+    """Raises `UsageError` for an option that is wrong or that this build does not have; warns about one that has no effect."""
+    if kv_bits in (4, 8):
+        raise UsageError(f"a {kv_bits}-bit KV cache is not yet in this build; use kv_bits=16")
+    if isinstance(kv_bits, bool) or kv_bits != 16:
+        raise UsageError(f"kv_bits is {kv_bits!r}; expected 16 (4 and 8 are not yet in this build)")
+    _integer("kv_group_size", kv_group_size, at_least=1)
+    if device != "cpu":
+        raise UsageError(f"device is {device!r}; this build runs on device='cpu' only")
+    if head not in ("stored", "int8"):
+        raise UsageError(f"head is {head!r}; expected 'stored' (as in the file) or 'int8'")
+    if not (isinstance(zero_skip, bool) or zero_skip == "auto"):
+        raise UsageError(f"zero_skip is {zero_skip!r}; expected True, False or 'auto'")
+    if threads is not None:
+        count, cores = _integer("threads", threads, at_least=1), usable_cores()
+        if count > MOST_THREADS:
+            raise UsageError(f"threads is {count}; expected 1 to {MOST_THREADS} (this machine has {cores} cores)")
+        if count > cores:
+            warnings.warn(f"{count} threads on {cores} cores: more threads than cores are slower, not faster", stacklevel=3)
+    if zero_skip is True:
+        warnings.warn("zero skipping is not yet in this build; it runs dense, with the same result", stacklevel=3)
+
+
+def embedded_models() -> list[str]:
+    """Names of the models inside the package."""
+    folder = resources.files("bitnet") / "embedded"
+    return sorted(entry.name for entry in folder.iterdir() if (entry / "config.json").is_file()) if folder.is_dir() else []
+
+
+def resolve(source: str | os.PathLike[str]) -> Path:
+    """The folder or file that `source` names: an embedded model by its name, else a path. Raises `UsageError` if there is none."""
+    text = os.fspath(source)
+    if not isinstance(text, str) or not text.strip("\0 "):
+        raise UsageError(f"model is {text!r}; expected a folder, a file, or an embedded model: {EMBEDDED_MODEL}")
+    names = embedded_models()
+    if text in names:
+        return Path(str(resources.files("bitnet") / "embedded" / text))
+    try:
+        if Path(text).exists():
+            return Path(text)
+    except (OSError, ValueError) as error:
+        raise UsageError(f"model {text[:80]!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    if text == EMBEDDED_MODEL:
+        raise FormatError(f"the embedded model {text} is missing from this installation; reinstall bitnet-ternary")
+    have = f"the embedded models are: {', '.join(names) or 'none in this installation'}"
+    kind = "folder or file" if os.sep in text or "." in text else "folder, file or embedded model"
+    raise UsageError(f"no {kind} named {text[:200]!r}; {have}")
+
+
+def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.PathLike[str] | None = None) -> Tokenizer:
+    """The checkpoint's tokenizer, or that of the file `override`. Raises `FormatError`, `UsageError` if the file cannot be read."""
+    data = checkpoint.tokenizer_json
+    if override is not None:
+        try:
+            data = Path(override).read_bytes()
+        except (OSError, ValueError) as error:
+            raise UsageError(f"tokenizer {os.fspath(override)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    if data is None:
+        raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
+    return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
+
+
+def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
+    if not all(isinstance(s, str) and s for s in stops):
+        what = "an empty string" if "" in stops else "something that is no text"
+        raise UsageError(f"stop has {what}; every stop string needs at least one character")
+    return stops
+
+
+def _integer(name: str, value: Any, *, at_least: int) -> int:
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = -math.inf  # type: ignore[assignment]
+    if number < at_least:
+        raise UsageError(f"{name} is {value!r}; expected a whole number >= {at_least}")
+    return number
