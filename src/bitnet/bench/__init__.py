@@ -1,0 +1,1 @@
+"""How fast a model runs here, against what this machine's memory could give."""

@@ -1,0 +1,64 @@
+"""`bitnet eval`: perplexity, bits per byte and next-token accuracy on text files."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from bitnet.cli.options import engine_options, model_argument, output_options, zero_skip_argument
+
+
+class ManyFiles(click.Command):
+    """Lets `--data` take several files: `--data A B C` is `--data A --data B --data C`, up to the next option."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        return super().parse_args(ctx, repeat_option(args, "--data"))
+
+
+def repeat_option(args: list[str], name: str) -> list[str]:
+    """`args` with `name` repeated before each of its values but the first."""
+    spread: list[str] = []
+    values = -1  # values of `name` seen since it was; -1 outside of it
+    for word in args:
+        if word.startswith("-"):
+            values = 0 if word == name else -1
+        elif values >= 0:
+            if values:
+                spread.append(name)
+            values += 1
+        spread.append(word)
+    return spread
+
+
+@click.command("eval", cls=ManyFiles, short_help="Measure perplexity and bits per byte on text files.")
+@model_argument
+@click.option("--data", multiple=True, required=True, metavar="FILE...", help="UTF-8 text files.")
+@click.option("--max-bytes", type=int, metavar="N", help="Only the first N bytes of each file.")
+@engine_options
+@output_options
+def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip: bool | None, as_json: bool, **engine: Any) -> None:
+    """Measure perplexity and bits per byte on text files.
+
+    MODEL comes before --data. Each text is cut into windows of the model's context, and every token is predicted once.
+    """
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.evaluate.perplexity import read_text, score_text
+    from bitnet.transformer import TernaryTransformer
+
+    texts = [(name, read_text(Path(name), max_bytes)) for name in data]
+    loaded = TernaryTransformer.from_pretrained(model, zero_skip=zero_skip_argument(zero_skip), **engine)
+    results = []
+    for name, text in texts:
+        with DelayedBar(Path(name).name) as bar:
+            score = score_text(loaded, text, bar)
+        results.append({"model": model, "data": name, **asdict(score)})
+        click.echo(
+            f"{name}: {score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f}, next-token accuracy "
+            f"{score.next_token_accuracy:.1%} ({score.tokens:,} tokens, {score.bytes:,} bytes)"
+        )
+    if as_json:
+        click.echo(json.dumps({"results": results}))

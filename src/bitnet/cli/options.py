@@ -1,0 +1,62 @@
+"""The options that several commands share, each spelled once. The ranges are checked where the values are used."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.transformer.EMBEDDED_MODEL, which would import numpy
+
+model_argument = click.argument("model", metavar="[MODEL]", default=EMBEDDED_MODEL)
+json_option = click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line of stdout.")
+debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
+threads_option = click.option("--threads", type=int, metavar="N", help="Threads. Default: one per core.")
+
+_prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
+
+_engine = [
+    threads_option,
+    click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
+    click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
+    click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
+    click.option(
+        "--head", type=click.Choice(["stored", "int8"]), default="stored", show_default=True, help="The head: as stored, or int8."
+    ),
+]
+
+_sampling = [
+    click.option("--max-new-tokens", "-n", type=int, default=200, show_default=True, metavar="N", help="Tokens to generate at most."),
+    click.option("--temperature", type=float, default=0.8, show_default=True, metavar="T", help="0 is greedy."),
+    click.option(
+        "--top-p", type=float, default=0.95, show_default=True, metavar="P", help="Keep the likeliest tokens up to this probability."
+    ),
+    click.option("--top-k", type=int, default=0, show_default=True, metavar="K", help="Keep the K likeliest tokens; 0 is off."),
+    click.option(
+        "--min-p", type=float, default=0.0, show_default=True, metavar="P", help="Keep tokens of P times the largest probability."
+    ),
+    click.option("--repetition-penalty", type=float, default=1.0, show_default=True, metavar="R", help="Above 1: avoid seen tokens."),
+    click.option("--seed", type=int, metavar="N", help="Same seed, same text. Default: a fresh one."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+]
+
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head
+generation_options = _all(_prompt, *_sampling)  # prompt, and the keyword arguments of TernaryTransformer.stream
+output_options = _all(json_option, debug_option)  # as_json
+
+
+def zero_skip_argument(flag: bool | None) -> bool | str:
+    """The command line's flag as the Python argument: "auto" where neither was given."""
+    return "auto" if flag is None else flag

@@ -1,0 +1,134 @@
+"""`bitnet run`: continue a prompt, streaming the text to stdout; a summary to stderr."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from bitnet.cli.errors import INTERRUPTED
+from bitnet.cli.options import engine_options, generation_options, model_argument, output_options, zero_skip_argument
+
+if TYPE_CHECKING:
+    from bitnet.generation import GenerationStream, Timings
+    from bitnet.transformer import TernaryTransformer
+
+# C0 and C1 control characters but newline and tab: a model's text must not steer the terminal.
+_CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+
+
+@click.command("run", short_help="Continue a prompt.")
+@model_argument
+@generation_options
+@engine_options
+@output_options
+def command(model: str, **options: Any) -> None:
+    """Continue a prompt.
+
+    MODEL is the embedded model's name (the default), a folder in Hugging Face layout, or one file.
+    """
+    continue_prompt(model, **options)
+
+
+def continue_prompt(
+    source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
+    head: str, tokenizer: str | None = None, **sampling: Any,
+) -> None:  # fmt: skip
+    """Loads, generates, shows. `sampling`: the keyword arguments of `TernaryTransformer.stream`."""
+    from bitnet import machine
+    from bitnet.tokenizer import replace_surrogates
+    from bitnet.transformer import TernaryTransformer
+
+    model = TernaryTransformer.from_pretrained(
+        source,
+        kv_bits=kv_bits,
+        kv_group_size=kv_group_size,
+        threads=threads,
+        zero_skip=zero_skip_argument(zero_skip),
+        head=head,
+        tokenizer=tokenizer,
+    )
+    stream = model.stream(prompt, **sampling)
+    age_s = machine.seconds_since_process_start() or model.load_s
+    interrupted = False
+    try:
+        show(stream, None if as_json else replace_surrogates(prompt))
+    except KeyboardInterrupt:
+        interrupted = True
+    timings = stream.generation.timings
+    if timings["time_to_first_token_s"] is not None:
+        timings["time_to_first_token_s"] += age_s  # from the start of the process: what the user waited
+    click.echo(summary(timings), err=True)
+    if as_json:
+        click.echo(json.dumps(record(source, model, stream, timings), allow_nan=False))
+    if interrupted:
+        sys.exit(INTERRUPTED)
+
+
+def show(stream: GenerationStream, prompt: str | None) -> None:
+    """Writes prompt and text to stdout as they come, nothing if `prompt` is None. Leaves the cursor at the start of a line."""
+    out = sys.stdout
+    terminal = out.isatty()
+    last = "\n"
+
+    def write(text: str, dim: bool = False) -> None:
+        nonlocal last
+        shown = text.translate(_CONTROL) if terminal else text
+        out.write(click.style(shown, dim=True) if dim else shown)
+        out.flush()
+        last = text[-1:] or last
+
+    if prompt is None:
+        for _ in stream:
+            pass
+        return
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(errors="replace")  # an ASCII terminal shows "?" for what it cannot
+    try:
+        write(prompt, dim=terminal and "NO_COLOR" not in os.environ)
+        for piece in stream:
+            write(piece)
+    except BrokenPipeError:
+        last = "\n"
+        raise
+    finally:
+        if last != "\n":
+            write("\n")
+
+
+def summary(t: Timings) -> str:
+    """Two lines for stderr."""
+
+    def rate(value: float | None) -> str:
+        return "-" if value is None else f"{value:,.1f} tokens/s"
+
+    first = t["time_to_first_token_s"]
+    per_token = f" ({t['ms_per_token']:.2f} ms each)" if t["ms_per_token"] else ""
+    return (
+        f"prompt: {t['prompt_tokens']} tokens, {rate(t['prefill_tok_s'])}; "
+        f"decode: {t['generated_tokens']} tokens, {rate(t['decode_tok_s'])}{per_token}\n"
+        f"first token: {'-' if first is None else f'{first:.2f} s after the start'}; load: {t['load_s']:.2f} s"
+    )
+
+
+def record(source: str, model: TernaryTransformer, stream: GenerationStream, timings: Timings) -> dict[str, Any]:
+    """The JSON object of `run --json`."""
+    from bitnet import machine
+
+    done, engine = stream.generation, model.engine
+    return {
+        "model": source,
+        "text": done.text,
+        "token_ids": done.token_ids,
+        "finish_reason": done.finish_reason,
+        "isa": engine.isa,
+        "codec": engine.codec,
+        "threads": engine.threads,
+        **timings,
+        "weight_bytes_per_token": engine.weight_bytes_per_token,
+        "bandwidth_gb_s": engine.weight_bytes_per_token * timings["decode_tok_s"] / 1e9 if timings["decode_tok_s"] else None,
+        "peak_rss_bytes": machine.peak_rss_bytes(),
+    }

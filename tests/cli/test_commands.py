@@ -1,0 +1,202 @@
+"""The group, and eval, inspect, doctor and bench on a tiny random model."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from click.testing import Result
+
+from bitnet import __version__, machine
+from bitnet.cli import COMMANDS
+from bitnet.cli.bench import SHAPE_NAMES, check_memory
+from bitnet.cli.eval import repeat_option
+from bitnet.cli.options import EMBEDDED_MODEL
+from bitnet.engine import SHAPES
+from bitnet.errors import BitNetError
+from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
+
+Bitnet = Callable[..., Result]
+
+
+def test_what_is_written_twice_to_keep_help_quick_agrees() -> None:
+    for name, line in COMMANDS.items():
+        command = importlib.import_module(f"bitnet.cli.{name}").command
+        assert command.name == name and command.short_help == line
+    assert EMBEDDED_MODEL == MODEL_OF_THE_LIBRARY
+    assert tuple(SHAPES) == SHAPE_NAMES
+
+
+def test_help_version_and_wrong_commands(bitnet: Bitnet) -> None:
+    done = bitnet("--help")
+    assert done.exit_code == 0 and all(f"  {name} " in done.stdout for name in COMMANDS)
+    assert bitnet("--version").stdout == f"bitnet, version {__version__}\n"
+    done = bitnet()
+    assert done.exit_code == 2 and done.stderr.startswith("Usage: ") and done.stdout == ""
+    done = bitnet("rnu")
+    assert done.exit_code == 2 and done.stderr.startswith("error: No such command 'rnu'.") and done.stderr.count("\n") == 1
+    for name in COMMANDS:
+        assert bitnet(name, "--help").exit_code == 0
+
+
+def test_data_takes_several_files() -> None:
+    assert repeat_option(["M", "--data", "a", "b", "--json", "--data", "c"], "--data") == (
+        ["M", "--data", "a", "--data", "b", "--json", "--data", "c"]
+    )
+    assert repeat_option(["--data=a", "-x", "1"], "--data") == ["--data=a", "-x", "1"]
+
+
+def test_eval(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
+    a, b = tmp_path / "a.txt", tmp_path / "b.txt"
+    a.write_text("Once upon a time there was a fox. " * 20)
+    b.write_text("caf\u00e9")
+    done = bitnet("eval", model_folder, "--data", a, b, "--json", "--max-bytes", 100)
+    assert done.exit_code == 0
+    results = json.loads(done.stdout.splitlines()[-1])["results"]
+    assert [set(r) for r in results] == [{"model", "data", "tokens", "bytes", "perplexity", "bits_per_byte", "next_token_accuracy"}] * 2
+    assert [(r["model"], r["data"], r["tokens"], r["bytes"]) for r in results] == [
+        (str(model_folder), str(a), 100, 100), (str(model_folder), str(b), 5, 5),
+    ]  # fmt: skip
+    assert done.stdout.splitlines()[0].startswith(f"{a}: {results[0]['bits_per_byte']:.4f} bits per byte, perplexity ")
+
+
+@pytest.mark.parametrize(
+    ("args", "expected", "code"),
+    [
+        ((), "error: Missing option '--data'. (see 'bitnet eval --help')", 2),
+        (("--data", "/no/such.txt"), "error: /no/such.txt: cannot be read as text: No such file or directory; --data takes text files", 2),
+        (("--data", "/dev/null"), "error: /dev/null: no text in it; expected a UTF-8 text file", 1),
+    ],
+)
+def test_eval_errors(bitnet: Bitnet, model_folder: Path, args: tuple[str, ...], expected: str, code: int) -> None:
+    done = bitnet("eval", model_folder, *args)
+    assert (done.stderr, done.exit_code) == (expected + "\n", code)
+
+
+def test_inspect(bitnet: Bitnet, model_folder: Path) -> None:
+    done = bitnet("inspect", model_folder, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert found["config"]["max_context"] == 1 << 16 and found["tokenizer_tokens"] == 257 and found["runs"] == "yes"
+    assert found["parameters"] == 257 * 64 + 2 * (4 * 64 * 64 + 3 * 64 * 128) + 2 * (3 * 64 + 128) + 64
+    kinds = {(g["kind"], g["scheme"]): g for g in found["tensors"]}
+    assert kinds["attention", "ternary"] == {"kind": "attention", "scheme": "ternary", "tensors": 8, "parameters": 32768, "bytes": 8192}
+    assert kinds["embedding", "f16"]["bytes"] == 257 * 64 * 2
+    assert 0.30 < found["ternary_zero_share"] < 0.37  # a third, over 80,000 random trits
+    assert "zeros among the ternary weights: 33" in done.stdout and "tokenizer: 257 tokens" in done.stdout
+
+
+def test_inspect_describes_what_it_cannot_run(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(model_folder, copy)
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    done = bitnet("inspect", copy, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.exit_code == 0 and found["runs"].startswith("no: ") and found["config"] == {"architecture": "mamba"}
+    assert bitnet("run", copy, "-p", "a").exit_code == 1
+
+
+def test_doctor_on_a_sound_machine(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", str(model_folder))
+    done = bitnet("doctor", "--json")
+    assert done.exit_code == 0, done.stdout
+    *_, last, record = done.stdout.splitlines()
+    assert last == "everything works" and json.loads(record)["ok"] is True
+    assert "kernel scalar    ok" in done.stdout
+
+
+def test_doctor_on_broken_kernels(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", str(model_folder))
+    broken = SimpleNamespace(self_test=lambda: {"avx2": "FAILED in t2", "avx512vnni": "not supported by this CPU", "scalar": "ok"})
+    monkeypatch.setattr("bitnet._native", broken)
+    done = bitnet("doctor")
+    assert done.exit_code == 1
+    assert "FAILED  kernel avx2      FAILED in t2; set BITNET_ISA=scalar, and report this machine" in done.stdout
+    assert "ok      kernel avx512vnni not supported by this CPU" in done.stdout
+    assert done.stdout.endswith("broken: kernel avx2\n")
+    monkeypatch.setattr("bitnet._native", SimpleNamespace())
+    done = bitnet("doctor")
+    assert done.exit_code == 1 and "FAILED  kernels          the native module has no self-test; it is of another version: " in done.stdout
+
+
+def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", "no-such-model")
+    done = bitnet("doctor")
+    assert done.exit_code == 1 and done.stdout.endswith("broken: model\n")
+    assert "FAILED  model            the embedded model no-such-model is missing from this installation; reinstall" in done.stdout
+
+
+BENCH_KEYS = {
+    "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
+    "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
+    "batch", "roofline_gb_s",
+}  # fmt: skip
+QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)
+
+
+@pytest.fixture
+def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A read bandwidth of 20 GB/s and no other load, without reading 2 GiB."""
+    monkeypatch.setattr("bitnet.bench.speed.read_bandwidth", lambda threads: 20.0)
+    monkeypatch.setattr(machine, "load_average", lambda: 0.0)
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> None:
+    done = bitnet("bench", model_folder, *QUICK, "--batch", 3, "--json")
+    assert done.exit_code == 0 and done.stderr == ""
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert set(found) == BENCH_KEYS
+    assert (found["model"], found["shape"], found["head"], found["batch"]) == (str(model_folder), None, "stored", 3)
+    assert len(found["token_ids"]) == found["generated_tokens"] == 4 and found["roofline_gb_s"] == 20.0
+    assert found["bandwidth_gb_s"] == pytest.approx(found["weight_bytes_per_token"] * found["decode_tok_s"] / 3 / 1e9)
+    assert "of the 20.0 GB/s that reading alone reaches" in done.stdout
+    found = json.loads(bitnet("bench", "--shape", "article-12x512", *QUICK, "--json").stdout.splitlines()[-1])
+    assert (found["model"], found["shape"], found["head"]) == (None, "article-12x512", "int8")
+
+
+@pytest.mark.usefixtures("known_machine")
+@pytest.mark.parametrize(
+    ("args", "expected"),
+    [
+        (("--shape", "article-12x512", "M"), "error: MODEL and --shape exclude each other"),
+        (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16 or int8"),
+        (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored or int8"),
+        (("--shape", "gpt-9"), "error: Invalid value for '--shape': 'gpt-9' is not one of"),
+        (
+            ("--shape", "article-12x512", "--prompt-tokens", "4090", "--threads", "1"),
+            "error: 4090 prompt tokens and 64 new ones are 4154; the model's context holds 4096",
+        ),
+        (("--shape", "article-12x512", "--repetitions", "0", "--threads", "1"), "error: repetitions is 0; expected a whole number >= 1"),
+        (("--threads", "-1"), "error: threads is -1; expected a whole number >= 1"),
+    ],
+)
+def test_bench_usage(bitnet: Bitnet, args: tuple[str, ...], expected: str) -> None:
+    done = bitnet("bench", *args)
+    assert done.stderr.startswith(expected) and done.stderr.count("\n") == 1 and done.exit_code == 2
+
+
+def test_bench_refuses_what_does_not_fit(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: 10**9)
+    monkeypatch.setattr(machine, "load_average", lambda: 0.0)
+    done = bitnet("bench", "--shape", "llama3-8b", "--head", "f16")
+    assert done.exit_code == 1
+    assert done.stderr == ("error: shape llama3-8b with head f16 needs 3.8 GB of memory, 1.0 GB are available; choose less, or free some\n")
+    monkeypatch.setattr(machine, "available_memory_bytes", lambda: None)  # unknown: not refused
+    check_memory("anything", 1 << 60)
+    with pytest.raises(BitNetError, match="needs"):
+        monkeypatch.setattr(machine, "available_memory_bytes", lambda: 0)
+        check_memory("anything", 1)
+
+
+def test_bench_warns_of_other_load(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.bench.speed.read_bandwidth", lambda threads: 20.0)
+    monkeypatch.setattr(machine, "load_average", lambda: 99.0)
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    done = bitnet("bench", model_folder, *QUICK)
+    assert done.stderr == "warning: load average 99.0 on 2 cores: something else runs, and it slows this\n"
