@@ -60,7 +60,7 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, cons
       k.weigh_f16(scores + j, token.cache->values(j / KvCache::kPagePositions, layer, head / group), std::min(n - j, KvCache::kPagePositions),
                   dim, sum);
     for (int d = 0; d < c.head_dim; d++) out[at + d] = sum[d] * inverse;
-  });
+  }, int64_t{n_tokens} * longest * c.n_heads * dim >= 16384);
 }
 
 }  // namespace bitnet

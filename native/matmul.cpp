@@ -90,7 +90,10 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
       std::memcpy(w.panels.data() + i, &r, 4);
     }
   } else if (scheme == Scheme::int8) {
-    for (size_t i = 0; i < bytes; i++) w.panels[i] = uint8_t(next());
+    for (size_t i = 0; i < bytes; i += 4) {
+      const uint32_t r = uint32_t(next());
+      std::memcpy(w.panels.data() + i, &r, 4);
+    }
   } else {
     const uint16_t one = scheme == Scheme::f16 ? 0x3c00 : 0x3f80;
     if (scheme == Scheme::f32) throw std::invalid_argument("random f32 matrices are not made: benchmark f16 or bf16");
@@ -98,7 +101,7 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
     const int mantissa = scheme == Scheme::f16 ? 10 : 7;
     for (size_t i = 0; i < bytes; i += 2) {
       uint32_t r = uint32_t(next());
-      uint16_t v = uint16_t((r & 0x8000) | ((one >> mantissa) + exponent) << mantissa | (r & ((1 << mantissa) - 1)));
+      const uint16_t v = uint16_t((r & 0x8000) | ((one >> mantissa) + exponent) << mantissa | (r & ((1 << mantissa) - 1)));
       std::memcpy(w.panels.data() + i, &v, 2);
     }
   }
@@ -215,12 +218,13 @@ void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x,
   else dense = x.dense(w.padded_cols);
   // A job is some neighbouring panels, about 64 KB of weights: one sequential stream, and still enough jobs to share out.
   const int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
+  const bool worth_sharing = w.bytes() * x.n_tokens() >= 32768;
   pool.run((w.n_panels() + per_job - 1) / per_job, [&](int job, int) {
     for (int p = job * per_job; p < std::min(w.n_panels(), (job + 1) * per_job); p++) {
       if (w.integer()) integer_panel(k, w, x, p, y);
       else dense_panel(k, w, dense, x.n_tokens(), p, y);
     }
-  });
+  }, worth_sharing);
 }
 
 }  // namespace bitnet

@@ -34,32 +34,39 @@ ThreadPool::~ThreadPool() {
 }
 
 void ThreadPool::take_items(int thread) {
-  for (int i; (i = next_item_.fetch_add(1, std::memory_order_relaxed)) < n_items_;) (*work_)(i, thread);
+  uint64_t state = state_.load(std::memory_order_acquire);
+  while (uint32_t(state) != 0) {
+    if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
+    (*work_)(n_items_ - int(uint32_t(state)), thread);
+    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
+    state = state_.load(std::memory_order_acquire);
+  }
 }
 
-void ThreadPool::run(int n_items, const std::function<void(int, int)>& work) {
-  if (workers_.empty() || n_items <= 1) {
+void ThreadPool::run(int n_items, const std::function<void(int, int)>& work, bool worth_sharing) {
+  if (workers_.empty() || n_items <= 1 || !worth_sharing) {
     for (int i = 0; i < n_items; i++) work(i, 0);
     return;
   }
   work_ = &work;
   n_items_ = n_items;
-  next_item_.store(0, std::memory_order_relaxed);
-  busy_.store(static_cast<int>(workers_.size()), std::memory_order_relaxed);
-  job_.fetch_add(1, std::memory_order_release);
+  unfinished_.store(n_items, std::memory_order_relaxed);
+  // The number of the job keeps a compare-exchange that began in an earlier job from succeeding in this one.
+  const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
+  state_.store(uint64_t{job} << 32 | uint32_t(n_items), std::memory_order_release);
+  job_.store(job, std::memory_order_release);
   job_.notify_all();
   take_items(0);
-  for (int left; (left = busy_.load(std::memory_order_acquire)) != 0;) wait_while_equal(busy_, left);
+  for (int left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_while_equal(unfinished_, left);
 }
 
 void ThreadPool::worker_loop(int thread) {
   uint32_t seen = 0;
   for (;;) {
     wait_while_equal(job_, seen);
-    seen++;  // the caller waits for every worker, so no job is missed
+    seen = job_.load(std::memory_order_acquire);
     if (stop_.load(std::memory_order_acquire)) return;
     take_items(thread);
-    if (busy_.fetch_sub(1, std::memory_order_acq_rel) == 1) busy_.notify_one();
   }
 }
 

@@ -19,6 +19,7 @@ from bitnet import _native, ternary
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files.hf import Checkpoint
 from bitnet.files.tensor import Tensor
+from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig, Quantization, adapter_for, quantization
 
 HEADS = ("stored", "int8")
@@ -68,7 +69,9 @@ class Engine:
             if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
                 raise UsageError("forward: expected one or more integer token ids per sequence")
             if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-                raise UsageError(f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {self.config.vocab_size - 1}")
+                raise UsageError(
+                    f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {self.config.vocab_size - 1}"
+                )
             if len(sequence) + ids.size > self.config.max_context:
                 raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {self.config.max_context}")
             spans.append((sequence._cache, np.ascontiguousarray(ids, np.int32)))
@@ -77,11 +80,6 @@ class Engine:
         except ValueError as e:
             raise UsageError(f"forward: {e}") from None
         return logits
-
-
-def default_threads() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def load_engine(checkpoint: Checkpoint, *, threads: int | None = None, head: str = "stored") -> Engine:
@@ -99,7 +97,9 @@ def load_engine(checkpoint: Checkpoint, *, threads: int | None = None, head: str
     missing = [n for n in names.values() if n not in tensors]
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise FormatError(f"{where}: tensor {missing[0]!r}{more} not found; a {config.architecture} model of {config.n_layers} layers has it")
+        raise FormatError(
+            f"{where}: tensor {missing[0]!r}{more} not found; a {config.architecture} model of {config.n_layers} layers has it"
+        )
     stray = [t for t in tensors if t.endswith(".bias")]
     if stray:
         raise UnsupportedModelError(f"{where}: has biases ({stray[0]}), which this build does not compute")
@@ -148,6 +148,8 @@ def _shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
     found = tensor.shape
+    if tensor.dtype == "U8" and tensor.scheme != "ternary":
+        raise FormatError(f"{where}: tensor {tensor.name!r} is packed (U8) but has no {tensor.name}_scale beside it; expected one float")
     padded = (-(-expected[0] // 4) * 4, *expected[1:])  # packed ternary comes in fours of rows
     if found != expected and not (tensor.scheme == "ternary" and found == padded):
         raise FormatError(f"{where}: tensor {tensor.name!r} has shape {list(found)}; config.json makes it {list(expected)}")
@@ -193,7 +195,9 @@ def _set_linear(native: Any, name: str, tensor: Tensor, shape: tuple[int, ...], 
         trits, scale_value = ternary.absmean(_finite(tensor))
         scale = np.array([scale_value], np.float32)
     else:
-        raise FormatError(f"{tensor.where}: {tensor.dtype} weights without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)")
+        raise FormatError(
+            f"{tensor.where}: {tensor.dtype} weights without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
+        )
     native.set_integer(name, "ternary", trits, np.broadcast_to(scale.reshape(1, -1), (shape[0], scale.size)).copy())
     return None
 
@@ -203,7 +207,7 @@ def _codec(linears: list[Tensor], quant: Quantization | None) -> str:
 
 
 def _new_native(c: ModelConfig, threads: int | None) -> Any:
-    wanted = default_threads() if threads is None else threads
+    wanted = usable_cores() if threads is None else threads
     if not 1 <= wanted <= 1024:
         raise UsageError(f"threads is {wanted}; expected 1 to 1024")
     isa, failed = _native.choose_isa()
@@ -211,7 +215,7 @@ def _new_native(c: ModelConfig, threads: int | None) -> Any:
         warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa or 'nothing'} instead", stacklevel=3)
     if not isa:
         raise BitNetError(
-            f"BITNET_ISA={os.environ.get('BITNET_ISA', '')} names no instruction set that can run here; there are {', '.join(_native.self_test())}"
+            f"BITNET_ISA={os.environ.get('BITNET_ISA', '')} cannot run here; there are {', '.join(_native.self_test())} (see bitnet doctor)"
         )
     try:
         native = _native.Model(

@@ -32,7 +32,7 @@ def adapter_for(hf: dict[str, Any], where: str) -> Adapter:
     kind = hf.get("model_type")
     if not isinstance(kind, str) or kind not in _ADAPTERS:
         raise UnsupportedModelError(
-            f"{where}: model_type is {kind!r}; this build runs {', '.join(sorted(_ADAPTERS))}. A wrong family would run as noise, so none is guessed"
+            f"{where}: model_type is {kind!r}; this build runs {', '.join(sorted(_ADAPTERS))}. Another family would run as noise"
         )
     adapter: Adapter = _ADAPTERS[kind]
     return adapter
@@ -53,12 +53,18 @@ def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
         return None
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method != "bitnet":
-        raise UnsupportedModelError(f"{where}: quantization_config has quant_method {method!r}; this build reads 'bitnet' and dense weights")
+        raise UnsupportedModelError(
+            f"{where}: quantization_config has quant_method {method!r}; this build reads 'bitnet' and dense weights"
+        )
     mode, linear = found.get("quantization_mode", "offline"), found.get("linear_class", "bitlinear")
     if mode not in ("online", "offline") or linear not in ("bitlinear", "autobitlinear"):
-        raise UnsupportedModelError(f"{where}: quantization_mode {mode!r} with linear_class {linear!r}; expected online or offline, bitlinear or autobitlinear")
+        raise UnsupportedModelError(
+            f"{where}: quantization_mode {mode!r} with linear_class {linear!r}; expected online or offline, bitlinear or autobitlinear"
+        )
     if found.get("use_rms_norm"):
-        raise UnsupportedModelError(f"{where}: quantization_config.use_rms_norm puts a norm into every linear layer, which this build does not run")
+        raise UnsupportedModelError(
+            f"{where}: quantization_config.use_rms_norm puts a norm into every linear layer, which this build does not run"
+        )
     dense = found.get("modules_to_not_convert") or ()
     if not isinstance(dense, (list, tuple)) or not all(isinstance(d, str) for d in dense):
         raise UnsupportedModelError(f"{where}: modules_to_not_convert is not a list of names")

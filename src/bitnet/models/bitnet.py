@@ -9,7 +9,13 @@ from bitnet.models.config import ModelConfig, decoder_config, decoder_names
 
 def config(hf: dict[str, Any], where: str) -> ModelConfig:
     return decoder_config(
-        hf, where, architecture="bitnet", activations={"relu2": "relu2", "silu": "silu"}, sub_norms=True, default_theta=500_000.0, tied=False
+        hf,
+        where,
+        architecture="bitnet",
+        activations={"relu2": "relu2", "silu": "silu"},
+        sub_norms=True,
+        default_theta=500_000.0,
+        tied=False,
     )
 
 

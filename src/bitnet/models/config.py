@@ -8,7 +8,13 @@ from typing import Any
 
 from bitnet.errors import FormatError, UnsupportedModelError
 
-LARGEST = {"num_hidden_layers": 1024, "vocab_size": 1 << 22, "hidden_size": 65536, "intermediate_size": 65536, "max_position_embeddings": 1 << 24}
+LARGEST = {
+    "num_hidden_layers": 1024,
+    "vocab_size": 1 << 22,
+    "hidden_size": 65536,
+    "intermediate_size": 65536,
+    "max_position_embeddings": 1 << 24,
+}
 
 
 @dataclass(frozen=True)
@@ -64,13 +70,14 @@ def decoder_config(
         if hf.get(key):
             raise UnsupportedModelError(f"{where}: {key} is set; this build runs models without biases")
     act = hf.get("hidden_act", next(iter(activations)))
-    if act not in activations:
+    if not isinstance(act, str) or act not in activations:
         raise UnsupportedModelError(f"{where}: hidden_act is {act!r}; for {architecture} this build runs {', '.join(activations)}")
     rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
     if not isinstance(rope, dict):
         raise FormatError(f"{where}: rope parameters are {rope!r}; expected an object")
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or float(rope.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0)) or 1.0) != 1.0:
+    partial = rope if rope.get("partial_rotary_factor") is not None else hf
+    if kind != "default" or number(partial, "partial_rotary_factor", where, default=1.0) != 1.0:
         raise UnsupportedModelError(f"{where}: rope scaling {kind!r}; this build runs plain rope")
     heads = integer(hf, "num_attention_heads", where)
     kv_heads = integer(hf, "num_key_value_heads", where, default=heads)

@@ -1,0 +1,162 @@
+// The native core without Python, so that the sanitizers see all of it: kernels against the scalar ones over the grid of
+// sizes, the thread pool, and the forward pass of a small random model in every arrangement of its batch.
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+
+#include "forward.h"
+
+using namespace bitnet;
+
+namespace {
+int failures = 0;
+
+void check(bool ok, const char* what, const char* isa, int a = 0, int b = 0) {
+  if (ok) return;
+  failures++;
+  std::printf("FAILED: %s (%s, %d, %d)\n", what, isa, a, b);
+}
+
+std::mt19937 rng(7);
+float normal() { return std::normal_distribution<float>()(rng); }
+
+std::vector<const Kernels*> runnable() {
+  std::vector<const Kernels*> found;
+  IsaReport reports[kMaxIsas];
+  for (int i = 0, n = test_isas(reports); i < n; i++) {
+    const char* failed = nullptr;
+    check(!reports[i].failure, "self-test", reports[i].name);
+    if (!reports[i].supported) continue;
+    if (const Kernels* k = choose_kernels(reports[i].name, &failed)) found.push_back(k);
+  }
+  const char* failed = nullptr;
+  check(choose_kernels("no such set", &failed) == nullptr, "an unknown name is refused", "");
+  return found;
+}
+
+// What ternary.py defines, in 64-bit integers.
+void reference(Scheme s, const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, Activations& in, float* y) {
+  const int group = groups == 1 ? cols : ((cols + groups - 1) / groups + 15) / 16 * 16;
+  (void)s;
+  for (int t = 0; t < in.n_tokens(); t++)
+    for (int r = 0; r < rows; r++) {
+      float sum = 0;
+      for (int g = 0; g < groups; g++) {
+        int64_t dot = 0;
+        for (int c = g * group; c < std::min(cols, (g + 1) * group); c++) dot += int64_t{codes[size_t(r) * cols + c]} * in.q()[t * in.stride() + c];
+        sum = sum + float(int32_t(dot)) * scales[size_t(r) * groups + g];
+      }
+      y[size_t(t) * rows + r] = sum * in.step()[t];
+    }
+}
+
+void test_matmul(const std::vector<const Kernels*>& isas) {
+  struct Case { int rows, cols, groups, tokens; };
+  const Case cases[] = {{1, 1, 1, 1},    {16, 16, 1, 1},   {17, 33, 1, 2},   {40, 100, 1, 5},   {48, 256, 2, 9},
+                        {64, 400, 4, 7}, {16, 2048, 1, 1}, {33, 512, 16, 64}, {16, 16384, 1, 3}, {16, 16384, 128, 2}};
+  for (const Case& c : cases)
+    for (Scheme scheme : {Scheme::ternary, Scheme::int8})
+      for (int extreme = 0; extreme < 2; extreme++) {
+        std::vector<int8_t> codes(size_t(c.rows) * c.cols);
+        std::vector<float> scales(size_t(c.rows) * c.groups), x(size_t(c.tokens) * c.cols), expected(size_t(c.tokens) * c.rows), y(expected.size());
+        for (int8_t& v : codes) v = int8_t(scheme == Scheme::ternary ? (extreme ? 1 : int(rng() % 3) - 1) : (extreme ? 127 : int(rng() % 255) - 127));
+        for (float& v : scales) v = normal();
+        for (float& v : x) v = extreme ? -3.0f : normal();
+        Linear w = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, c.groups);
+        for (const Kernels* k : isas)
+          for (int threads : {1, 3}) {
+            ThreadPool pool(threads);
+            Activations in;
+            in.set(x.data(), c.tokens, c.cols);
+            matmul(*k, pool, w, in, y.data());
+            reference(scheme, codes, scales, c.rows, c.cols, c.groups, in, expected.data());
+            check(y == expected, scheme == Scheme::ternary ? "ternary matmul" : "int8 matmul", k->name, c.rows, c.cols);
+          }
+        std::vector<float> row(c.cols);
+        dequantize_row(w, c.rows - 1, row.data());
+        const int group = w.group;
+        for (int i = 0; i < c.cols; i++)
+          check(row[i] == codes[size_t(c.rows - 1) * c.cols + i] * scales[size_t(c.rows - 1) * c.groups + i / group], "dequantize_row", "", i);
+      }
+}
+
+void test_threads() {
+  for (int threads : {1, 2, 5}) {
+    ThreadPool pool(threads);
+    for (int round = 0; round < 300; round++) {
+      const int n = round % 37;
+      std::vector<std::atomic<int>> seen(n);
+      pool.run(n, [&](int i, int t) { seen[i] += t >= 0 && t < threads ? 1 : 100; });
+      for (int i = 0; i < n; i++) check(seen[i] == 1, "every item once", "threads", threads, i);
+    }
+  }
+}
+
+void fill(Model& m) {
+  const Config& c = m.config;
+  auto dense = [&](const std::string& name, Scheme s, int rows, int cols) { m.set_linear(name, random_linear(s, rows, cols, 1, rng())); };
+  auto ones = [&](const std::string& name, int n) {
+    std::vector<float> v(n);
+    for (float& f : v) f = 1 + 0.1f * normal();
+    m.set_vector(name, v.data(), n);
+  };
+  const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim;
+  dense("embedding", Scheme::f16, c.vocab_size, c.hidden_size);
+  for (int i = 0; i < c.n_layers; i++) {
+    const std::string at = "layers." + std::to_string(i) + ".";
+    dense(at + "q", Scheme::ternary, q, c.hidden_size), dense(at + "k", Scheme::ternary, kv, c.hidden_size);
+    dense(at + "v", Scheme::int8, kv, c.hidden_size), dense(at + "o", Scheme::bf16, c.hidden_size, q);
+    dense(at + "gate", Scheme::ternary, c.ffn_size, c.hidden_size), dense(at + "up", Scheme::f16, c.ffn_size, c.hidden_size);
+    dense(at + "down", Scheme::ternary, c.hidden_size, c.ffn_size);
+    ones(at + "attn_norm", c.hidden_size), ones(at + "ffn_norm", c.hidden_size);
+    ones(at + "attn_sub_norm", q), ones(at + "ffn_sub_norm", c.ffn_size);
+  }
+  ones("final_norm", c.hidden_size), ones("rope_inverse", c.head_dim / 2);
+}
+
+bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits, size_t rows) {
+  logits.assign(rows * m.config.vocab_size, -1);
+  return forward(m, batch, all, logits.data(), [] { return false; });
+}
+
+void test_forward(const std::vector<const Kernels*>& isas) {
+  Config c{2, 50, 48, 80, 4, 2, 12, 700, 1e-5f, Activation::relu2, true, false};
+  std::vector<int32_t> ids(300);
+  for (int32_t& id : ids) id = int32_t(rng() % c.vocab_size);
+  std::vector<float> first;
+  for (const Kernels* k : isas)
+    for (int threads : {1, 3}) {
+      rng.seed(11);
+      Model m(c, threads, k);
+      fill(m);
+      m.check_complete();
+      std::vector<float> whole, step, part;
+      KvCache a(c), b(c), d(c);
+      check(run(m, {{&a, ids.data(), 300}}, true, whole, 300), "forward finishes", k->name);
+      for (float v : whole) check(std::isfinite(v), "finite logits", k->name);
+      if (first.empty()) first = whole;
+      check(whole == first, "same bits for every instruction set and number of threads", k->name, threads);
+      for (int at = 0; at < 300; at += 1 + at % 70) {  // one sequence in chunks, another beside it in the same batch
+        const int n = std::min(1 + at % 70, 300 - at), other = at % 3 + 1;
+        run(m, {{&b, ids.data() + at, n}, {&d, ids.data(), other}}, true, part, n + other);
+        check(std::equal(part.begin(), part.begin() + n * c.vocab_size, whole.begin() + at * c.vocab_size), "same bits in chunks and batches", k->name, at);
+      }
+      b.truncate(256);
+      run(m, {{&b, ids.data() + 256, 44}}, false, step, 1);
+      check(std::equal(step.begin(), step.end(), whole.end() - c.vocab_size), "same bits after truncation", k->name);
+      const int before = b.length();
+      std::vector<Span> again = {{&b, ids.data(), 5}};
+      check(!forward(m, again, false, step.data(), [] { return true; }) && b.length() == before, "an interrupted forward appends nothing", k->name);
+    }
+}
+}  // namespace
+
+int main() {
+  const auto isas = runnable();
+  test_matmul(isas);
+  test_threads();
+  test_forward(isas);
+  std::printf("%s on %zu instruction sets: %d failures\n", failures ? "FAILED" : "passed", isas.size(), failures);
+  return failures ? 1 : 0;
+}

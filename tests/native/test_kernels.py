@@ -1,0 +1,115 @@
+"""Every kernel of every instruction set that this CPU has, against ternary.py: equal, not close."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from bitnet import _native, ternary
+
+ISAS = [name for name, state in _native.self_test().items() if state == "ok"]
+# rows (ragged), inputs (from one block to 16384), groups of inputs, tokens (1 to 64)
+GRID = [
+    (1, 1, 1, 1),
+    (16, 16, 1, 1),
+    (15, 17, 1, 2),
+    (40, 100, 1, 3),
+    (33, 256, 2, 9),
+    (100, 384, 3, 64),
+    (17, 2048, 1, 5),
+    (48, 4096, 32, 13),
+    (20, 11008, 1, 1),
+    (16, 16384, 128, 33),
+    (18, 16384, 1, 7),
+]
+
+
+def inputs(kind: str, scheme: str, rows: int, cols: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
+    """(codes int8 [rows, cols], x float32 [tokens, cols])."""
+    rng = np.random.default_rng([rows, cols, tokens])
+    top = 1 if scheme == "ternary" else 127
+    if kind == "random":
+        return rng.integers(-top, top + 1, (rows, cols)).astype(np.int8), rng.normal(size=(tokens, cols)).astype(np.float32)
+    sign = {"all plus": 1, "all minus": -1}.get(kind)
+    if sign is None:  # alternating: the largest sums that cancel
+        x = np.where(np.arange(cols) % 2, -5.0, 5.0)
+        return np.where(np.arange(cols) % 2, -top, top).astype(np.int8)[None].repeat(rows, 0), np.float32(x)[None].repeat(tokens, 0)
+    return np.full((rows, cols), top, np.int8), np.full((tokens, cols), 7.0 * sign, np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["ternary", "int8"])
+@pytest.mark.parametrize("kind", ["random", "all plus", "all minus", "alternating"])
+@pytest.mark.parametrize(("rows", "cols", "groups", "tokens"), GRID)
+def test_integer_products_equal_the_reference(isa: str, scheme: str, kind: str, rows: int, cols: int, groups: int, tokens: int) -> None:
+    codes, x = inputs(kind, scheme, rows, cols, tokens)
+    scales = np.random.default_rng(rows).normal(size=(rows, groups)).astype(np.float32)
+    expected = ternary.matmul_integer(codes, scales, *ternary.quantize_activations(x))
+    for threads in (1, 2, 5):
+        assert np.array_equal(_native.matmul_integer(isa, threads, scheme, codes, scales, x), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 1, 1), (16, 4, 1), (33, 64, 5), (20, 1001, 9), (17, 2048, 64)])
+def test_dense_products_equal_the_reference(isa: str, scheme: str, rows: int, cols: int, tokens: int) -> None:
+    rng = np.random.default_rng([rows, cols])
+    w, x = rng.normal(size=(rows, cols)).astype(np.float32), rng.normal(size=(tokens, cols)).astype(np.float32)
+    if scheme == "f16":
+        stored = w.astype(np.float16)
+        stored.flat[: min(4, stored.size)] = np.array([65504, 6e-8, -6.1e-5, 0], np.float16)[: stored.size]  # largest, subnormals, zero
+        w = stored.astype(np.float32)
+    elif scheme == "bf16":
+        stored = (w.view(np.uint32) >> 16).astype(np.uint16)
+        w = (stored.astype(np.uint32) << 16).view(np.float32)
+    else:
+        stored = w
+    assert np.array_equal(_native.matmul_dense(isa, 2, scheme, stored, x), ternary.matmul_dense(w, x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_activations_equal_the_reference(isa: str) -> None:
+    rng = np.random.default_rng(5)
+    for cols in (1, 15, 16, 17, 300):
+        x = np.concatenate(
+            [
+                rng.normal(size=(6, cols)),
+                np.zeros((1, cols)),  # the smallest step
+                np.full((1, cols), 1e-7),
+                rng.normal(size=(1, cols)) * 1e30,
+                np.arange(cols)[None] - cols / 2 + 0.5,  # halves
+            ]
+        ).astype(np.float32)
+        q, step = _native.quantize(isa, x)
+        expected_q, expected_step = ternary.quantize_activations(x)
+        assert np.array_equal(q, expected_q) and np.array_equal(step, expected_step)
+
+
+def test_the_environment_chooses_the_instruction_set() -> None:
+    def chosen(value: str) -> str:
+        code = "from bitnet import _native; print(_native.choose_isa()[0])"
+        return subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"BITNET_ISA": value}, capture_output=True, text=True
+        ).stdout.strip()
+
+    assert [chosen(isa) for isa in ISAS] == ISAS
+    assert chosen("") == ISAS[0] and chosen("mmx") == ""
+
+
+@pytest.mark.parametrize(
+    ("codes", "scales", "x", "message"),
+    [
+        (np.full((4, 4), 2, np.int8), np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), "none of -1, 0, \\+1"),
+        (np.ones((4, 40), np.int8), np.ones((4, 40), np.float32), np.ones((1, 40), np.float32), "a multiple of 16"),
+        (np.ones((4, 4), np.int8), np.ones((3, 1), np.float32), np.ones((1, 4), np.float32), "differ in their rows"),
+        (np.ones((4, 4), np.int8), np.ones((4, 1), np.float32), np.ones((1, 5), np.float32), "differ in their inputs"),
+        (np.ones((1, 65537), np.int8), np.ones((1, 1), np.float32), np.ones((1, 65537), np.float32), "1 to 65536 columns"),
+    ],
+)
+def test_what_would_be_wrong_is_refused(codes: np.ndarray, scales: np.ndarray, x: np.ndarray, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        _native.matmul_integer("scalar", 1, "ternary", codes, scales, x)

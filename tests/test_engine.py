@@ -1,0 +1,234 @@
+"""Loading: what the config says must be what the tensors are. And the engine's own refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitnet import packing, ternary
+from bitnet.engine import SHAPES, Engine, load_engine, random_engine
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
+from bitnet.files import safetensors
+from bitnet.files.hf import open_checkpoint
+
+CONFIG: dict[str, Any] = {
+    "model_type": "bitnet",
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "hidden_act": "relu2",
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+}
+LINEARS = {
+    "self_attn.q_proj": (32, 32),
+    "self_attn.k_proj": (16, 32),
+    "self_attn.v_proj": (16, 32),
+    "self_attn.o_proj": (32, 32),
+    "mlp.gate_proj": (48, 32),
+    "mlp.up_proj": (48, 32),
+    "mlp.down_proj": (32, 48),
+}
+NORMS = {"input_layernorm": 32, "post_attention_layernorm": 32, "self_attn.attn_sub_norm": 32, "mlp.ffn_sub_norm": 48}
+
+
+def tensors() -> dict[str, Any]:
+    rng = np.random.default_rng(0)
+    found: dict[str, Any] = {
+        "model.embed_tokens.weight": rng.normal(size=(60, 32)).astype(np.float32),
+        "model.norm.weight": np.ones(32, np.float32),
+    }
+    for i in range(2):
+        for name, size in NORMS.items():
+            found[f"model.layers.{i}.{name}.weight"] = np.ones(size, np.float32)
+        for name, shape in LINEARS.items():
+            found[f"model.layers.{i}.{name}.weight"] = packing.pack_hf(rng.integers(-1, 2, shape).astype(np.int8))
+            found[f"model.layers.{i}.{name}.weight_scale"] = np.array([0.2], np.float32)
+    return found
+
+
+def write(folder: Path, config: dict[str, Any] | None = None, weights: dict[str, Any] | None = None) -> Path:
+    safetensors.write(folder / "model.safetensors", tensors() if weights is None else weights, {"format": "pt"})
+    (folder / "config.json").write_text(json.dumps(CONFIG if config is None else config))
+    return folder
+
+
+def load(folder: Path, **kwargs: Any) -> Engine:
+    return load_engine(open_checkpoint(folder), threads=1, **kwargs)
+
+
+def test_a_packed_model_loads(tmp_path: Path) -> None:
+    engine = load(write(tmp_path))
+    assert engine.codec == "t2" and engine.config.sub_norms and engine.config.head_dim == 8
+    logits = engine.forward([(engine.sequence(), [1, 2, 3])], all_logits=True)
+    assert logits.shape == (3, 60) and logits.dtype == np.float32 and np.isfinite(logits).all()
+    # 32 x 32 trits: two panels of 2 vectors of 64 bytes and 16 float32 scales; and so on for the others, the norms, the f32 embedding
+    vectors = sum(-(-rows // 16) * (64 * -(-cols // 16) + 64) for rows, cols in LINEARS.values())
+    assert engine.weight_bytes_per_token == 2 * (vectors + 4 * sum(NORMS.values())) + 4 * 32 + 4 * 4 + 64 * 4 * 32
+
+
+def test_a_head_in_int8_is_that_of_the_reference(tmp_path: Path) -> None:
+    stored, int8 = load(write(tmp_path)), load(tmp_path, head="int8")
+    codes, scales = ternary.quantize_int8(tensors()["model.embed_tokens.weight"])
+    exact = write_dense_embedding(tmp_path, codes * scales[:, None])
+    a, b = (e.forward([(e.sequence(), [7])]) for e in (int8, exact))
+    # the same embedding; int8 also rounds the head's activations: 32 of them, each by at most half of 1/127 of the largest
+    assert np.abs(a - b).max() <= 32 * 0.5 / 127 * np.abs(b).max()
+    assert not np.array_equal(a, stored.forward([(stored.sequence(), [7])]))
+
+
+def write_dense_embedding(folder: Path, values: np.ndarray) -> Engine:
+    (folder / "dense").mkdir()
+    return load(write(folder / "dense", weights=tensors() | {"model.embed_tokens.weight": values.astype(np.float32)}))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"model_type": "mamba"}, UnsupportedModelError, "model_type is 'mamba'; this build runs bitnet, llama"),
+        ({"model_type": None}, UnsupportedModelError, "model_type is None"),
+        ({"model_type": ["bitnet"]}, UnsupportedModelError, "model_type is ['bitnet']"),
+        ({"num_attention_heads": 0}, FormatError, "num_attention_heads is 0; expected an integer from 1"),
+        ({"num_attention_heads": -4}, FormatError, "num_attention_heads is -4"),
+        ({"num_attention_heads": 2.5}, FormatError, "num_attention_heads is 2.5"),
+        ({"num_attention_heads": True}, FormatError, "num_attention_heads is True"),
+        ({"num_attention_heads": "4"}, FormatError, "num_attention_heads is '4'"),
+        ({"num_key_value_heads": 3}, FormatError, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
+        ({"num_attention_heads": 5, "num_key_value_heads": 5}, FormatError, "hidden_size 32 is not a multiple of num_attention_heads 5"),
+        ({"head_dim": 7}, FormatError, "head_dim is 7; rope needs an even number"),
+        ({"hidden_size": 64}, FormatError, "config.json makes it"),
+        ({"vocab_size": 61}, FormatError, "'model.embed_tokens.weight' has shape [60, 32]; config.json makes it [61, 32]"),
+        ({"intermediate_size": 44}, FormatError, "config.json makes it"),
+        ({"num_hidden_layers": 3}, FormatError, "tensor 'model.layers.2."),
+        ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers is 1000000000"),
+        ({"num_hidden_layers": None}, FormatError, "num_hidden_layers is None"),
+        ({"max_position_embeddings": 0}, FormatError, "max_position_embeddings is 0"),
+        ({"rms_norm_eps": "small"}, FormatError, "rms_norm_eps is 'small'"),
+        ({"rms_norm_eps": -1.0}, FormatError, "rms_norm_eps is -1.0"),
+        ({"rope_theta": 0}, FormatError, "rope_theta is 0"),
+        ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'; for bitnet this build runs relu2, silu"),
+        ({"hidden_act": ["relu2"]}, UnsupportedModelError, "hidden_act is ['relu2']"),
+        ({"attention_bias": True}, UnsupportedModelError, "attention_bias is set"),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, UnsupportedModelError, "rope scaling 'yarn'; this build runs plain rope"),
+        ({"rope_scaling": "linear"}, FormatError, "rope parameters are 'linear'; expected an object"),
+        ({"rope_parameters": {"partial_rotary_factor": []}}, FormatError, "partial_rotary_factor is []"),
+        ({"tie_word_embeddings": False}, FormatError, "tensor 'lm_head.weight' not found"),
+        ({"quantization_config": None}, FormatError, "packed ternary, but config.json has no quantization_config"),
+        ({"quantization_config": {"quant_method": "gptq"}}, UnsupportedModelError, "quant_method 'gptq'"),
+        ({"quantization_config": {"quant_method": "bitnet", "use_rms_norm": True}}, UnsupportedModelError, "use_rms_norm"),
+        (
+            {"quantization_config": {"quant_method": "bitnet", "quantization_mode": "later"}},
+            UnsupportedModelError,
+            "quantization_mode 'later'",
+        ),
+        (
+            {"quantization_config": {"quant_method": "bitnet", "modules_to_not_convert": "head"}},
+            UnsupportedModelError,
+            "not a list of names",
+        ),
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str, Any], error: type[BitNetError], message: str) -> None:
+    write(tmp_path, config=CONFIG | change)
+    with pytest.raises(error) as raised:
+        load(tmp_path)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("model.layers.1.mlp.up_proj.weight", None, "tensor 'model.layers.1.mlp.up_proj.weight' not found"),
+        ("model.layers.1.mlp.up_proj.weight_scale", None, "is packed (U8) but has no model.layers.1.mlp.up_proj.weight_scale beside it"),
+        ("model.layers.1.mlp.up_proj.weight_scale", np.array([np.nan], np.float32), "gives a scale of nan"),
+        ("model.layers.1.mlp.up_proj.weight_scale", np.array([1, 2], np.float32), "expected [1]"),
+        ("model.layers.1.mlp.up_proj.weight", np.zeros((12, 33), np.uint8), "has shape [48, 33]; config.json makes it [48, 32]"),
+        ("model.layers.1.mlp.up_proj.weight", np.full((12, 32), 255, np.uint8), "a code of 3"),
+        ("model.layers.1.mlp.up_proj.weight", np.zeros((48, 32), np.float32), "without a weight_scale; quantization_mode offline"),
+        ("model.embed_tokens.weight", np.full((60, 32), np.inf, np.float32), "holds NaN or infinity"),
+        ("model.embed_tokens.weight", np.zeros((60, 32), np.int32), "stored as I32"),
+        ("model.norm.weight", np.ones((32, 1), np.float32), "has shape [32, 1]"),
+        ("model.norm.weight", np.full(32, np.nan, np.float32), "holds NaN or infinity"),
+        ("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32), "has biases (model.layers.0.self_attn.q_proj.bias)"),
+    ],
+)
+def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, name: str, value: np.ndarray | None, message: str) -> None:
+    changed = {k: v for k, v in (tensors() | {name: value}).items() if v is not None}
+    write(tmp_path, weights=changed)
+    with pytest.raises(BitNetError) as raised:
+        load(tmp_path)
+    assert message in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_rows_that_are_no_multiple_of_four(tmp_path: Path) -> None:
+    """Packed rows come in fours; what pads them is cut off."""
+    config = CONFIG | {"intermediate_size": 46}
+    weights = tensors()
+    rng = np.random.default_rng(9)
+    for i in range(2):
+        for name, shape in (("gate_proj", (46, 32)), ("up_proj", (46, 32)), ("down_proj", (32, 46))):
+            weights[f"model.layers.{i}.mlp.{name}.weight"] = packing.pack_hf(rng.integers(-1, 2, shape).astype(np.int8))
+        weights[f"model.layers.{i}.mlp.ffn_sub_norm.weight"] = np.ones(46, np.float32)
+    engine = load(write(tmp_path, config, weights))
+    assert np.isfinite(engine.forward([(engine.sequence(), [1])])).all()
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ([[]], "expected one or more integer token ids"),
+        ([[60]], "token ids run from 60 to 60; the vocabulary has 0 to 59"),
+        ([[-1, 3]], "token ids run from -1 to 3"),
+        ([[1.5]], "expected one or more integer token ids"),
+        ([[0] * 65], "0 + 65 tokens; the model's context is 64"),
+        ([], "the batch is empty"),
+    ],
+)
+def test_forward_refuses(tmp_path: Path, batch: list[list[Any]], message: str) -> None:
+    engine = load(write(tmp_path))
+    with pytest.raises(UsageError) as error:
+        engine.forward([(engine.sequence(), ids) for ids in batch])
+    assert message in str(error.value)
+
+
+def test_a_sequence_twice_in_a_batch_or_of_another_model_is_refused(tmp_path: Path) -> None:
+    engine = load(write(tmp_path))
+    sequence = engine.sequence()
+    with pytest.raises(UsageError, match="in the batch twice"):
+        engine.forward([(sequence, [1]), (sequence, [2])])
+    assert len(sequence) == 0
+    other = random_engine("article-12x512", threads=1)
+    with pytest.raises(UsageError, match="a cache of another model"):
+        other.forward([(sequence, [1])])
+
+
+def test_truncating_forgets(tmp_path: Path) -> None:
+    engine = load(write(tmp_path))
+    sequence = engine.sequence()
+    first = engine.forward([(sequence, [5, 6])])
+    engine.forward([(sequence, [7, 8, 9])])
+    sequence.truncate(1)
+    assert len(sequence) == 1 and np.array_equal(engine.forward([(sequence, [6])]), first)
+    with pytest.raises(ValueError, match="only become shorter"):
+        sequence.truncate(3)
+
+
+def test_random_shapes() -> None:
+    engine = random_engine("article-12x512", threads=2)
+    logits = engine.forward([(engine.sequence(), [1, 2, 3])])
+    assert logits.shape == (1, 32000) and np.isfinite(logits).all() and logits.std() > 0
+    s = SHAPES["article-12x512"]
+    trits = s.layers * s.width * (2 * s.heads + 2 * s.kv_heads) * s.head_dim + s.layers * 3 * s.width * s.ffn
+    # two bits a trit and a byte for each of the head's, and 1 to 2 % of scales and norms
+    assert 1 < engine.weight_bytes_per_token / (trits / 4 + s.vocab * s.width) < 1.02
+    with pytest.raises(UsageError, match="no shape is called 'big'"):
+        random_engine("big")

@@ -1,0 +1,70 @@
+"""Imports point one way, and nothing heavy comes in where it is not needed."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import bitnet
+
+ROOT = Path(bitnet.__file__).parent
+# module -> what it may import of bitnet, besides itself and `errors`
+LAYERS = {
+    "errors": set(),
+    "machine": set(),
+    "ternary": set(),
+    "packing": set(),
+    "files": {"packing"},
+    "models": {"files", "packing", "ternary"},
+    "engine": {"_native", "ternary", "packing", "files", "models", "machine"},
+    "sampling": set(),
+    "tokenizer": set(),
+    "generation": {"engine", "sampling", "tokenizer"},
+    "transformer": {"engine", "files", "generation", "machine", "models", "sampling", "tokenizer"},
+    "evaluate": {"engine", "transformer", "tokenizer"},
+    "bench": {"_native", "engine", "generation", "machine", "models", "transformer"},
+    "train": {"ternary", "packing", "files", "models", "evaluate", "transformer"},  # the last two score what was exported
+    "cli": {"*"},
+    "__init__": {"ternary", "transformer", "cli"},
+    "__main__": {"cli"},
+}
+
+
+def modules() -> list[Path]:
+    return sorted(p for p in ROOT.rglob("*.py"))
+
+
+def imported(path: Path) -> set[str]:
+    """Second components of the bitnet modules that the file imports anywhere in it."""
+    package = ["bitnet", *path.relative_to(ROOT).parent.parts]
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {n.name for n in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            name = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {f"{name}.{n.name}" for n in node.names} if name == "bitnet" else {name}
+    return {n.split(".")[1] for n in found if n.startswith("bitnet.")}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_imports_point_one_way(path: Path) -> None:
+    own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+    assert own in LAYERS, f"{own} has no place in the layers"
+    if "*" in LAYERS[own]:
+        return
+    allowed = LAYERS[own] | {own, "errors"} | ({"__version__"} if own != "errors" else set())
+    assert imported(path) <= allowed, f"{path.name} imports {imported(path) - allowed}"
+
+
+def test_only_train_imports_torch() -> None:
+    for path in modules():
+        if path.relative_to(ROOT).parts[0] == "train":
+            continue
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = {n.name for node in ast.walk(tree) if isinstance(node, ast.Import) for n in node.names}
+        names |= {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
+        assert not {n for n in names if n.split(".")[0] in ("torch", "transformers")}, path
