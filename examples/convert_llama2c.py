@@ -34,7 +34,7 @@ def read_checkpoint(path: Path) -> tuple[dict[str, int], dict[str, np.ndarray]]:
     tied, head["vocab_size"] = head["vocab_size"] > 0, abs(head["vocab_size"])
     dim, hidden, layers, heads, kv_heads, vocab, context = (head[k] for k in HEADER)
     if min(head.values()) < 1 or max(head.values()) > 1 << 20 or dim % heads or heads % kv_heads:
-        raise FormatError(f"{path}: the header {tuple(head.values())} is not one of llama2.c's (dim, hidden_dim, layers, heads, kv heads, vocabulary, context)")
+        raise FormatError(f"{path}: the header {tuple(head.values())} is none of llama2.c's: {', '.join(HEADER)}")
     head_dim, kv_dim = dim // heads, dim // heads * kv_heads
     per_layer = {
         "input_layernorm": (dim,),

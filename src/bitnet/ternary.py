@@ -35,13 +35,13 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
     if not (isinstance(alpha, (int, float, np.floating, np.integer)) and np.isfinite(alpha) and alpha >= 0):
         raise UsageError(f"ternarize: alpha is {alpha!r}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
     is_torch = type(weights).__module__.split(".")[0] == "torch"
-    w = weights if is_torch else np.asarray(weights)
+    w: Any = weights if is_torch else np.asarray(weights)
     floating = w.is_floating_point() if is_torch else np.issubdtype(w.dtype, np.floating)
     if not floating:
         raise UsageError(f"ternarize: the weights are of dtype {w.dtype}; expected floating point")
     if (w.numel() if is_torch else w.size) == 0:
         raise UsageError(f"ternarize: the weights are empty (shape {tuple(w.shape)})")
-    wide = w.detach().double() if is_torch else w.astype(np.float64)
+    wide: Any = w.detach().double() if is_torch else w.astype(np.float64)
     mean = float(abs(wide).mean())
     if not np.isfinite(mean):
         raise UsageError("ternarize: the weights hold NaN or infinity; expected finite values")

@@ -1,4 +1,4 @@
-"""From text to a model that runs: `python -m bitnet.train RECIPE --data TEXTS --out RUN [--export FOLDER]`.
+"""From text to a model that runs: `python -m bitnet.train RECIPE --data TEXTS --out RUN --export FOLDER --eval TEXTS`.
 
 Learns the tokenizer, trains (resuming where RUN left off), and writes FOLDER in Hugging Face layout with packed ternary weights.
 """
@@ -20,6 +20,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the recipe's text files")
     parser.add_argument("--out", type=Path, required=True, help="folder of the run: tokenizer, log, checkpoint")
     parser.add_argument("--export", type=Path, help="write the trained model here")
+    parser.add_argument("--eval", type=Path, help="folder of texts (*.txt) to score the exported model on")
+    parser.add_argument("--card", type=Path, help="text of the model card, with {placeholders}")
     args = parser.parse_args()
 
     recipe = Recipe.load(args.recipe)
@@ -32,7 +34,7 @@ def main() -> None:
     if args.export:
         from bitnet.train.export import export_run
 
-        export_run(recipe, model, args.out, args.export)
+        export_run(recipe, model, args.out, args.export, sorted(args.eval.glob("*.txt")) if args.eval else [], args.card)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ the inference engine does, so that what is trained is what runs.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -19,7 +21,7 @@ class _TernaryMatmul(torch.autograd.Function):
     """y = (step * q) @ (alpha * T)^T, gradients straight through both roundings."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
         alpha = weight.abs().mean().clamp(min=1e-5)
         trits = (weight / alpha).round().clamp(-1, 1).to(compute_dtype)  # [out, in]
         xf = x.float()
@@ -29,7 +31,7 @@ class _TernaryMatmul(torch.autograd.Function):
         return ((q @ trits.t()).float() * (alpha / scale)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
         q, scale, trits, alpha = ctx.saved_tensors
         grad_x = ((grad.to(trits.dtype) @ trits).float() * alpha).to(grad.dtype)
         g = (grad.float() / scale).to(trits.dtype).flatten(0, -2)  # [tokens, out]
@@ -47,7 +49,7 @@ class TernaryLinear(nn.Linear):
     compute_dtype: torch.dtype = torch.bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
-        y = _TernaryMatmul.apply(x, self.weight, self.compute_dtype)
+        y: Tensor = _TernaryMatmul.apply(x, self.weight, self.compute_dtype)
         return y if self.bias is None else y + self.bias
 
 
@@ -59,6 +61,7 @@ def ternarize_linears(model: nn.Module, keep: tuple[str, ...] = ("lm_head",), co
     names = [n for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith(keep)]
     for name in names:
         old = model.get_submodule(name)
+        assert isinstance(old, nn.Linear)
         new = TernaryLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
         new.weight, new.bias, new.compute_dtype = old.weight, old.bias, compute_dtype
         model.set_submodule(name, new)

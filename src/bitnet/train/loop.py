@@ -1,7 +1,7 @@
 """The training loop: fixed number of steps, warm-up, constant, then linear decay to zero, resumable at any checkpoint.
 
 Matrices are optimized by Muon (momentum, orthogonalized; K. Jordan 2024), which `torch.optim` carries; the embedding and the norms by
-AdamW. Both share one schedule. During the decay the mixture of texts moves to a second set of weights: what a model sees last shapes it most.
+AdamW. Both share one schedule. During the decay the texts are mixed by a second set of weights: what a model sees last shapes it most.
 """
 
 from __future__ import annotations
@@ -57,7 +57,9 @@ def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimiz
     chosen = {id(p) for p in matrices}
     vectors = [p for p in model.parameters() if id(p) not in chosen]
     return [
-        torch.optim.Muon(matrices, lr=schedule.matrix_lr, weight_decay=schedule.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.Muon(
+            matrices, lr=schedule.matrix_lr, weight_decay=schedule.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
+        ),
         torch.optim.AdamW(vectors, lr=schedule.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
     ]
 

@@ -59,9 +59,9 @@ class Recipe:
             bos_token_id=0,
             eos_token_id=0,
             rope_parameters=rope,
-            attn_implementation="sdpa",
             **sizes,
         )
+        config._attn_implementation = "sdpa"
         model = BitNetForCausalLM(config)
         ternarize_linears(model)
         return model
