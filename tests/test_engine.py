@@ -232,3 +232,9 @@ def test_random_shapes() -> None:
     assert 1 < engine.weight_bytes_per_token / (trits / 4 + s.vocab * s.width) < 1.02
     with pytest.raises(UsageError, match="no shape is called 'big'"):
         random_engine("big")
+
+
+def test_a_model_larger_than_the_memory_is_refused_with_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.machine.available_memory_bytes", lambda: 1000)
+    with pytest.raises(BitNetError, match=r"needs 0\.0 GB of memory, 0\.0 GB are available"):
+        load(write(tmp_path))

@@ -6,6 +6,7 @@ the same call, and a sequence's logits are the same bits in all of them, for any
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Sequence as ListLike
@@ -19,7 +20,7 @@ from bitnet import _native, ternary
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files.hf import Checkpoint
 from bitnet.files.tensor import Tensor
-from bitnet.machine import usable_cores
+from bitnet.machine import require_memory, usable_cores
 from bitnet.models import ModelConfig, Quantization, adapter_for, quantization
 
 HEADS = ("stored", "int8")
@@ -106,6 +107,7 @@ def load_engine(checkpoint: Checkpoint, *, threads: int | None = None, head: str
     shapes = _shapes(config)
     for ours, theirs in names.items():
         _check_shape(tensors[theirs], shapes[_kind(ours)], where)
+    require_memory(where, sum(_native_bytes(_kind(ours), tensors[theirs], quant) for ours, theirs in names.items()))
     native = _new_native(config, threads)
     for ours, theirs in names.items():
         tensor = tensors[theirs]
@@ -153,6 +155,11 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
     padded = (-(-expected[0] // 4) * 4, *expected[1:])  # packed ternary comes in fours of rows
     if found != expected and not (tensor.scheme == "ternary" and found == padded):
         raise FormatError(f"{where}: tensor {tensor.name!r} has shape {list(found)}; config.json makes it {list(expected)}")
+
+
+def _native_bytes(kind: str, tensor: Tensor, quant: Quantization | None) -> int:
+    """About what the tensor will take: two bits a weight where it becomes ternary, what it takes in the file otherwise."""
+    return math.prod(tensor.shape) // 4 if kind in _LINEARS and quant and quant.online else tensor.nbytes
 
 
 def _finite(tensor: Tensor) -> NDArray[np.float32]:

@@ -7,6 +7,8 @@ import sys
 import time
 from pathlib import Path
 
+from bitnet.errors import BitNetError
+
 
 def usable_cores() -> int:
     """Cores that this process may use."""
@@ -21,6 +23,15 @@ def available_memory_bytes() -> int | None:
     if limit is not None and used is not None:
         found.append(max(0, limit - used))
     return min(found, default=None)
+
+
+def require_memory(what: str, needed_bytes: int) -> None:
+    """Raises `BitNetError`, with the numbers, if `needed_bytes` exceed the memory that is available."""
+    available = available_memory_bytes()
+    if available is not None and needed_bytes > available:
+        raise BitNetError(
+            f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; choose less, or free some"
+        )
 
 
 def total_memory_bytes() -> int | None:
@@ -55,13 +66,13 @@ def peak_rss_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def seconds_since_process_start() -> float | None:
-    """Age of this process, to about 10 ms (field 22 of /proc/self/stat counts clock ticks since boot). None if unknown."""
-    try:
-        fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
-        return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
-    except (OSError, AttributeError, IndexError, ValueError):
-        return None
+def program_start() -> float:
+    """When this program began, as `time.perf_counter()` counts; to be asked at its entry.
+
+    Now, less the processor time used so far: the interpreter's start. The kernel's start time of the process would be wrong for a
+    program that a shell became (`make && program`): it includes all that the shell ran before.
+    """
+    return time.perf_counter() - time.process_time()
 
 
 def _lines(path: str) -> list[str]:

@@ -14,11 +14,12 @@ from click.testing import Result
 
 from bitnet import __version__, machine
 from bitnet.cli import COMMANDS
-from bitnet.cli.bench import SHAPE_NAMES, check_memory
+from bitnet.cli.bench import SHAPE_NAMES
 from bitnet.cli.eval import repeat_option
 from bitnet.cli.options import EMBEDDED_MODEL
 from bitnet.engine import SHAPES
 from bitnet.errors import BitNetError
+from bitnet.machine import require_memory
 from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
 
 Bitnet = Callable[..., Result]
@@ -188,10 +189,10 @@ def test_bench_refuses_what_does_not_fit(bitnet: Bitnet, monkeypatch: pytest.Mon
     assert done.exit_code == 1
     assert done.stderr == ("error: shape llama3-8b with head f16 needs 3.8 GB of memory, 1.0 GB are available; choose less, or free some\n")
     monkeypatch.setattr(machine, "available_memory_bytes", lambda: None)  # unknown: not refused
-    check_memory("anything", 1 << 60)
+    require_memory("anything", 1 << 60)
     with pytest.raises(BitNetError, match="needs"):
         monkeypatch.setattr(machine, "available_memory_bytes", lambda: 0)
-        check_memory("anything", 1)
+        require_memory("anything", 1)
 
 
 def test_bench_warns_of_other_load(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -108,3 +108,12 @@ def test_an_ascii_stdout_shows_what_it_can(model_folder: Path, process_environme
     command = [sys.executable, "-m", "bitnet", "run", str(model_folder), "-p", "caf\u00e9", "-n", "3", "--seed", "1"]
     done = subprocess.run(command, capture_output=True, env=environment, timeout=TIMEOUT_S)
     assert done.returncode == 0 and done.stdout.startswith(b"caf?"), done.stderr
+
+
+def test_time_to_first_token_does_not_count_what_the_shell_did_before(model_folder: Path) -> None:
+    """A shell becomes its last command: the process is then older than the program."""
+    line = f"sleep 3 && exec {sys.executable} -m bitnet run {model_folder} -p hello -n 2 --json"
+    start = time.perf_counter()
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
+    whole_s = time.perf_counter() - start
+    assert json.loads(done.stdout.splitlines()[-1])["time_to_first_token_s"] <= whole_s - 3

@@ -93,12 +93,13 @@ def command(
 
 def build(model: str | None, shape: str | None, head: str, threads: int | None) -> Engine:
     """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
+    from bitnet import machine
     from bitnet.engine import load_engine, random_engine, shape_bytes
 
     if shape is not None:
         if head == "stored":
             raise click.UsageError("--head stored is for a MODEL; a --shape takes f16 or int8")
-        check_memory(f"shape {shape} with head {head}", shape_bytes(shape, head))
+        machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head))
         return random_engine(shape, threads=threads, head=head, seed=1)
     if head == "f16":
         raise click.UsageError("--head f16 is for a --shape; a MODEL takes stored or int8")
@@ -106,28 +107,16 @@ def build(model: str | None, shape: str | None, head: str, threads: int | None) 
     from bitnet.transformer import resolve
 
     checkpoint = open_checkpoint(resolve(EMBEDDED_MODEL if model is None else model))
-    check_memory(str(checkpoint.path), sum(tensor.nbytes for tensor in checkpoint.tensors.values()))
     return load_engine(checkpoint, threads=threads, head=head)
 
 
 def check_cache(engine: Engine, tokens: int) -> None:
     """Refuses a batch whose keys and values, with the memory that the bandwidth is measured over, do not fit."""
+    from bitnet import machine
     from bitnet.bench.speed import ROOFLINE_BYTES, cache_bytes
 
     what = f"a KV cache of {tokens:,} tokens and {ROOFLINE_BYTES / 1e9:.1f} GB to measure the bandwidth"
-    check_memory(what, cache_bytes(engine.config, tokens) + ROOFLINE_BYTES)
-
-
-def check_memory(what: str, needed_bytes: int) -> None:
-    """Raises `BitNetError` if `needed_bytes` exceed the memory that is available."""
-    from bitnet import machine
-    from bitnet.errors import BitNetError
-
-    available = machine.available_memory_bytes()
-    if available is not None and needed_bytes > available:
-        raise BitNetError(
-            f"{what} needs {needed_bytes / 1e9:.1f} GB of memory, {available / 1e9:.1f} GB are available; choose less, or free some"
-        )
+    machine.require_memory(what, cache_bytes(engine.config, tokens) + ROOFLINE_BYTES)
 
 
 def table(

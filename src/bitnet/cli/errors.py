@@ -15,6 +15,7 @@ from typing import Any
 import click
 
 from bitnet.errors import BitNetError
+from bitnet.machine import program_start
 
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
@@ -26,7 +27,7 @@ class Guarded(click.Command):
         if sys.stdout is None:  # closed by the caller (`>&-`): nothing to write to
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
         words = list(sys.argv[1:] if args is None else args)
-        extra["standalone_mode"] = False
+        extra |= {"standalone_mode": False, "obj": program_start()}  # `obj`: what the time to the first token counts from
         run: Callable[..., Any] = super().main
         with warnings.catch_warnings():
             warnings.simplefilter("always", UserWarning)
