@@ -35,7 +35,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
 
   std::vector<Rotation> rotations;
   for (const Token& t : tokens) rotations.emplace_back(model.rope_inverse.data(), c.head_dim, t.position);
-  pool.run(n, [&](int t, int) { dequantize_row(model.embedding, ids[t], &x[size_t(t) * width]); });
+  pool.run(n, [&](int t, int) { dequantize_row(k, model.embedding, ids[t], &x[size_t(t) * width]); });
 
   for (int l = 0; l < c.n_layers; l++) {
     const Layer& layer = model.layers[l];

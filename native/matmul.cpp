@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <stdexcept>
+#include <vector>
 
 namespace bitnet {
 namespace {
@@ -35,30 +36,34 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
   return w;
 }
 
-// Where the code of (row, col) lies: a byte and a shift.
-struct Place {
-  int64_t byte;
-  int shift;
-};
-Place place(const Linear& w, int row, int col) {
-  int64_t panel = row / kPanelRows * w.panel_bytes;
-  int lane = 4 * (row % kPanelRows) + col % 4;
-  if (w.scheme == Scheme::ternary) return {panel + 64 * int64_t(col / kTwoBitInputs) + lane, 2 * (col / 4 % 4)};
-  return {panel + 64 * int64_t(col / 4) + lane, 0};
+// Calls visit(col, byte, shift) for every fourth column of a row of an integer matrix: the codes of col..col+3 lie in the
+// four bytes from `byte`, at bits shift and up.
+template <typename Visit>
+void for_each_quad(const Linear& w, int row, Visit visit) {
+  int64_t byte = row / kPanelRows * w.panel_bytes + 4 * (row % kPanelRows);
+  if (w.scheme == Scheme::int8) {
+    for (int col = 0; col < w.cols; col += 4, byte += 64) visit(col, byte, 0);
+  } else {
+    for (int col = 0; col < w.cols; col += 4) visit(col, byte + 64 * int64_t(col / kTwoBitInputs), col / 2 % 8);
+  }
 }
 }  // namespace
 
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
   Linear w = shaped(scheme, rows, cols, n_groups);
-  const int bias = code_bias(scheme), top = scheme == Scheme::ternary ? 2 : 255;
+  const unsigned bias = code_bias(scheme), top = scheme == Scheme::ternary ? 2 : 255;
+  uint8_t* packed = w.panels.data();
   for (int r = 0; r < rows; r++) {
     const int8_t* row = codes + int64_t{r} * cols;
-    for (int c = 0; c < cols; c++) {
-      int code = row[c] + bias;
-      if (code < 0 || code > top) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
-      Place at = place(w, r, c);
-      w.panels[at.byte] = uint8_t(w.panels[at.byte] | code << at.shift);
-    }
+    unsigned largest = 0;
+    for_each_quad(w, r, [&](int col, int64_t byte, int shift) {
+      for (int i = 0; i < std::min(4, cols - col); i++) {
+        const unsigned code = unsigned(row[col + i]) + bias;  // below -bias wraps to a large one
+        largest = std::max(largest, code);
+        packed[byte + i] = uint8_t(packed[byte + i] | code << shift);
+      }
+    });
+    if (largest > top) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
     for (int g = 0; g < n_groups; g++)
       w.scales[(size_t(r / kPanelRows) * n_groups + g) * kPanelRows + r % kPanelRows] = scales[int64_t{r} * n_groups + g];
   }
@@ -95,43 +100,44 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
       std::memcpy(w.panels.data() + i, &r, 4);
     }
   } else {
-    const uint16_t one = scheme == Scheme::f16 ? 0x3c00 : 0x3f80;
     if (scheme == Scheme::f32) throw std::invalid_argument("random f32 matrices are not made: benchmark f16 or bf16");
-    int exponent = std::ilogb(scale);  // values +-2^exponent * (1 + fraction): no infinities, no subnormals
-    const int mantissa = scheme == Scheme::f16 ? 10 : 7;
-    for (size_t i = 0; i < bytes; i += 2) {
-      uint32_t r = uint32_t(next());
-      const uint16_t v = uint16_t((r & 0x8000) | ((one >> mantissa) + exponent) << mantissa | (r & ((1 << mantissa) - 1)));
-      std::memcpy(w.panels.data() + i, &v, 2);
+    // +-2^exponent * (1 + fraction), two at a time: no infinities, no subnormals
+    const uint32_t mantissa = scheme == Scheme::f16 ? 10 : 7, bias = scheme == Scheme::f16 ? 15 : 127;
+    const uint32_t exponent = uint32_t(std::ilogb(scale) + int(bias)) << mantissa, kept = 0x8000 | ((1u << mantissa) - 1);
+    for (size_t i = 0; i < bytes; i += 4) {
+      const uint32_t r = (uint32_t(next()) & (kept << 16 | kept)) | exponent << 16 | exponent;
+      std::memcpy(w.panels.data() + i, &r, 4);
     }
   }
   return w;
 }
 
-void dequantize_row(const Linear& w, int row, float* out) {
+void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
   if (w.integer()) {
     const int bias = code_bias(w.scheme), mask = w.scheme == Scheme::ternary ? 3 : 255;
     const float* scales = &w.scales[size_t(row / kPanelRows) * w.n_groups * kPanelRows + row % kPanelRows];
-    for (int c = 0; c < w.cols; c++) {
-      Place at = place(w, row, c);
-      out[c] = float((w.panels[at.byte] >> at.shift & mask) - bias) * scales[c / w.group * kPanelRows];
-    }
+    for_each_quad(w, row, [&](int col, int64_t byte, int shift) {
+      const float scale = scales[col / w.group * kPanelRows];
+      for (int i = 0; i < std::min(4, w.cols - col); i++) out[col + i] = float((w.panels[byte + i] >> shift & mask) - bias) * scale;
+    });
     return;
   }
-  // One-hot activations through the scalar kernel would do the same; reading the column of the panel is quicker.
-  const uint8_t* panel = w.panels.data() + row / kPanelRows * w.panel_bytes;
-  alignas(64) float lanes[kPanelRows];
-  static const float unit[4] = {1, 0, 0, 0};
-  DotDense widen = w.scheme == Scheme::f16 ? kScalar.dot_f16_f32 : kScalar.dot_bf16_f32;
+  const size_t size = w.scheme == Scheme::f32 ? 4 : 2;
+  const uint8_t* from = w.panels.data() + row / kPanelRows * w.panel_bytes + row % kPanelRows * size;
+  if (w.scheme == Scheme::f16) {
+    const int padded = round_up(w.cols, 16);
+    std::vector<uint16_t> halves(padded);
+    std::vector<float> wide(padded);
+    for (int c = 0; c < w.cols; c++) std::memcpy(&halves[c], from + c * kPanelRows * size, size);
+    const float one = 1;
+    k.weigh_f16(&one, halves.data(), 1, padded, wide.data());  // 0 + 1 * half
+    std::copy_n(wide.begin(), w.cols, out);
+    return;
+  }
   for (int c = 0; c < w.cols; c++) {
-    if (w.scheme == Scheme::f32) {
-      std::memcpy(out + c, panel + (c * kPanelRows + row % kPanelRows) * 4, 4);
-      continue;
-    }
-    alignas(64) uint16_t column[4 * kPanelRows] = {};
-    std::memcpy(column, panel + (c * kPanelRows + row % kPanelRows) * 2, 2);
-    widen(column, 4, unit, 4, 1, lanes);
-    out[c] = lanes[0];
+    uint32_t bits = 0;  // bf16 is the upper half of a float32; little-endian
+    std::memcpy(reinterpret_cast<uint8_t*>(&bits) + 4 - size, from + c * kPanelRows * size, size);
+    std::memcpy(out + c, &bits, 4);
   }
 }
 

@@ -33,7 +33,7 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
 Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed);
 
 // Row `row` as float32 [cols].
-void dequantize_row(const Linear& w, int row, float* out);
+void dequantize_row(const Kernels& k, const Linear& w, int row, float* out);
 
 // A batch of rows, quantized when the first integer matrix asks and then kept for the next one.
 class Activations {

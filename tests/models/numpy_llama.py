@@ -43,8 +43,8 @@ class NumpyLlama:
         out[..., 1::2] = x[..., 0::2] * sin + x[..., 1::2] * cos
         return out
 
-    def logits(self, ids: list[int]) -> np.ndarray:
-        """float64 [tokens, vocab]."""
+    def logits(self, ids: list[int], cache: type = np.float64) -> np.ndarray:
+        """float64 [tokens, vocab]; keys and values are rounded to the dtype `cache`."""
         n, size = len(ids), self.dim // self.heads
         x = self.embedding[ids]
         future = np.triu(np.full((n, n), -np.inf), 1)
@@ -53,10 +53,11 @@ class NumpyLlama:
             q = self.rope((h @ self.wq[i].T).reshape(n, self.heads, size))
             k = self.rope((h @ self.wk[i].T).reshape(n, self.kv_heads, size)).repeat(self.heads // self.kv_heads, 1)
             v = (h @ self.wv[i].T).reshape(n, self.kv_heads, size).repeat(self.heads // self.kv_heads, 1)
-            scores = np.einsum("qhd,khd->hqk", q, k) / np.sqrt(size) + future
+            k, v = k.astype(cache).astype(np.float64), v.astype(cache).astype(np.float64)
+            scores = q.swapaxes(0, 1) @ k.transpose(1, 2, 0) / np.sqrt(size) + future  # [heads, queries, keys]
             p = np.exp(scores - scores.max(-1, keepdims=True))
             p /= p.sum(-1, keepdims=True)
-            x = x + np.einsum("hqk,khd->qhd", p, v).reshape(n, -1) @ self.wo[i].T
+            x = x + (p @ v.swapaxes(0, 1)).swapaxes(0, 1).reshape(n, -1) @ self.wo[i].T
             h = self.rms(x, self.norm2[i])
             gate = h @ self.w1[i].T
             x = x + (gate / (1 + np.exp(-gate)) * (h @ self.w3[i].T)) @ self.w2[i].T

@@ -47,8 +47,8 @@ def folder(converter: ModuleType, source: Path, tmp_path_factory: pytest.TempPat
 def test_logits_are_those_of_the_independent_forward(folder: Path, source: Path) -> None:
     model, reference = TernaryTransformer.from_pretrained(folder), NumpyLlama(source / "stories260K.bin")
     ids = [1, *np.random.default_rng(0).integers(3, 512, 200).tolist()]
-    expected = reference.logits(ids)
-    # every key and value is rounded to f16, 2^-11 of itself at most; attention averages, the norms are scale-free
+    expected = reference.logits(ids, cache=np.float16)
+    # float32 noise may round a key or value to the other neighbour, by 2^-11 of itself; attention averages, the norms are scale-free
     assert np.abs(model.logits(ids) - expected).max() <= 2**-11 * np.abs(expected).max()
 
 
@@ -111,7 +111,7 @@ def test_bad_checkpoints_are_refused(converter: ModuleType, source: Path, tmp_pa
     for name, data, expected in [
         ("short", good[:20], "has 20 bytes; a llama2.c checkpoint begins with a header of 28"),
         ("cut", good[:-4], "its header makes it"),
-        ("zero", struct.pack("<7i", *[0] * 7) + good[28:], "is not one of llama2.c's"),
+        ("zero", struct.pack("<7i", *[0] * 7) + good[28:], r"is none of llama2\.c's"),
     ]:
         path = tmp_path / name
         path.write_bytes(data)

@@ -36,9 +36,8 @@ std::vector<const Kernels*> runnable() {
 }
 
 // What ternary.py defines, in 64-bit integers.
-void reference(Scheme s, const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, Activations& in, float* y) {
+void reference(const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, Activations& in, float* y) {
   const int group = groups == 1 ? cols : ((cols + groups - 1) / groups + 15) / 16 * 16;
-  (void)s;
   for (int t = 0; t < in.n_tokens(); t++)
     for (int r = 0; r < rows; r++) {
       float sum = 0;
@@ -70,11 +69,11 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
             Activations in;
             in.set(x.data(), c.tokens, c.cols);
             matmul(*k, pool, w, in, y.data());
-            reference(scheme, codes, scales, c.rows, c.cols, c.groups, in, expected.data());
+            reference(codes, scales, c.rows, c.cols, c.groups, in, expected.data());
             check(y == expected, scheme == Scheme::ternary ? "ternary matmul" : "int8 matmul", k->name, c.rows, c.cols);
           }
         std::vector<float> row(c.cols);
-        dequantize_row(w, c.rows - 1, row.data());
+        dequantize_row(*isas[0], w, c.rows - 1, row.data());
         const int group = w.group;
         for (int i = 0; i < c.cols; i++)
           check(row[i] == codes[size_t(c.rows - 1) * c.cols + i] * scales[size_t(c.rows - 1) * c.groups + i / group], "dequantize_row", "", i);
