@@ -6,10 +6,10 @@
 
 namespace bitnet {
 
-Rotation::Rotation(const float* inverse, int head_dim, int position) : cosine(head_dim / 2), sine(head_dim / 2) {
+Rotation::Rotation(const float* inverse, int head_dim, int position, float scale) : cosine(head_dim / 2), sine(head_dim / 2) {
   for (int i = 0; i < head_dim / 2; i++) {
     const double angle = float(position) * inverse[i];  // the product in float32, as models are trained
-    cosine[i] = float(std::cos(angle)), sine[i] = float(std::sin(angle));
+    cosine[i] = float(std::cos(angle)) * scale, sine[i] = float(std::sin(angle)) * scale;
   }
 }
 
@@ -36,29 +36,37 @@ void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, 
   }
 }
 
-void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* q, float* out) {
+void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
+            float* out) {
   const int dim = tokens[0].cache->padded_dim(), group = c.n_heads / c.n_kv_heads, n_tokens = int(tokens.size());
   int longest = 0;
   for (const Token& t : tokens) longest = std::max(longest, t.position + 1);
   const size_t stride = (longest + 31) / 16 * 16 + 2 * dim;
   Buffer<float> scratch(stride * pool.size());  // per thread: scores, padded query, padded result
-  const float scale = 1.0f / std::sqrt(float(c.head_dim));
   pool.run(n_tokens * c.n_heads, [&](int item, int thread) {
     const Token& token = tokens[item / c.n_heads];
-    const int head = item % c.n_heads, n = token.position + 1;
+    const int head = item % c.n_heads, end = token.position + 1, begin = window ? std::max(0, end - window) : 0;
     const size_t at = (size_t(item / c.n_heads) * c.n_heads + head) * c.head_dim;
     float* query = scratch.data() + thread * stride;
     float* sum = query + dim;
     float* scores = sum + dim;
     std::memcpy(query, q + at, c.head_dim * sizeof(float));
     std::fill_n(sum, dim, 0.0f);
-    for (int j = 0; j < n; j += KvCache::kPagePositions)
-      k.scores_f16(query, token.cache->keys(j / KvCache::kPagePositions, layer, head / group), std::min(n - j, KvCache::kPagePositions), dim,
-                   scale, scores + j);
-    const float inverse = 1.0f / k.softmax(scores, n);
-    for (int j = 0; j < n; j += KvCache::kPagePositions)
-      k.weigh_f16(scores + j, token.cache->values(j / KvCache::kPagePositions, layer, head / group), std::min(n - j, KvCache::kPagePositions),
-                  dim, sum);
+    // Calls work(page, slot, position, n) for every run of visible positions that lie in one page, from `slot` of it on.
+    auto for_each_page = [&](auto work) {
+      for (int j = begin, n; j < end; j += n) {
+        const int slot = j % KvCache::kPagePositions;
+        n = std::min(end - j, KvCache::kPagePositions - slot);
+        work(j / KvCache::kPagePositions, slot, j, n);
+      }
+    };
+    for_each_page([&](int page, int slot, int j, int n) {
+      k.scores_f16(query, token.cache->keys(page, layer, head / group) + slot * dim, n, dim, c.attention_scale, scores + j - begin);
+    });
+    const float inverse = 1.0f / k.softmax(scores, end - begin);
+    for_each_page([&](int page, int slot, int j, int n) {
+      k.weigh_f16(scores + j - begin, token.cache->values(page, layer, head / group) + slot * dim, n, dim, sum);
+    });
     for (int d = 0; d < c.head_dim; d++) out[at + d] = sum[d] * inverse;
   }, int64_t{n_tokens} * longest * c.n_heads * dim >= 16384);
 }

@@ -15,17 +15,19 @@ struct Token {
   int position;
 };
 
-// Rotates x [n_heads, head_dim] in place by position * inverse[i] radians.
+// Rotates x [n_heads, head_dim] in place by position * inverse[i] radians, and scales it.
 struct Rotation {
-  std::vector<float> cosine, sine;  // [head_dim / 2]
-  Rotation(const float* inverse, int head_dim, int position);
+  std::vector<float> cosine, sine;  // [head_dim / 2], times scale
+  Rotation(const float* inverse, int head_dim, int position, float scale);
   void apply(float* x, int n_heads, bool interleaved) const;
 };
 
 // Writes k, v [n_kv_heads, head_dim] of one token into its cache at its position.
 void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values);
 
-// q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions.
-void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* q, float* out);
+// q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions; with a
+// window of more than 0, only that many positions, its own included.
+void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
+            float* out);
 
 }  // namespace bitnet

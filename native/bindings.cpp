@@ -50,9 +50,16 @@ Scheme scheme_named(const std::string& name) {
   throw std::invalid_argument("no scheme is called " + name);
 }
 
+Activation activation_named(const std::string& name) {
+  if (name == "silu") return Activation::silu;
+  if (name == "relu2") return Activation::relu2;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  throw std::invalid_argument("no activation is called " + name);
+}
+
 // A model and its caches share ownership: a cache may outlive the Python object of the model it was made for.
 struct PyModel {
-  PyModel(const Config& c, int threads, const Kernels* k) : model(c, threads, k) {}
+  PyModel(const Config& c, const std::vector<bool>& windowed, int threads, const Kernels* k) : model(c, windowed, threads, k) {}
   Model model;
   bool complete = false;
 };
@@ -129,16 +136,18 @@ NB_MODULE(_native, m) {
   nb::class_<PyModel>(m, "Model")
       .def("__init__",
            [](PyModel* self, int n_layers, int vocab_size, int hidden_size, int ffn_size, int n_heads, int n_kv_heads, int head_dim,
-              int max_context, float norm_eps, const std::string& activation, bool sub_norms, bool rope_interleaved, int threads,
-              const std::string& isa) {
-             if (activation != "silu" && activation != "relu2") throw std::invalid_argument("no activation is called " + activation);
+              int max_context, float norm_eps, const std::string& activation, float embedding_scale, float attention_scale,
+              float rope_scale, int sliding_window, const std::vector<bool>& windowed, int activation_group, bool sub_norms,
+              bool post_norms, bool qk_norms, bool rope_interleaved, int threads, const std::string& isa) {
              if (threads < 1 || threads > 1024) throw std::invalid_argument("threads must be 1 to 1024");
              Config c{n_layers, vocab_size, hidden_size, ffn_size, n_heads, n_kv_heads, head_dim, max_context, norm_eps,
-                      activation == "silu" ? Activation::silu : Activation::relu2, sub_norms, rope_interleaved};
-             new (self) PyModel(c, threads, kernels_named(isa));
+                      activation_named(activation), embedding_scale, attention_scale, rope_scale, sliding_window, activation_group,
+                      sub_norms, post_norms, qk_norms, rope_interleaved};
+             new (self) PyModel(c, windowed, threads, kernels_named(isa));
            },
            nb::kw_only(), "n_layers"_a, "vocab_size"_a, "hidden_size"_a, "ffn_size"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a,
-           "max_context"_a, "norm_eps"_a, "activation"_a, "sub_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
+           "max_context"_a, "norm_eps"_a, "activation"_a, "embedding_scale"_a, "attention_scale"_a, "rope_scale"_a, "sliding_window"_a,
+           "windowed"_a, "activation_group"_a, "sub_norms"_a, "post_norms"_a, "qk_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
       .def("set_integer", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<int8_t> codes,
                              Matrix<float> scales) { self.model.set_linear(name, make_integer(scheme, codes, scales)); },
            "name"_a, "scheme"_a, "codes"_a, "scales"_a)
@@ -158,22 +167,28 @@ NB_MODULE(_native, m) {
       .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
       .def("cache", [](PyModel& self) { return new PyCache(self.model.config); })  // Python owns it
       .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
+      .def_prop_rw("activation_group", [](PyModel& self) { return self.model.config.activation_group; },
+                   [](PyModel& self, int group) {
+                     if (group < 0 || group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
+                     self.model.config.activation_group = group;
+                   })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
 
   // ---- for tests, benchmarks and `bitnet doctor`
-  m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x) {
+  m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x, int activation_group) {
     Linear w = make_integer(scheme, codes, scales);
     if (int(x.shape(1)) != w.cols) throw std::invalid_argument("x and the weights differ in their inputs");
+    if (activation_group < 0 || activation_group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
     ThreadPool pool(threads);
-    Activations in;
+    Activations in(activation_group);
     in.set(x.data(), to_int(x.shape(0)), w.cols);
     float* y = nullptr;
     nb::object result = new_array<float>({x.shape(0), size_t(w.rows)}, &y);
     matmul(*kernels_named(isa), pool, w, in, y);
     return result;
-  }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a);
+  }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a, "activation_group"_a = 0);
   m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> values, Matrix<float> x) {
     Scheme s = scheme_named(scheme);
     if (s == Scheme::ternary || s == Scheme::int8 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);

@@ -3,7 +3,8 @@
 
 namespace bitnet {
 
-enum class Activation { silu, relu2 };  // of the gate: x * sigmoid(x), or max(x, 0)^2
+// Of the gate: x * sigmoid(x); max(x, 0)^2; or x/2 * (1 + tanh(sqrt(2/pi) * (x + 0.044715 x^3)))
+enum class Activation { silu, relu2, gelu_tanh };
 
 struct Config {
   int n_layers = 0;
@@ -16,7 +17,14 @@ struct Config {
   int max_context = 0;  // tokens a sequence may hold
   float norm_eps = 0;   // added to the mean square in every RMSNorm
   Activation activation = Activation::silu;
+  float embedding_scale = 1;      // multiplies the embedding's rows (gemma: sqrt(hidden_size))
+  float attention_scale = 0;      // multiplies query . key, usually 1 / sqrt(head_dim)
+  float rope_scale = 1;           // multiplies sine and cosine (yarn's attention factor)
+  int sliding_window = 0;         // positions, its own included, that a token of a windowed layer sees
+  int activation_group = 0;       // inputs that share an int8 step: a multiple of 16, or 0 for one step per token
   bool sub_norms = false;         // RMSNorm before o_proj and before down_proj (BitNet b1.58)
+  bool post_norms = false;        // RMSNorm after o_proj and after down_proj (gemma)
+  bool qk_norms = false;          // RMSNorm of every query and key head, before rope (qwen3, gemma)
   bool rope_interleaved = false;  // rotate neighbours (2i, 2i+1) instead of halves (i, i + head_dim/2)
 };
 

@@ -141,27 +141,35 @@ void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
   }
 }
 
-void Activations::quantize(const Kernels& k, ThreadPool& pool, int group) {
+void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) {
+  const int step_group = grouped() ? step_group_ : cols_;
   if (stride_ == 0) {
     stride_ = round_up(cols_, 64);
+    n_steps_ = (cols_ + step_group - 1) / step_group;
     q_.reserve(size_t(n_) * stride_);
-    step_.reserve(n_);
+    step_.reserve(size_t(n_) * n_steps_);
     pool.run(n_, [&](int t, int) {
       int8_t* row = q_.data() + t * stride_;
-      step_[t] = k.quantize(x_ + int64_t{t} * cols_, cols_, row);
+      for (int s = 0, c = 0; c < cols_; s++, c += step_group)
+        step_[size_t(t) * n_steps_ + s] = k.quantize(x_ + int64_t{t} * cols_ + c, std::min(step_group, cols_ - c), row + c);
       std::memset(row + cols_, 0, stride_ - cols_);
     });
   }
-  if (group_ != group) {
-    group_ = group;
-    const int n_groups = (cols_ + group - 1) / group;
-    sums_.reserve(size_t(n_) * n_groups);
+  if (weight_group_ != w.group || padded_cols_ != w.padded_cols) {
+    weight_group_ = w.group, padded_cols_ = w.padded_cols;
+    runs_.clear();
+    for (int first = 0, next; first < cols_; first = next) {
+      const int weights = first / w.group, steps = first / step_group;
+      next = std::min((weights + 1) * w.group, grouped() ? (steps + 1) * step_group : w.padded_cols);
+      runs_.push_back({first, std::min(next, w.padded_cols) - first, weights, steps});
+    }
+    sums_.reserve(size_t(n_) * runs_.size());
     for (int t = 0; t < n_; t++)
-      for (int g = 0; g < n_groups; g++) {
+      for (size_t r = 0; r < runs_.size(); r++) {
         const int8_t* row = q_.data() + t * stride_;
         int32_t sum = 0;
-        for (int c = g * group, end = std::min(cols_, c + group); c < end; c++) sum += row[c];
-        sums_[t * n_groups + g] = sum;
+        for (int c = runs_[r].first, end = std::min(cols_, c + runs_[r].inputs); c < end; c++) sum += row[c];
+        sums_[t * runs_.size() + r] = sum;
       }
   }
 }
@@ -178,29 +186,30 @@ const float* Activations::dense(int padded) {
 
 namespace {
 
-// One panel of 16 rows for all tokens; the scales are applied to the exact sums of each group, in order.
+// One panel of 16 rows for all tokens; the scales are applied to the exact sums of each run, in order.
 void integer_panel(const Kernels& k, const Linear& w, const Activations& x, int panel, float* y) {
   const uint8_t* codes = w.panels.data() + panel * w.panel_bytes;
   const float* scales = &w.scales[size_t(panel) * w.n_groups * kPanelRows];
   const DotInteger dot = w.scheme == Scheme::ternary ? k.dot_t2_i8 : k.dot_i8_i8;
   const int per_vector = inputs_per_vector(w.scheme), bias = code_bias(w.scheme);
-  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0), n_runs = int(x.runs().size());
   alignas(64) int32_t dots[kTokenBlock * kPanelRows];
   alignas(64) float sums[kTokenBlock * kPanelRows];
   for (int t0 = 0; t0 < x.n_tokens(); t0 += kTokenBlock) {
     const int n = std::min(kTokenBlock, x.n_tokens() - t0);
     std::fill_n(sums, n * kPanelRows, 0.0f);
-    for (int g = 0; g < w.n_groups; g++) {
-      const int first = g * w.group, inputs = std::min(w.group, w.padded_cols - first);
-      dot(codes + int64_t{64} * (first / per_vector), inputs / per_vector, x.q() + t0 * x.stride() + first, x.stride(), n, dots);
+    for (int i = 0; i < n_runs; i++) {
+      const Run& run = x.runs()[i];
+      const float* scale = scales + run.weight_group * kPanelRows;
+      dot(codes + int64_t{64} * (run.first / per_vector), run.inputs / per_vector, x.q() + t0 * x.stride() + run.first, x.stride(), n, dots);
       for (int t = 0; t < n; t++) {
-        const int32_t correction = bias * x.group_sums()[int64_t{t0 + t} * w.n_groups + g];
-        for (int r = 0; r < kPanelRows; r++)
-          sums[t * kPanelRows + r] += float(dots[t * kPanelRows + r] - correction) * scales[g * kPanelRows + r];
+        const int32_t correction = bias * x.run_sums()[int64_t{t0 + t} * n_runs + i];
+        const float step = x.grouped() ? x.step()[int64_t{t0 + t} * x.n_steps() + run.step_group] : 1.0f;
+        for (int r = 0; r < kPanelRows; r++) sums[t * kPanelRows + r] += float(dots[t * kPanelRows + r] - correction) * scale[r] * step;
       }
     }
     for (int t = 0; t < n; t++) {
-      const float step = x.step()[t0 + t];
+      const float step = x.grouped() ? 1.0f : x.step()[t0 + t];
       for (int r = 0; r < n_rows; r++) y[int64_t{t0 + t} * w.rows + row0 + r] = sums[t * kPanelRows + r] * step;
     }
   }
@@ -216,11 +225,16 @@ void dense_panel(const Kernels& k, const Linear& w, const float* x, int n_tokens
     for (int t = 0; t < n; t++) std::copy_n(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
   }
 }
+
+void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
+  for (int t = 0; t < n_tokens; t++)
+    for (int r = panel * kPanelRows; r < std::min(w.rows, (panel + 1) * kPanelRows); r++) y[int64_t{t} * w.rows + r] += w.bias[r];
+}
 }  // namespace
 
 void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) {
   const float* dense = nullptr;
-  if (w.integer()) x.quantize(k, pool, w.group);
+  if (w.integer()) x.quantize(k, pool, w);
   else dense = x.dense(w.padded_cols);
   // A job is some neighbouring panels, about 64 KB of weights: one sequential stream, and still enough jobs to share out.
   const int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
@@ -229,6 +243,7 @@ void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x,
     for (int p = job * per_job; p < std::min(w.n_panels(), (job + 1) * per_job); p++) {
       if (w.integer()) integer_panel(k, w, x, p, y);
       else dense_panel(k, w, dense, x.n_tokens(), p, y);
+      if (w.bias.size()) add_bias(w, p, x.n_tokens(), y);
     }
   }, worth_sharing);
 }

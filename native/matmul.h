@@ -1,6 +1,7 @@
 // Weight matrices as they lie in memory, and their product with a batch of activation rows.
 #pragma once
 #include <cstdint>
+#include <vector>
 
 #include "buffer.h"
 #include "kernels/kernels.h"
@@ -19,6 +20,7 @@ struct Linear {
   int64_t panel_bytes = 0;
   Buffer<uint8_t> panels;      // [ceil(rows/16), panel_bytes]
   Buffer<float> scales;        // [ceil(rows/16), n_groups, 16], integer schemes only
+  Buffer<float> bias;          // [rows], added to the product; usually empty
 
   bool integer() const { return scheme == Scheme::ternary || scheme == Scheme::int8; }
   int n_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
@@ -35,27 +37,38 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
 // Row `row` as float32 [cols].
 void dequantize_row(const Kernels& k, const Linear& w, int row, float* out);
 
+// A run of inputs over which both the weights' scale and the activations' step are constant.
+struct Run {
+  int first, inputs;  // inputs: a multiple of 16, or up to the padded end
+  int weight_group, step_group;
+};
+
 // A batch of rows, quantized when the first integer matrix asks and then kept for the next one.
 class Activations {
  public:
-  void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, group_ = 0; }
+  explicit Activations(int step_group = 0) : step_group_(step_group) {}  // inputs that share a step; 0: all of a token's
+  void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, padded_cols_ = 0; }
   int n_tokens() const { return n_; }
   int cols() const { return cols_; }
-  void quantize(const Kernels& k, ThreadPool& pool, int group);
+  void quantize(const Kernels& k, ThreadPool& pool, const Linear& w);
   const float* dense(int padded);  // rows of `padded` floats
 
   const int8_t* q() const { return q_.data(); }           // [n, stride]
   int64_t stride() const { return stride_; }              // a multiple of 64, zero-padded
-  const float* step() const { return step_.data(); }      // [n]
-  const int32_t* group_sums() const { return sums_.data(); }  // [n, n_groups]
+  bool grouped() const { return step_group_ > 0; }
+  int n_steps() const { return n_steps_; }                // per token
+  const float* step() const { return step_.data(); }      // [n, n_steps]
+  const std::vector<Run>& runs() const { return runs_; }  // of the matrix that last asked
+  const int32_t* run_sums() const { return sums_.data(); }  // [n, runs], sums of q
 
  private:
   const float* x_ = nullptr;
-  int n_ = 0, cols_ = 0, group_ = 0;
+  int n_ = 0, cols_ = 0, step_group_ = 0, n_steps_ = 1, weight_group_ = 0, padded_cols_ = 0;
   int64_t stride_ = 0;
   Buffer<int8_t> q_;
   Buffer<float> step_, padded_;
   Buffer<int32_t> sums_;
+  std::vector<Run> runs_;
 };
 
 // y [n_tokens, w.rows] = x w^T, equal to ternary.py's matmul_integer or matmul_dense.

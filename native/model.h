@@ -13,10 +13,14 @@ struct Layer {
   Linear q, k, v, o, gate, up, down;
   Buffer<float> attn_norm, ffn_norm;          // [hidden_size]
   Buffer<float> attn_sub_norm, ffn_sub_norm;  // [n_heads * head_dim], [ffn_size]; empty without sub_norms
+  Buffer<float> post_attn_norm, post_ffn_norm;  // [hidden_size]; empty without post_norms
+  Buffer<float> q_norm, k_norm;               // [head_dim]; empty without qk_norms
+  bool windowed = false;                      // sees config.sliding_window positions, and rotates by rope_inverse_local
 };
 
 struct Model {
-  Model(const Config& config, int n_threads, const Kernels* kernels);
+  // windowed [n_layers]: which layers see only config.sliding_window positions.
+  Model(const Config& config, const std::vector<bool>& windowed, int n_threads, const Kernels* kernels);
 
   Config config;
   const Kernels* kernels;
@@ -24,11 +28,12 @@ struct Model {
   Linear embedding;      // [vocab_size, hidden_size]; also the head if `head` is empty
   Linear head;
   Buffer<float> final_norm;   // [hidden_size]
-  Buffer<float> rope_inverse;  // [head_dim / 2], radians per position
+  Buffer<float> rope_inverse, rope_inverse_local;  // [head_dim / 2], radians per position; of full and of windowed layers
   std::vector<Layer> layers;
 
-  // Names: embedding, head, and layers.N.{q,k,v,o,gate,up,down}; for vectors final_norm, rope_inverse and
-  // layers.N.{attn,ffn,attn_sub,ffn_sub}_norm. A wrong name or shape throws std::invalid_argument.
+  // Names: embedding, head, and layers.N.{q,k,v,o,gate,up,down}; for vectors final_norm, rope_inverse, rope_inverse_local,
+  // layers.N.{attn,ffn,attn_sub,ffn_sub,post_attn,post_ffn,q,k}_norm, and layers.N.{q,k,v,o,gate,up,down}_bias, which may
+  // stay unset. A wrong name or shape throws std::invalid_argument.
   void set_linear(const std::string& name, Linear w);
   void set_vector(const std::string& name, const float* values, int n);
   void check_complete() const;  // throws std::invalid_argument that names what is missing
@@ -38,7 +43,7 @@ struct Model {
 
  private:
   struct LinearSlot { Linear* to; int rows, cols; };
-  struct VectorSlot { Buffer<float>* to; int n; };
+  struct VectorSlot { Buffer<float>* to; int n; bool optional = false; };
   std::map<std::string, LinearSlot> linears_;
   std::map<std::string, VectorSlot> vectors_;
 };

@@ -10,10 +10,12 @@ import numpy as np
 import pytest
 
 from bitnet import packing, ternary
-from bitnet.engine import SHAPES, Engine, load_engine, random_engine
+from bitnet.engine import Engine
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files import safetensors
-from bitnet.files.hf import open_checkpoint
+from bitnet.models import open_checkpoint
+from bitnet.shapes import SHAPES, random_engine
+from bitnet.weights import load_engine
 
 CONFIG: dict[str, Any] = {
     "model_type": "bitnet",
@@ -94,7 +96,7 @@ def write_dense_embedding(folder: Path, values: np.ndarray) -> Engine:
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"model_type": "mamba"}, UnsupportedModelError, "model_type is 'mamba'; this build runs bitnet, llama"),
+        ({"model_type": "mamba"}, UnsupportedModelError, "model_type is 'mamba'; this build runs bitnet, gemma3_text, llama, qwen2, qwen3"),
         ({"model_type": None}, UnsupportedModelError, "model_type is None"),
         ({"model_type": ["bitnet"]}, UnsupportedModelError, "model_type is ['bitnet']"),
         ({"num_attention_heads": 0}, FormatError, "num_attention_heads is 0; expected an integer from 1"),
@@ -105,9 +107,9 @@ def write_dense_embedding(folder: Path, values: np.ndarray) -> Engine:
         ({"num_key_value_heads": 3}, FormatError, "num_attention_heads 4 is not a multiple of num_key_value_heads 3"),
         ({"num_attention_heads": 5, "num_key_value_heads": 5}, FormatError, "hidden_size 32 is not a multiple of num_attention_heads 5"),
         ({"head_dim": 7}, FormatError, "head_dim is 7; rope needs an even number"),
-        ({"hidden_size": 64}, FormatError, "config.json makes it"),
-        ({"vocab_size": 61}, FormatError, "'model.embed_tokens.weight' has shape [60, 32]; config.json makes it [61, 32]"),
-        ({"intermediate_size": 44}, FormatError, "config.json makes it"),
+        ({"hidden_size": 64}, FormatError, "configuration makes it"),
+        ({"vocab_size": 61}, FormatError, "'model.embed_tokens.weight' has shape [60, 32]; the model's configuration makes it [61, 32]"),
+        ({"intermediate_size": 44}, FormatError, "configuration makes it"),
         ({"num_hidden_layers": 3}, FormatError, "tensor 'model.layers.2."),
         ({"num_hidden_layers": 10**9}, FormatError, "num_hidden_layers is 1000000000"),
         ({"num_hidden_layers": None}, FormatError, "num_hidden_layers is None"),
@@ -117,8 +119,15 @@ def write_dense_embedding(folder: Path, values: np.ndarray) -> Engine:
         ({"rope_theta": 0}, FormatError, "rope_theta is 0"),
         ({"hidden_act": "gelu"}, UnsupportedModelError, "hidden_act is 'gelu'; for bitnet this build runs relu2, silu"),
         ({"hidden_act": ["relu2"]}, UnsupportedModelError, "hidden_act is ['relu2']"),
-        ({"attention_bias": True}, UnsupportedModelError, "attention_bias is set"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4}}, UnsupportedModelError, "rope scaling 'yarn'; this build runs plain rope"),
+        ({"attention_bias": True}, FormatError, "tensor 'model.layers.0.self_attn.q_proj.bias' and 7 more not found"),
+        (
+            {"rope_scaling": {"rope_type": "longrope", "factor": 4}},
+            UnsupportedModelError,
+            "rope scaling 'longrope'; this build computes default",
+        ),
+        ({"rope_scaling": {"rope_type": "yarn"}}, FormatError, "factor is None"),
+        ({"rope_scaling": {"type": "llama3", "factor": 8, "low_freq_factor": 4, "high_freq_factor": 1}}, FormatError, "is not above low"),
+        ({"rope_theta": 1e300}, FormatError, "rope_theta is 1e+300"),
         ({"rope_scaling": "linear"}, FormatError, "rope parameters are 'linear'; expected an object"),
         ({"rope_parameters": {"partial_rotary_factor": []}}, FormatError, "partial_rotary_factor is []"),
         ({"tie_word_embeddings": False}, FormatError, "tensor 'lm_head.weight' not found"),
@@ -151,14 +160,22 @@ def test_a_config_that_does_not_fit_is_refused(tmp_path: Path, change: dict[str,
         ("model.layers.1.mlp.up_proj.weight_scale", None, "is packed (U8) but has no model.layers.1.mlp.up_proj.weight_scale beside it"),
         ("model.layers.1.mlp.up_proj.weight_scale", np.array([np.nan], np.float32), "gives a scale of nan"),
         ("model.layers.1.mlp.up_proj.weight_scale", np.array([1, 2], np.float32), "expected [1]"),
-        ("model.layers.1.mlp.up_proj.weight", np.zeros((12, 33), np.uint8), "has shape [48, 33]; config.json makes it [48, 32]"),
+        (
+            "model.layers.1.mlp.up_proj.weight",
+            np.zeros((12, 33), np.uint8),
+            "has shape [48, 33]; the model's configuration makes it [48, 32]",
+        ),
         ("model.layers.1.mlp.up_proj.weight", np.full((12, 32), 255, np.uint8), "a code of 3"),
-        ("model.layers.1.mlp.up_proj.weight", np.zeros((48, 32), np.float32), "without a weight_scale; quantization_mode offline"),
+        ("model.layers.1.mlp.up_proj.weight", np.zeros((48, 32), np.float32), "F32 without a weight_scale; quantization_mode offline"),
         ("model.embed_tokens.weight", np.full((60, 32), np.inf, np.float32), "holds NaN or infinity"),
-        ("model.embed_tokens.weight", np.zeros((60, 32), np.int32), "stored as I32"),
+        ("model.embed_tokens.weight", np.zeros((60, 32), np.int32), "stored as i32; this build computes with f32"),
         ("model.norm.weight", np.ones((32, 1), np.float32), "has shape [32, 1]"),
         ("model.norm.weight", np.full(32, np.nan, np.float32), "holds NaN or infinity"),
-        ("model.layers.0.self_attn.q_proj.bias", np.zeros(32, np.float32), "has biases (model.layers.0.self_attn.q_proj.bias)"),
+        (
+            "model.layers.0.self_attn.q_proj.bias",
+            np.zeros(32, np.float32),
+            "has biases (1, the first 'model.layers.0.self_attn.q_proj.bias')",
+        ),
     ],
 )
 def test_tensors_that_do_not_fit_are_refused(tmp_path: Path, name: str, value: np.ndarray | None, message: str) -> None:

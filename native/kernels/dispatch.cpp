@@ -73,6 +73,8 @@ const char* first_difference(const Kernels& k) {
       if (memcmp(f1, f2, n * sizeof(float))) return "silu_gate";
       k.relu2_gate(f, g, n, f1), kScalar.relu2_gate(f, g, n, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "relu2_gate";
+      k.gelu_tanh_gate(f, g, n, f1), kScalar.gelu_tanh_gate(f, g, n, f2);
+      if (memcmp(f1, f2, n * sizeof(float))) return "gelu_tanh_gate";
       memcpy(f1, f, n * sizeof(float)), memcpy(f2, f, n * sizeof(float));
       s1 = k.softmax(f1, n), s2 = kScalar.softmax(f2, n);
       if (s1 != s2 || memcmp(f1, f2, n * sizeof(float))) return "softmax";

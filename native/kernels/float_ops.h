@@ -130,6 +130,12 @@ BITNET_INLINE v16 relu2(v16 x) {
   v16 y = vmax(x, splat(0.0f));
   return y * y;
 }
+// x/2 * (1 + tanh(u)) = x / (1 + e^-2u), u = sqrt(2/pi) * (x + 0.044715 x^3)
+BITNET_INLINE v16 gelu_tanh(v16 x) {
+  v16 u = (x + x * x * x * 0.044715f) * 1.59576912f;  // 2 u
+  v16 e = exp_nonpositive(-vabs(u));
+  return x * (u >= splat(0.0f) ? splat(1.0f) : e) / (splat(1.0f) + e);
+}
 template <v16 (*act)(v16)>
 static void gate_with(const float* gate, const float* up, int n, float* out) {
   int i = 0;
@@ -192,5 +198,5 @@ static uint64_t read_bytes(const void* p, int64_t bytes) {
 #define BITNET_KERNELS(name)                                                                                           \
   {                                                                                                                    \
     name, dot_t2_i8, dot_i8_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>, dot_dense<load_dense_f32>,       \
-        rms_norm, quantize, gate_with<silu>, gate_with<relu2>, add, to_f16, scores_f16, softmax, weigh_f16, read_bytes \
+        rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, to_f16, scores_f16, softmax, weigh_f16, read_bytes \
   }

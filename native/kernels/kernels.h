@@ -37,9 +37,10 @@ struct Kernels {
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
   // int8 per token; returns the step, x is about q * step. Rounds half to even.
   float (*quantize)(const float* x, int n, int8_t* q);
-  // out = act(gate) * up; silu_gate, relu2_gate
+  // out = act(gate) * up
   void (*silu_gate)(const float* gate, const float* up, int n, float* out);
   void (*relu2_gate)(const float* gate, const float* up, int n, float* out);
+  void (*gelu_tanh_gate)(const float* gate, const float* up, int n, float* out);
   void (*add)(float* x, const float* y, int n);
   void (*store_f16)(const float* x, int n, uint16_t* out);
   // Attention of one query over one page of cached positions; head_dim is a multiple of 16 (padded with zeros).

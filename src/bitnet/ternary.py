@@ -7,12 +7,15 @@ Ternary weights are W = scale * T with T in {-1, 0, +1}. Two ways to T are in us
 - a threshold, `ternarize`: T = sign(W) where |W| > alpha * mean|W|, else 0;
 - absmean (BitNet b1.58, arXiv:2402.17764): scale = mean|W|, T = clip(round(W / scale), -1, 1), which is the threshold 0.5.
 
-Activations are int8 per token: step = max(|x|max, 1e-5) / 127, q = round half to even(x * 127 / |x|max), clipped to [-128, 127].
-A product is an integer dot product per group of inputs, times that group's scale, summed over the groups in order, times the token's step.
+Activations are int8 per token: step = max(|x|max, 1e-5) / 127, q = round half to even(x * 127 / |x|max), clipped to [-128, 127]; or
+likewise per group of a token's inputs, for models that were trained without quantized activations and whose outliers one step cannot hold.
+A product is an integer dot product per run of inputs over which the weights' scale and the activations' step are constant, times that
+scale (and that step, if there are several), summed over the runs in order, times the token's step (if there is one).
 """
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -58,38 +61,53 @@ def absmean(weights: F32) -> tuple[I8, np.float32]:
     return np.clip(np.rint(w / scale), -1, 1).astype(np.int8), scale
 
 
-def quantize_activations(x: F32) -> tuple[I8, F32]:
-    """x float32 [tokens, in] -> (q int8 [tokens, in], step float32 [tokens]); x is about q * step."""
+def quantize_activations(x: F32, group: int = 0) -> tuple[I8, F32]:
+    """x float32 [tokens, in] -> (q int8 [tokens, in], step float32); x is about q * step.
+
+    step is [tokens], or with a `group` of inputs [tokens, ceil(in / group)]; the last group may be shorter.
+    """
     x = np.asarray(x, np.float32)
+    if group:
+        parts = [quantize_activations(x[:, at : at + group]) for at in range(0, x.shape[1], group)]
+        return np.concatenate([q for q, _ in parts], axis=1), np.stack([step for _, step in parts], axis=1)
     absmax = np.maximum(np.abs(x).max(axis=-1, keepdims=True), SMALLEST_ABSMAX)
     q = np.clip(np.rint(x * (np.float32(127) / absmax)), -128, 127).astype(np.int8)
     return q, (absmax / np.float32(127))[..., 0]
 
 
-def quantize_int8(weights: F32) -> tuple[I8, F32]:
-    """weights float32 [out, in] -> (codes int8 [out, in] in [-127, 127], scales float32 [out]), symmetric, per row."""
+def quantize_int8(weights: F32, group: int = 0) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in] in [-127, 127], scales float32), symmetric.
+
+    One scale per row, scales [out]; or with a `group` of inputs, of which the last may be shorter, [out, ceil(in / group)].
+    """
     w = np.asarray(weights, np.float32)
+    if group:
+        rows, inputs = w.shape
+        padded = np.zeros((rows, -(-inputs // group) * group), np.float32)
+        padded[:, :inputs] = w
+        codes, scale = quantize_int8(padded.reshape(-1, group))
+        return codes.reshape(padded.shape)[:, :inputs], scale.reshape(rows, -1)
     scale = np.abs(w).max(axis=-1) / np.float32(127)
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     return np.clip(np.rint(w * inverse[:, None]), -127, 127).astype(np.int8), scale
 
 
-def matmul_integer(codes: I8, scales: F32, q: I8, step: F32) -> F32:
+def matmul_integer(codes: I8, scales: F32, q: I8, step: F32, activation_group: int = 0) -> F32:
     """The product of ternary or int8 weights with int8 activations.
 
     codes int8 [out, in]; scales float32 [out, groups], the groups being equal runs of inputs (the last may be shorter);
-    q int8 [tokens, in]; step float32 [tokens]. Returns float32 [tokens, out].
+    q int8 [tokens, in]; step float32 [tokens], or [tokens, ceil(in / activation_group)]. Returns float32 [tokens, out].
     """
     out_features, in_features = codes.shape
-    groups = scales.shape[1]
-    size = group_size(in_features, groups)
+    size = group_size(in_features, scales.shape[1])
+    bounds = sorted({*range(0, in_features, size), *range(0, in_features, activation_group or in_features), in_features})
     y = np.zeros((q.shape[0], out_features), np.float32)
-    for g in range(groups):
-        part = slice(g * size, (g + 1) * size)
-        dot = q[:, part].astype(np.int64) @ codes[:, part].astype(np.int64).T
+    for first, end in pairwise(bounds):
+        dot = q[:, first:end].astype(np.int64) @ codes[:, first:end].astype(np.int64).T
         assert np.abs(dot).max(initial=0) < 2**31, "int32 accumulators would wrap"
-        y = y + dot.astype(np.int32).astype(np.float32) * scales[:, g]
-    return np.asarray(y * step[:, None], np.float32)
+        scaled = dot.astype(np.int32).astype(np.float32) * scales[:, first // size]
+        y = y + (scaled * step[:, first // activation_group, None] if activation_group else scaled)
+    return np.asarray(y if activation_group else y * step[:, None], np.float32)
 
 
 def matmul_dense(weights: F32, x: F32) -> F32:

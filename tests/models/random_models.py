@@ -30,10 +30,34 @@ def _randomize(model: Any, seed: int, spread: float) -> None:
             p.copy_(1 + 0.1 * noise if p.ndim == 1 else spread * noise)
 
 
-def llama(seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
-    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**(SIZES | changes)))
+def _dense(kind: str, seed: int, dtype: Any, changes: dict[str, Any]) -> Any:
+    config = getattr(transformers, f"{kind}Config")(**(SIZES | changes))
+    model = getattr(transformers, f"{kind.removesuffix('Text')}ForCausalLM")(config)
     _randomize(model, seed, 0.08)
     return model.to(dtype or torch.float32).eval()
+
+
+def llama(seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
+    return _dense("Llama", seed, dtype, changes)
+
+
+def qwen2(seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
+    return _dense("Qwen2", seed, dtype, changes)
+
+
+def qwen3(seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
+    return _dense("Qwen3", seed, dtype, {"head_dim": 24} | changes)
+
+
+def gemma3_text(seed: int = 0, dtype: Any = None, **changes: Any) -> Any:
+    """Two layers of three see a window of 20 tokens; queries are scaled by another number than their length."""
+    particulars = {"head_dim": 24, "query_pre_attn_scalar": 30, "sliding_window": 20, "sliding_window_pattern": 3}
+    model = _dense("Gemma3Text", seed, dtype, particulars | changes)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.ndim == 1:
+                p -= 1  # kept as w, used as 1 + w
+    return model
 
 
 def bitnet(seed: int = 0, **changes: Any) -> Any:

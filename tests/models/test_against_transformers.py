@@ -3,23 +3,24 @@
 Tolerances. transformers' cache rounds to f16 here as ours does, so what remains is the order of float32 sums, about 1e-6 of a value.
 Where that moves a key or value across a rounding boundary, the value changes by 2^-11 of itself; attention averages values and the norms
 are scale-free, so logits stay within 2^-11 of their largest. Where it moves an activation across a boundary of int8 (BitNet), the
-activation changes by one step. If every one did so at random, each product would be off by its quantization's noise:
-activation changes by one step. If every one did so at random, each product would be off by its quantization noise:
-three layers add to sqrt(12) * 1.4 % = 4.7 % of the logits' norm. A wrong activation or norm is off by far more, as the last test shows.
+activation changes by one step. If every one did so at random, each product would be off by its quantization noise: three layers add to
+sqrt(12) * 1.4 % = 4.7 % of the logits' norm. A wrong activation or norm is off by far more, as the last test shows.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from bitnet import packing, ternary
-from bitnet.engine import Engine, load_engine
+from bitnet.engine import Engine
 from bitnet.files import safetensors
-from bitnet.files.hf import open_checkpoint
+from bitnet.models import open_checkpoint
+from bitnet.weights import load_engine
 
 random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")
 
@@ -42,12 +43,101 @@ def relative(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
 
 
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
+ROPES = {
+    "linear": {"rope_type": "linear", "factor": 2.5, "rope_theta": 1e4},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 1e4},
+    "llama3": {
+        "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64, "rope_theta": 1e4,
+    },
+    "yarn": YARN,
+    "yarn, not truncated": YARN | {"truncate": False, "beta_fast": 16.0, "beta_slow": 2.0},
+    "yarn, mscale": YARN | {"mscale": 0.7, "mscale_all_dim": 0.3},
+    "yarn, attention factor": YARN | {"attention_factor": 1.3},
+}  # fmt: skip
+FAMILIES: dict[str, list[dict]] = {
+    "llama": [
+        {}, {"tie_word_embeddings": True, "num_key_value_heads": 6}, {"head_dim": 20, "rope_theta": 500.0},
+        {"attention_bias": True, "mlp_bias": True},
+    ],
+    "qwen2": [
+        {}, {"tie_word_embeddings": True}, {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1},
+        {"rope_parameters": YARN},
+    ],
+    "qwen3": [{}, {"tie_word_embeddings": True, "head_dim": 16}, {"attention_bias": True}],
+    "gemma3_text": [
+        {}, {"query_pre_attn_scalar": 24, "sliding_window": 1}, {"sliding_window": 64, "num_key_value_heads": 6},
+        {"rope_parameters": {
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}}},
+    ],
+}  # fmt: skip
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
-@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True, "num_key_value_heads": 6}, {"head_dim": 20, "rope_theta": 500.0}])
-def test_llama(tmp_path: Path, dtype: str, changes: dict) -> None:
-    folder = random_models.save(random_models.llama(seed=1, dtype=getattr(random_models.torch, dtype), **changes), tmp_path)
+@pytest.mark.parametrize(("family", "changes"), [(family, changes) for family, cases in FAMILIES.items() for changes in cases])
+def test_dense_families(tmp_path: Path, family: str, changes: dict, dtype: str) -> None:
+    model = getattr(random_models, family)(seed=1, dtype=getattr(random_models.torch, dtype), **changes)
+    folder = random_models.save(model, tmp_path)
     ours, theirs = our_logits(folder), random_models.logits(random_models.reload(folder), IDS)
     assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("kind", ROPES)
+def test_rope_scaling(tmp_path: Path, kind: str) -> None:
+    folder = random_models.save(random_models.llama(seed=2, rope_parameters=ROPES[kind]), tmp_path)
+    ours, theirs = our_logits(folder), random_models.logits(random_models.reload(folder), IDS)
+    assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
+
+
+# What makes fluent noise of each family when it goes wrong: a change to config.json that must be seen in the logits.
+WRONG = [
+    ("qwen2", {}, {"rope_parameters": None, "rope_theta": 5e5}),
+    (
+        "qwen2",
+        {"use_sliding_window": True, "sliding_window": 30, "max_window_layers": 1},
+        {"use_sliding_window": False, "layer_types": None},
+    ),
+    ("qwen3", {}, {"rms_norm_eps": 0.5}),
+    ("llama", {"rope_parameters": YARN}, {"rope_parameters": YARN | {"attention_factor": 1.0}}),
+    ("llama", {"rope_parameters": ROPES["llama3"]}, {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    ("gemma3_text", {}, {"query_pre_attn_scalar": 24}),
+    ("gemma3_text", {}, {"sliding_window": 21}),
+    ("gemma3_text", {}, {"layer_types": ["full_attention"] * 3}),
+    ("gemma3_text", {}, {"rope_parameters": None, "rope_local_base_freq": 1e6}),
+]
+
+
+@pytest.mark.parametrize(("family", "changes", "wrong"), WRONG)
+def test_a_wrong_setting_fails(tmp_path: Path, family: str, changes: dict, wrong: dict) -> None:
+    model = getattr(random_models, family)(seed=3, **changes)
+    theirs = random_models.logits(model, IDS)
+    random_models.save(model, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | wrong))
+    assert np.abs(our_logits(tmp_path) - theirs).max() > 4 * F16_FLIP * np.abs(theirs).max()
+
+
+# The same for weights: which vectors or matrices go missing in meaning, not in name.
+@pytest.mark.parametrize(
+    ("family", "name", "spoil"),
+    [
+        ("gemma3_text", "norm.weight", lambda w: w + 1),  # GGUF's norms taken for Hugging Face's
+        ("gemma3_text", "post_feedforward_layernorm.weight", lambda w: w * 0),
+        ("qwen3", "k_norm.weight", lambda w: w * 0 + 1),
+        ("qwen2", "v_proj.bias", lambda w: w * 0),
+        ("llama", "q_proj.weight", lambda w: w.reshape(6, 2, 8, 96).transpose(0, 2, 1, 3).reshape(96, 96)),  # rows of the other rope
+    ],
+)
+def test_a_spoilt_weight_fails(tmp_path: Path, family: str, name: str, spoil: Callable[[np.ndarray], np.ndarray]) -> None:
+    model = getattr(random_models, family)(seed=4)
+    theirs = random_models.logits(model, IDS)
+    folder = random_models.save(model, tmp_path)
+    tensors = {n: t.dense() for n, t in safetensors.read(folder / "model.safetensors").tensors.items()}
+    spoilt = {n: np.ascontiguousarray(spoil(w) if n.endswith(name) else w, np.float32) for n, w in tensors.items()}
+    safetensors.write(folder / "model.safetensors", spoilt, {"format": "pt"})
+    assert np.abs(our_logits(folder) - theirs).max() > 4 * F16_FLIP * np.abs(theirs).max()
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -113,7 +203,7 @@ def test_sharded_checkpoint(tmp_path: Path) -> None:
     assert np.array_equal(our_logits(tmp_path / "one"), our_logits(tmp_path / "many"))
 
 
-@pytest.mark.parametrize("family", ["llama", "bitnet"])
+@pytest.mark.parametrize("family", ["llama", "bitnet", "qwen2", "qwen3", "gemma3_text"])
 def test_any_arrangement_gives_the_same_bits(tmp_path: Path, family: str) -> None:
     folder = random_models.save(getattr(random_models, family)(7), tmp_path)
     engine = load(folder)

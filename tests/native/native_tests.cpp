@@ -36,17 +36,21 @@ std::vector<const Kernels*> runnable() {
 }
 
 // What ternary.py defines, in 64-bit integers.
-void reference(const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, Activations& in, float* y) {
+void reference(const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, int step_group, Activations& in,
+               float* y) {
   const int group = groups == 1 ? cols : ((cols + groups - 1) / groups + 15) / 16 * 16;
   for (int t = 0; t < in.n_tokens(); t++)
     for (int r = 0; r < rows; r++) {
       float sum = 0;
-      for (int g = 0; g < groups; g++) {
-        int64_t dot = 0;
-        for (int c = g * group; c < std::min(cols, (g + 1) * group); c++) dot += int64_t{codes[size_t(r) * cols + c]} * in.q()[t * in.stride() + c];
-        sum = sum + float(int32_t(dot)) * scales[size_t(r) * groups + g];
+      int64_t dot = 0;
+      for (int c = 0; c < cols; c++) {
+        dot += int64_t{codes[size_t(r) * cols + c]} * in.q()[t * in.stride() + c];
+        if (c + 1 < cols && (c + 1) % group && (!step_group || (c + 1) % step_group)) continue;  // the run goes on
+        const float scaled = float(int32_t(dot)) * scales[size_t(r) * groups + c / group];
+        sum = sum + (step_group ? scaled * in.step()[t * in.n_steps() + c / step_group] : scaled);
+        dot = 0;
       }
-      y[size_t(t) * rows + r] = sum * in.step()[t];
+      y[size_t(t) * rows + r] = step_group ? sum : sum * in.step()[t];
     }
 }
 
@@ -64,12 +68,12 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
         for (float& v : x) v = extreme ? -3.0f : normal();
         Linear w = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, c.groups);
         for (const Kernels* k : isas)
-          for (int threads : {1, 3}) {
-            ThreadPool pool(threads);
-            Activations in;
+          for (int step_group : {0, 48, 64}) {
+            ThreadPool pool(step_group ? 3 : 1);
+            Activations in(step_group);
             in.set(x.data(), c.tokens, c.cols);
             matmul(*k, pool, w, in, y.data());
-            reference(codes, scales, c.rows, c.cols, c.groups, in, expected.data());
+            reference(codes, scales, c.rows, c.cols, c.groups, step_group, in, expected.data());
             check(y == expected, scheme == Scheme::ternary ? "ternary matmul" : "int8 matmul", k->name, c.rows, c.cols);
           }
         std::vector<float> row(c.cols);
@@ -108,10 +112,13 @@ void fill(Model& m) {
     dense(at + "v", Scheme::int8, kv, c.hidden_size), dense(at + "o", Scheme::bf16, c.hidden_size, q);
     dense(at + "gate", Scheme::ternary, c.ffn_size, c.hidden_size), dense(at + "up", Scheme::f16, c.ffn_size, c.hidden_size);
     dense(at + "down", Scheme::ternary, c.hidden_size, c.ffn_size);
-    ones(at + "attn_norm", c.hidden_size), ones(at + "ffn_norm", c.hidden_size);
-    ones(at + "attn_sub_norm", q), ones(at + "ffn_sub_norm", c.ffn_size);
+    ones(at + "attn_norm", c.hidden_size), ones(at + "ffn_norm", c.hidden_size), ones(at + "q_bias", q), ones(at + "down_bias", c.hidden_size);
+    if (c.sub_norms) ones(at + "attn_sub_norm", q), ones(at + "ffn_sub_norm", c.ffn_size);
+    if (c.post_norms) ones(at + "post_attn_norm", c.hidden_size), ones(at + "post_ffn_norm", c.hidden_size);
+    if (c.qk_norms) ones(at + "q_norm", c.head_dim), ones(at + "k_norm", c.head_dim);
   }
   ones("final_norm", c.hidden_size), ones("rope_inverse", c.head_dim / 2);
+  if (c.sliding_window) ones("rope_inverse_local", c.head_dim / 2);
 }
 
 bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits, size_t rows) {
@@ -119,15 +126,14 @@ bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits
   return forward(m, batch, all, logits.data(), [] { return false; });
 }
 
-void test_forward(const std::vector<const Kernels*>& isas) {
-  Config c{2, 50, 48, 80, 4, 2, 12, 700, 1e-5f, Activation::relu2, true, false};
+void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
   std::vector<int32_t> ids(300);
   for (int32_t& id : ids) id = int32_t(rng() % c.vocab_size);
   std::vector<float> first;
   for (const Kernels* k : isas)
     for (int threads : {1, 3}) {
       rng.seed(11);
-      Model m(c, threads, k);
+      Model m(c, {false, c.sliding_window > 0}, threads, k);
       fill(m);
       m.check_complete();
       std::vector<float> whole, step, part;
@@ -155,7 +161,12 @@ int main() {
   const auto isas = runnable();
   test_matmul(isas);
   test_threads();
-  test_forward(isas);
+  Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = 48, .ffn_size = 80, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12,
+           .max_context = 700, .norm_eps = 1e-5f, .activation = Activation::relu2, .attention_scale = 0.3f, .sub_norms = true};
+  test_forward(isas, c);
+  c.activation = Activation::gelu_tanh, c.sub_norms = false, c.post_norms = c.qk_norms = true, c.sliding_window = 70;
+  c.embedding_scale = 7, c.activation_group = 32;
+  test_forward(isas, c);
   std::printf("%s on %zu instruction sets: %d failures\n", failures ? "FAILED" : "passed", isas.size(), failures);
   return failures ? 1 : 0;
 }

@@ -54,6 +54,17 @@ def test_integer_products_equal_the_reference(isa: str, scheme: str, kind: str, 
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["ternary", "int8"])
+@pytest.mark.parametrize("group", [16, 48, 256])
+@pytest.mark.parametrize(("rows", "cols", "groups", "tokens"), GRID)
+def test_grouped_activations_equal_the_reference(isa: str, scheme: str, group: int, rows: int, cols: int, groups: int, tokens: int) -> None:
+    codes, x = inputs("random", scheme, rows, cols, tokens)
+    scales = np.random.default_rng(rows).normal(size=(rows, groups)).astype(np.float32)
+    expected = ternary.matmul_integer(codes, scales, *ternary.quantize_activations(x, group), group)
+    assert np.array_equal(_native.matmul_integer(isa, 2, scheme, codes, scales, x, group), expected)
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 1, 1), (16, 4, 1), (33, 64, 5), (20, 1001, 9), (17, 2048, 64)])
 def test_dense_products_equal_the_reference(isa: str, scheme: str, rows: int, cols: int, tokens: int) -> None:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from bitnet.bench.speed import Speed
     from bitnet.engine import Engine
 
-SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article-12x512")  # bitnet.engine.SHAPES
+SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article-12x512")  # bitnet.shapes.SHAPES
 
 
 @click.command("bench", short_help="Measure speed against the memory bandwidth of this machine.")
@@ -94,7 +94,8 @@ def command(
 def build(model: str | None, shape: str | None, head: str, threads: int | None) -> Engine:
     """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
     from bitnet import machine
-    from bitnet.engine import load_engine, random_engine, shape_bytes
+    from bitnet.models import open_checkpoint
+    from bitnet.shapes import random_engine, shape_bytes
 
     if shape is not None:
         if head == "stored":
@@ -103,8 +104,8 @@ def build(model: str | None, shape: str | None, head: str, threads: int | None) 
         return random_engine(shape, threads=threads, head=head, seed=1)
     if head == "f16":
         raise click.UsageError("--head f16 is for a --shape; a MODEL takes stored or int8")
-    from bitnet.files.hf import open_checkpoint
     from bitnet.transformer import resolve
+    from bitnet.weights import load_engine
 
     checkpoint = open_checkpoint(resolve(EMBEDDED_MODEL if model is None else model))
     return load_engine(checkpoint, threads=threads, head=head)

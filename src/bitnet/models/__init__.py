@@ -1,65 +1,117 @@
 """Model families: one adapter per Hugging Face `model_type`, from a checkpoint's config and names to the canonical model.
 
-An adapter is a module with two functions: `config(hf)` reads the family's config.json into a `ModelConfig`, and
-`names(config)` maps every canonical name (native/model.h) to the name of a tensor in the checkpoint. No graph here: the
-forward pass exists once, in native/forward.cpp.
+An adapter is a module with two functions: `config(hf, where)` reads the family's config.json into a `ModelConfig`, and
+`names(config, present)` maps every canonical name (native/model.h) to the name of a tensor in the checkpoint. No graph here: the
+forward pass exists once, in native/forward.cpp. GGUF files come in through the same adapters (models/gguf.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bitnet.errors import UnsupportedModelError
-from bitnet.models import bitnet, llama
-from bitnet.models.config import ModelConfig
+from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.files import PathLike, hf, is_gguf, shown
+from bitnet.files.hf import Checkpoint
+from bitnet.models import bitnet, gemma3_text, gguf, llama, qwen2, qwen3
+from bitnet.models.config import LINEARS, ModelConfig
 
-__all__ = ["Adapter", "ModelConfig", "Quantization", "adapter_for", "quantization"]
+__all__ = ["LINEARS", "Canonical", "Checkpoint", "ModelConfig", "Quantization", "adapter_for", "canonical", "open_checkpoint"]
 
 
 class Adapter(Protocol):
     """What a family's module offers."""
 
     def config(self, hf: dict[str, Any], where: str) -> ModelConfig: ...
-    def names(self, config: ModelConfig) -> dict[str, str]: ...
+    def names(self, config: ModelConfig, present: Container[str]) -> dict[str, str]: ...
 
 
-_ADAPTERS: dict[str, Any] = {"bitnet": bitnet, "llama": llama}
+_ADAPTERS: dict[str, Any] = {"bitnet": bitnet, "gemma3_text": gemma3_text, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
+# Tensors that a checkpoint may carry and that change nothing: rope's frequencies follow from the config, a tied head is the embedding.
+_REDUNDANT = ("rotary_emb.inv_freq", "rope_freqs.weight", "_scale", ".scale")
 
 
-def adapter_for(hf: dict[str, Any], where: str) -> Adapter:
+@dataclass(frozen=True)
+class Quantization:
+    """How the checkpoint's linear layers are meant to run: as BitNet, with ternary weights and int8 activations per token."""
+
+    online: bool  # dense master weights that are ternarized by absmean at load
+    dense: tuple[str, ...] = ()  # modules that stay dense
+
+
+@dataclass(frozen=True)
+class Canonical:
+    """A checkpoint in our terms."""
+
+    config: ModelConfig
+    names: dict[str, str]  # canonical name -> tensor's name in the checkpoint; every one of them is there
+    quantization: Quantization | None  # None: trained without quantized activations
+
+
+def open_checkpoint(path: PathLike) -> Checkpoint:
+    """Open a folder or file of any format that this build reads; what it is is read from its bytes. No tensor's bytes are read."""
+    return gguf.open_checkpoint(path) if is_gguf(path) else hf.open_checkpoint(path)
+
+
+def adapter_for(config: dict[str, Any], where: str) -> Adapter:
     """The adapter of config.json's `model_type`; `UnsupportedModelError` names the families that there are."""
-    kind = hf.get("model_type")
+    first = "BitnetForCausalLM" in (config.get("architectures") or ())  # 1bitLLM's models call themselves llama
+    kind = "bitnet" if first else config.get("model_type")
     if not isinstance(kind, str) or kind not in _ADAPTERS:
         raise UnsupportedModelError(
-            f"{where}: model_type is {kind!r}; this build runs {', '.join(sorted(_ADAPTERS))}. Another family would run as noise"
+            f"{where}: model_type is {shown(repr(kind))}; this build runs {', '.join(sorted(_ADAPTERS))}. Another family would run as noise"
         )
     adapter: Adapter = _ADAPTERS[kind]
     return adapter
 
 
-@dataclass(frozen=True)
-class Quantization:
-    """How the checkpoint's linear layers are meant to run."""
-
-    online: bool  # dense master weights that are ternarized by absmean at load
-    dense: tuple[str, ...]  # modules that stay dense
+def canonical(checkpoint: Checkpoint) -> Canonical:
+    """The model that a checkpoint holds. Raises `UnsupportedModelError` for what would run as noise, `FormatError` for what is missing."""
+    where, tensors = shown(checkpoint.path), checkpoint.tensors
+    adapter = adapter_for(checkpoint.config, where)
+    config = adapter.config(checkpoint.config, where)
+    if checkpoint.layout == "gguf":
+        config = gguf.adjust(config, checkpoint)
+        names = gguf.names(config)
+        quantized = Quantization(online=True) if config.architecture == "bitnet" else None
+    else:
+        names = adapter.names(config, tensors)
+        quantized = quantization(checkpoint.config, where)
+    missing = [name for name in names.values() if name not in tensors]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise FormatError(
+            f"{where}: tensor {missing[0]!r}{more} not found; a {config.architecture} model of {config.n_layers} layers has it"
+        )
+    tied_head = ("lm_head.weight",) if config.tied else ()
+    known = {*names.values(), *tied_head}
+    stray = [name for name in tensors if name not in known and not name.endswith(_REDUNDANT)]
+    if stray:
+        what = "biases" if stray[0].endswith(".bias") else "tensors that such a model does not have"
+        raise UnsupportedModelError(
+            f"{where}: has {what} ({len(stray)}, the first {shown(stray[0])!r}) beside those of a {config.architecture} model of "
+            f"{config.n_layers} layers; to run without them would be noise"
+        )
+    return Canonical(config, names, quantized)
 
 
 def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
     """config.json's quantization_config, or None for a model of dense weights; anything but BitNet's is refused."""
     found = hf.get("quantization_config")
     if found is None:
-        return None
+        first = "BitnetForCausalLM" in (hf.get("architectures") or ())
+        return Quantization(online=True, dense=("lm_head",)) if first else None
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method != "bitnet":
         raise UnsupportedModelError(
-            f"{where}: quantization_config has quant_method {method!r}; this build reads 'bitnet' and dense weights"
+            f"{where}: quantization_config has quant_method {shown(repr(method))}; this build reads 'bitnet' and dense weights"
         )
     mode, linear = found.get("quantization_mode", "offline"), found.get("linear_class", "bitlinear")
     if mode not in ("online", "offline") or linear not in ("bitlinear", "autobitlinear"):
         raise UnsupportedModelError(
-            f"{where}: quantization_mode {mode!r} with linear_class {linear!r}; expected online or offline, bitlinear or autobitlinear"
+            f"{where}: quantization_mode {shown(repr(mode))} with linear_class {shown(repr(linear))}; expected online or offline, "
+            "bitlinear or autobitlinear"
         )
     if found.get("use_rms_norm"):
         raise UnsupportedModelError(

@@ -1,20 +1,18 @@
-"""What every adapter produces, and the checks on config.json that all families share."""
+"""What every adapter produces, and what the families share in their config.json and in the names of their tensors."""
 
 from __future__ import annotations
 
-import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.files import shown
+from bitnet.models.fields import integer, number
+from bitnet.models.rope import Rope, read_rope
 
-LARGEST = {
-    "num_hidden_layers": 1024,
-    "vocab_size": 1 << 22,
-    "hidden_size": 65536,
-    "intermediate_size": 65536,
-    "max_position_embeddings": 1 << 24,
-}
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+SILU = {"silu": "silu", "swish": "silu"}  # hidden_act -> ours
 
 
 @dataclass(frozen=True)
@@ -31,54 +29,35 @@ class ModelConfig:
     ffn_size: int
     max_context: int  # tokens
     norm_eps: float
-    rope_theta: float
-    activation: str  # "silu" | "relu2"
-    sub_norms: bool
+    rope: Rope
+    activation: str  # "silu" | "relu2" | "gelu_tanh"
     tied: bool  # the head is the embedding
-    rope_interleaved: bool = False
-
-
-def integer(hf: dict[str, Any], key: str, where: str, default: int | None = None) -> int:
-    """A positive integer of config.json, not above what any model has."""
-    value = hf.get(key)
-    if value is None:
-        value = default
-    largest = LARGEST.get(key, 65536)
-    if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= largest:
-        raise FormatError(f"{where}: {key} is {value!r}; expected an integer from 1 to {largest}")
-    return value
-
-
-def number(hf: dict[str, Any], key: str, where: str, default: float | None = None) -> float:
-    """A positive finite number of config.json."""
-    value = hf.get(key)
-    if value is None:
-        value = default
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or value <= 0:
-        raise FormatError(f"{where}: {key} is {value!r}; expected a number above 0")
-    return float(value)
+    attention_scale: float  # multiplies query . key
+    embedding_scale: float = 1.0  # multiplies the embedding's rows
+    biases: tuple[str, ...] = ()  # of LINEARS
+    sub_norms: bool = False  # before o_proj and down_proj (BitNet)
+    post_norms: bool = False  # after o_proj and down_proj (gemma)
+    qk_norms: bool = False  # of every query and key head
+    norm_offset: float = 0.0  # added to every stored norm weight (gemma keeps w, and computes with 1 + w)
+    windowed: tuple[bool, ...] = ()  # [n_layers]: which see only `sliding_window` positions; empty: none
+    sliding_window: int = 0  # positions, its own included
+    rope_local: Rope | None = None  # of the windowed layers; None: as the others
+    rope_interleaved: bool = False  # pairs are neighbours (2i, 2i+1), as GGUF orders llama's rows
 
 
 def decoder_config(
-    hf: dict[str, Any], where: str, *, architecture: str, activations: dict[str, str], sub_norms: bool, default_theta: float, tied: bool
-) -> ModelConfig:
+    hf: dict[str, Any], where: str, *, architecture: str, activations: dict[str, str], default_theta: float = 10_000.0,
+    default_eps: float = 1e-6, tied: bool = False, **particulars: Any,
+) -> ModelConfig:  # fmt: skip
     """The fields that llama-like families share; `activations` maps the accepted hidden_act names to ours.
 
-    What this forward pass does not compute (biases, rope scaling, other activations) is refused, never ignored.
+    `particulars` are further fields of ModelConfig. What this forward pass does not compute is refused, never ignored.
     """
-    for key in ("attention_bias", "mlp_bias"):
-        if hf.get(key):
-            raise UnsupportedModelError(f"{where}: {key} is set; this build runs models without biases")
-    act = hf.get("hidden_act", next(iter(activations)))
+    act = hf.get("hidden_act") or hf.get("hidden_activation") or next(iter(activations))
     if not isinstance(act, str) or act not in activations:
-        raise UnsupportedModelError(f"{where}: hidden_act is {act!r}; for {architecture} this build runs {', '.join(activations)}")
-    rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise FormatError(f"{where}: rope parameters are {rope!r}; expected an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    partial = rope if rope.get("partial_rotary_factor") is not None else hf
-    if kind != "default" or number(partial, "partial_rotary_factor", where, default=1.0) != 1.0:
-        raise UnsupportedModelError(f"{where}: rope scaling {kind!r}; this build runs plain rope")
+        raise UnsupportedModelError(
+            f"{where}: hidden_act is {shown(repr(act))}; for {architecture} this build runs {', '.join(activations)}"
+        )
     heads = integer(hf, "num_attention_heads", where)
     kv_heads = integer(hf, "num_key_value_heads", where, default=heads)
     hidden = integer(hf, "hidden_size", where)
@@ -89,7 +68,11 @@ def decoder_config(
     head_dim = integer(hf, "head_dim", where, default=hidden // heads)
     if head_dim % 2:
         raise FormatError(f"{where}: head_dim is {head_dim}; rope needs an even number")
-    theta_in = rope if rope.get("rope_theta") is not None else hf
+    fields: dict[str, Any] = {
+        "rope": particulars.pop("rope", None) or read_rope(hf.get("rope_parameters") or hf.get("rope_scaling"), hf, where, default_theta),
+        "attention_scale": head_dim**-0.5,
+        "biases": flagged_biases(hf),
+    }
     return ModelConfig(
         architecture=architecture,
         vocab_size=integer(hf, "vocab_size", where),
@@ -100,31 +83,52 @@ def decoder_config(
         head_dim=head_dim,
         ffn_size=integer(hf, "intermediate_size", where),
         max_context=integer(hf, "max_position_embeddings", where, default=2048),
-        norm_eps=number(hf, "rms_norm_eps", where, default=1e-5),
-        rope_theta=number(theta_in, "rope_theta", where, default=default_theta),
+        norm_eps=number(hf, "rms_norm_eps", where, default=default_eps),
         activation=activations[act],
-        sub_norms=sub_norms,
         tied=bool(hf.get("tie_word_embeddings", tied)),
+        **(fields | particulars),
     )
 
 
-def decoder_names(config: ModelConfig) -> dict[str, str]:
-    """Canonical name -> Hugging Face name, for families that keep llama's names."""
+def flagged_biases(hf: dict[str, Any]) -> tuple[str, ...]:
+    """The linear layers that config.json's flags give a bias."""
+    attention, feed_forward = LINEARS[:4], LINEARS[4:]
+    return (attention if hf.get("attention_bias") else ()) + (feed_forward if hf.get("mlp_bias") else ())
+
+
+def window(hf: dict[str, Any], where: str, n_layers: int, default_types: Iterable[bool]) -> dict[str, Any]:
+    """`sliding_window` and `windowed` as ModelConfig has them. `default_types`: which layers are windowed if layer_types says nothing."""
+    types = hf.get("layer_types")
+    if types is None:
+        windowed = tuple(default_types)
+    elif isinstance(types, list) and len(types) == n_layers and set(types) <= {"full_attention", "sliding_attention"}:
+        windowed = tuple(kind == "sliding_attention" for kind in types)
+    else:
+        raise FormatError(
+            f"{where}: layer_types is {shown(repr(types))}; expected full_attention or sliding_attention for each of {n_layers}"
+        )
+    return {"windowed": windowed, "sliding_window": integer(hf, "sliding_window", where)} if any(windowed) else {}
+
+
+def decoder_names(config: ModelConfig, **renamed: str) -> dict[str, str]:
+    """Canonical name -> Hugging Face name, for families that keep llama's names; `renamed`: canonical part -> what differs."""
     parts = {
-        "q": "self_attn.q_proj.weight",
-        "k": "self_attn.k_proj.weight",
-        "v": "self_attn.v_proj.weight",
-        "o": "self_attn.o_proj.weight",
-        "gate": "mlp.gate_proj.weight",
-        "up": "mlp.up_proj.weight",
-        "down": "mlp.down_proj.weight",
-        "attn_norm": "input_layernorm.weight",
-        "ffn_norm": "post_attention_layernorm.weight",
+        "q": "self_attn.q_proj",
+        "k": "self_attn.k_proj",
+        "v": "self_attn.v_proj",
+        "o": "self_attn.o_proj",
+        "gate": "mlp.gate_proj",
+        "up": "mlp.up_proj",
+        "down": "mlp.down_proj",
+        "attn_norm": "input_layernorm",
+        "ffn_norm": "post_attention_layernorm",
     }
     if config.sub_norms:
-        parts |= {"attn_sub_norm": "self_attn.attn_sub_norm.weight", "ffn_sub_norm": "mlp.ffn_sub_norm.weight"}
-    names = {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.n_layers) for ours, theirs in parts.items()}
+        parts |= {"attn_sub_norm": "self_attn.attn_sub_norm", "ffn_sub_norm": "mlp.ffn_sub_norm"}
+    if config.qk_norms:
+        parts |= {"q_norm": "self_attn.q_norm", "k_norm": "self_attn.k_norm"}
+    stored = {ours: f"{theirs}.weight" for ours, theirs in (parts | renamed).items()}
+    stored |= {f"{ours}_bias": f"{parts[ours]}.bias" for ours in config.biases}
+    names = {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.n_layers) for ours, theirs in stored.items()}
     names |= {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
-    if not config.tied:
-        names["head"] = "lm_head.weight"
-    return names
+    return names if config.tied else names | {"head": "lm_head.weight"}

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
-from bitnet.models.config import ModelConfig, decoder_config, decoder_names
+from bitnet.models.config import SILU, ModelConfig, decoder_config, decoder_names
 
 
 def config(hf: dict[str, Any], where: str) -> ModelConfig:
-    return decoder_config(
-        hf, where, architecture="llama", activations={"silu": "silu", "swish": "silu"}, sub_norms=False, default_theta=10_000.0, tied=False
-    )
+    return decoder_config(hf, where, architecture="llama", activations=SILU)
 
 
-def names(config: ModelConfig) -> dict[str, str]:
+def names(config: ModelConfig, present: Container[str]) -> dict[str, str]:
     return decoder_names(config)

@@ -1,0 +1,83 @@
+"""Benchmark shapes: the sizes of models that people run, built with random weights in memory, so that speed needs no download."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from bitnet.engine import Engine, new_native
+from bitnet.errors import UsageError
+from bitnet.models import LINEARS, ModelConfig
+from bitnet.models.rope import Rope
+from bitnet.weights import layer_norms, weight_shapes
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes for benchmarks, without its weights."""
+
+    layers: int
+    width: int
+    ffn: int
+    heads: int
+    kv_heads: int
+    vocab: int
+    head_dim: int
+    bitnet: bool = False  # relu^2 and sub-norms
+    tied: bool = True
+    qk_norms: bool = False
+    group: int = 0  # inputs per scale; 0: one scale per tensor
+    context: int = 4096
+
+
+SHAPES = {
+    "bitnet-2b-4t": Shape(30, 2560, 6912, 20, 5, 128256, 128, bitnet=True),
+    "bonsai-1.7b": Shape(28, 2048, 6144, 16, 8, 151936, 128, qk_norms=True, group=128),
+    "bonsai-8b": Shape(36, 4096, 12288, 32, 8, 151936, 128, qk_norms=True, group=128, tied=False),
+    "llama3-8b": Shape(32, 4096, 14336, 32, 8, 128256, 128, tied=False),
+    "article-12x512": Shape(12, 512, 1536, 8, 8, 32000, 64),
+}
+
+
+def shape_bytes(shape: str, head: str = "f16") -> int:
+    """Memory that the weights of a benchmark shape take."""
+    s = SHAPES[shape]
+    q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
+    layer = s.width * (2 * q + 2 * kv + 3 * s.ffn)
+    tables = s.vocab * s.width * (1 if s.tied else 2)
+    return s.layers * layer // 4 + int(tables * {"f16": 2, "int8": 1, "ternary": 0.25}[head])
+
+
+def random_engine(shape: str, *, threads: int | None = None, head: str = "int8", seed: int = 1) -> Engine:
+    """A model of one of `SHAPES` with random weights, made in memory: for speed, not for text.
+
+    `head`: scheme of the embedding and head, "f16", "int8" or "ternary" (in groups as the layers are).
+    """
+    if shape not in SHAPES:
+        raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
+    if head not in ("f16", "int8", "ternary"):
+        raise UsageError(f"head is {head!r}; expected f16, int8 or ternary")
+    s = SHAPES[shape]
+    config = ModelConfig(
+        architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
+        n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, ffn_size=s.ffn, max_context=s.context,
+        norm_eps=1e-5, rope=Rope(500_000.0), activation="relu2" if s.bitnet else "silu", sub_norms=s.bitnet, tied=s.tied,
+        attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
+    )  # fmt: skip
+    native = new_native(config, threads)
+    shapes = weight_shapes(config)
+
+    def groups(inputs: int) -> int:
+        return -(-inputs // s.group) if s.group else 1
+
+    for name in ("embedding",) if s.tied else ("embedding", "head"):
+        native.set_random(name, head, *shapes[name], groups(s.width) if head == "ternary" else 1, seed)
+    for i in range(s.layers):
+        for number, part in enumerate(LINEARS):
+            rows, cols = shapes[part]
+            native.set_random(f"layers.{i}.{part}", "ternary", rows, cols, groups(cols), seed + 16 * i + number)
+        for part in layer_norms(config):
+            native.set_vector(f"layers.{i}.{part}", np.ones(shapes[part], np.float32))
+    native.set_vector("final_norm", np.ones(shapes["final_norm"], np.float32))
+    return Engine(config, native, "t2")

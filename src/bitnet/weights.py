@@ -1,0 +1,279 @@
+"""From a checkpoint's tensors to the native model's: what each becomes, checked and repacked one at a time.
+
+As stored, nothing is lost: ternary and binary weights stay ternary, f16, bf16 and f32 stay what they are and meet float32 activations.
+Block formats of other programs (Q4_K and its kin) become int8 with a scale per 32 inputs; so does everything dense on request. Integer
+weights meet int8 activations. Ternary ones with one step per token, as BitNet models are trained; int8 ones, whose models were trained
+without, with one step per 32 inputs: outliers in a few of gemma's channels make one step per token cost ten times as much (docs/log.md).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet import ternary
+from bitnet.engine import Engine, new_native
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
+from bitnet.files.tensor import Tensor
+from bitnet.machine import require_memory
+from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
+
+HEADS = ("stored", "int8")
+WEIGHTS = ("stored", "int8", "f16")
+_FLOATS = ("f32", "f64", "f16", "bf16")
+_BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
+INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
+_CHUNK = 1 << 20  # values of a tensor worked on at once
+
+
+def check_weights(weights: str, activation_group: int | None, head: str) -> None:
+    """Raises `UsageError` for an option that is none."""
+    if head not in HEADS:
+        raise UsageError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
+    if activation_group is None:
+        return
+    whole = isinstance(activation_group, int) and not isinstance(activation_group, bool)
+    if not whole or not 0 <= activation_group <= 65536 or activation_group % 16:
+        raise UsageError(f"activation_group is {activation_group!r}; expected 0 (one step per token) or a multiple of 16, such as 32")
+    if activation_group and weights == "f16":
+        raise UsageError("activation_group has no meaning with weights='f16', whose activations stay float32")
+
+
+def load_engine(
+    checkpoint: Checkpoint,
+    *,
+    threads: int | None = None,
+    head: str = "stored",
+    weights: str = "stored",
+    activation_group: int | None = None,
+) -> Engine:
+    """Repack a checkpoint's weights for this machine.
+
+    `weights`: of the linear layers, "stored" as in the file (block formats as int8), "int8" for all that are not ternary, or "f16" with
+    float32 activations, the exact path of models that were trained so. `head`: "stored" likewise, or "int8" with a scale per row.
+    `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
+    Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
+    `UsageError` for options that would not run a BitNet model as it was trained.
+    """
+    check_weights(weights, activation_group, head)
+    model = canonical(checkpoint)
+    config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
+    if model.quantization and (weights == "f16" or activation_group):
+        raise UsageError(f"{where}: is a BitNet model, trained with int8 activations per token; it runs as trained only (weights='stored')")
+    shapes = weight_shapes(config)
+    for ours, theirs in model.names.items():
+        _check_shape(tensors[theirs], shapes[_kind(ours)], where)
+        _check_scheme(tensors[theirs])
+    require_memory(where, sum(_native_bytes(_kind(ours), tensors[theirs], model, weights) for ours, theirs in model.names.items()))
+    if activation_group is None:
+        int8 = model.quantization is None and any(_becomes_int8(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS)
+        activation_group = INT8_GROUP if int8 else 0
+    native = new_native(config, threads, activation_group)
+    schemes = set()
+    with ThreadPoolExecutor(native.threads) as pool:
+        load = _Loader(native, model, checkpoint, weights, pool)
+        for ours, theirs in model.names.items():
+            tensor, kind = tensors[theirs], _kind(ours)
+            if kind in LINEARS:
+                schemes.add(load.linear(ours, tensor, shapes[kind]))
+            elif kind in ("embedding", "head"):
+                load.table(ours, tensor, shapes[kind], head if ours == "head" or config.tied else "stored")
+            else:
+                offset = config.norm_offset if kind.endswith("norm") else 0.0
+                native.set_vector(ours, np.ascontiguousarray(_finite(tensor) + np.float32(offset), np.float32))
+    codec = "t2" if "ternary" in schemes else "int8" if "int8" in schemes else "dense"
+    return Engine(config, native, codec)
+
+
+def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every kind of weight, by the last part of its canonical name."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    matrices: dict[str, tuple[int, ...]] = {
+        "embedding": (c.vocab_size, c.hidden_size),
+        "head": (c.vocab_size, c.hidden_size),
+        "q": (q, c.hidden_size),
+        "k": (kv, c.hidden_size),
+        "v": (kv, c.hidden_size),
+        "o": (c.hidden_size, q),
+        "gate": (c.ffn_size, c.hidden_size),
+        "up": (c.ffn_size, c.hidden_size),
+        "down": (c.hidden_size, c.ffn_size),
+    }
+    hidden_norms = ("final_norm", "attn_norm", "ffn_norm", "post_attn_norm", "post_ffn_norm")
+    vectors: dict[str, tuple[int, ...]] = dict.fromkeys(hidden_norms, (c.hidden_size,))
+    vectors |= {"attn_sub_norm": (q,), "ffn_sub_norm": (c.ffn_size,), "q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    return matrices | vectors | {f"{part}_bias": matrices[part][:1] for part in LINEARS}
+
+
+def layer_norms(c: ModelConfig) -> list[str]:
+    """The norms that a layer of this model has."""
+    norms = ["attn_norm", "ffn_norm"]
+    norms += ["attn_sub_norm", "ffn_sub_norm"] if c.sub_norms else []
+    norms += ["post_attn_norm", "post_ffn_norm"] if c.post_norms else []
+    return norms + (["q_norm", "k_norm"] if c.qk_norms else [])
+
+
+def _kind(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
+
+
+def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
+    found = tensor.shape
+    if tensor.dtype == "U8" and tensor.scheme == "u8":
+        raise FormatError(f"{where}: tensor {tensor.name!r} is packed (U8) but has no {tensor.name}_scale beside it; expected one float")
+    padded = (-(-expected[0] // 4) * 4, *expected[1:])  # Hugging Face's packed ternary comes in fours of rows
+    if found != expected and not (tensor.scheme == "ternary" and found == padded):
+        raise FormatError(f"{where}: tensor {tensor.name!r} has shape {list(found)}; the model's configuration makes it {list(expected)}")
+
+
+def _check_scheme(tensor: Tensor) -> None:
+    known = (*_FLOATS, *_BLOCKS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
+    if tensor.scheme not in known:
+        raise UnsupportedModelError(f"{tensor.where}: stored as {tensor.scheme}; this build computes with {', '.join(known)}")
+
+
+def _becomes_int8(tensor: Tensor, weights: str) -> bool:
+    return (tensor.scheme in _BLOCKS and weights != "f16") or (tensor.scheme in _FLOATS and weights == "int8")
+
+
+def _native_bytes(kind: str, tensor: Tensor, model: Canonical, weights: str) -> int:
+    """About what the tensor will take."""
+    size = math.prod(tensor.shape)
+    if kind in LINEARS and (tensor.scheme in ("ternary", "binary") or (model.quantization and model.quantization.online)):
+        return size // 4
+    if kind in LINEARS and weights != "stored":
+        return size * (2 if weights == "f16" else 1)
+    return tensor.nbytes if tensor.scheme in _FLOATS else size
+
+
+def _finite(tensor: Tensor) -> NDArray[np.float32]:
+    return _all_finite(tensor, tensor.dense())
+
+
+def _all_finite(tensor: Tensor, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        raise FormatError(f"{tensor.where}: holds NaN or infinity; the file is damaged or training diverged")
+    return values
+
+
+class _Loader:
+    """Sets one matrix after another; what it holds is the same for all."""
+
+    def __init__(self, native: Any, model: Canonical, checkpoint: Checkpoint, weights: str, pool: ThreadPoolExecutor) -> None:
+        self.native, self.quantization, self.weights, self.pool = native, model.quantization, weights, pool
+        self.layout, self.tensors = checkpoint.layout, checkpoint.tensors
+
+    def table(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str) -> None:
+        """The embedding or the head."""
+        if tensor.scheme in ("ternary", "binary") and scheme == "stored":
+            self._set_codes(name, tensor, shape)
+        elif tensor.scheme in _FLOATS and scheme == "stored":
+            self._set_floats(name, tensor)
+        elif self.weights == "f16" and scheme == "stored":
+            self._set_f16(name, tensor)
+        else:
+            self._set_int8(name, tensor, 0 if scheme == "int8" else INT8_GROUP)
+
+    def linear(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """One linear layer; returns the scheme that it runs in: "ternary", "int8" or "dense"."""
+        q = self.quantization
+        stays_dense = q is None or any(part in q.dense for part in (tensor.name, tensor.name.removesuffix(".weight")))
+        if tensor.scheme in ("ternary", "binary"):
+            if q is None and self.layout == "hf":
+                raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
+            if self.weights == "f16":
+                return self._set_f16(name, tensor)
+            return self._set_codes(name, tensor, shape)
+        if tensor.scheme not in _FLOATS:  # a block format
+            return self._set_f16(name, tensor) if self.weights == "f16" else self._set_int8(name, tensor, INT8_GROUP)
+        if not stays_dense:
+            if q is None or not q.online:
+                raise FormatError(
+                    f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
+                )
+            trits, scale = self._ternarized(tensor)
+            self.native.set_integer(name, "ternary", trits, np.full((shape[0], 1), scale, np.float32))
+            return "ternary"
+        if self.weights == "int8":
+            return self._set_int8(name, tensor, INT8_GROUP)
+        return self._set_f16(name, tensor) if self.weights == "f16" else self._set_floats(name, tensor)
+
+    def _set_codes(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """Ternary or binary weights as they are stored. Q2_0 can hold +2 as a code, which is then int8 with the same scales."""
+        codes, scales = tensor.codes()[: shape[0]], self._scales(tensor)
+        if not np.isfinite(scales).all():
+            raise FormatError(
+                f"{tensor.where}: what is stored beside it gives a scale of {scales[~np.isfinite(scales)][0]}; expected finite numbers"
+            )
+        if scales.size == 1 or (scales == scales.flat[0]).all():
+            scales = np.full((shape[0], 1), scales.flat[0], np.float32)
+        scheme = "int8" if codes.size and codes.max() > 1 else "ternary"
+        self.native.set_integer(name, scheme, np.ascontiguousarray(codes), np.ascontiguousarray(scales, np.float32))
+        return scheme
+
+    def _scales(self, tensor: Tensor) -> NDArray[np.float32]:
+        """The tensor's scales, times the one that llama.cpp may keep beside it (`blk.0.attn_q.scale`)."""
+        extra = self.tensors.get(f"{tensor.name.removesuffix('.weight')}.scale") if self.layout == "gguf" else None
+        if extra is None:
+            return tensor.scales()
+        if math.prod(extra.shape) != 1:
+            raise FormatError(f"{extra.where}: has shape {list(extra.shape)}; expected one scale for the tensor")
+        return tensor.scales() * _finite(extra).reshape(())
+
+    def _ternarized(self, tensor: Tensor) -> tuple[NDArray[np.int8], np.float32]:
+        """Master weights by absmean. GGUF writers ternarize before they write: weights of three values are what they are."""
+        values = _finite(tensor)
+        most = np.abs(values).max(initial=np.float32(0))
+        if self.layout == "gguf" and ((values == 0) | (np.abs(values) == most)).all():
+            return np.sign(values).astype(np.int8), most
+        return ternary.absmean(values)
+
+    def _set_floats(self, name: str, tensor: Tensor) -> str:
+        list(self.pool.map(lambda span: _all_finite(tensor, tensor.dense_rows(*span)), self._chunks(tensor)))
+        if tensor.scheme in ("f16", "bf16"):
+            self.native.set_dense_16(name, tensor.scheme, np.ascontiguousarray(tensor.raw()).view(np.uint16).reshape(tensor.shape))
+        else:
+            self.native.set_dense_f32(name, np.ascontiguousarray(tensor.dense(), np.float32))
+        return "dense"
+
+    def _set_f16(self, name: str, tensor: Tensor) -> str:
+        if tensor.scheme == "f16":
+            return self._set_floats(name, tensor)
+        bits = np.empty(tensor.shape, np.float16)
+
+        def fill(span: tuple[int, int]) -> None:
+            values = _all_finite(tensor, tensor.dense_rows(*span))
+            with np.errstate(over="ignore"):
+                bits[slice(*span)] = values
+            if not np.isfinite(bits[slice(*span)]).all():
+                raise UnsupportedModelError(f"{tensor.where}: holds values beyond f16's 65,504; expected a scheme that can hold them")
+
+        list(self.pool.map(fill, self._chunks(tensor)))
+        self.native.set_dense_16(name, "f16", bits.view(np.uint16))
+        return "dense"
+
+    def _set_int8(self, name: str, tensor: Tensor, group: int) -> str:
+        """`group`: inputs that share a scale; 0 for one scale per row."""
+        n_groups = -(-tensor.shape[1] // group) if group else 1
+        codes, scales = np.empty(tensor.shape, np.int8), np.empty((tensor.shape[0], n_groups), np.float32)
+
+        def fill(span: tuple[int, int]) -> None:
+            rows = slice(*span)
+            codes[rows], found = ternary.quantize_int8(_all_finite(tensor, tensor.dense_rows(*span)), group)
+            scales[rows] = found.reshape(-1, n_groups)
+
+        list(self.pool.map(fill, self._chunks(tensor)))
+        self.native.set_integer(name, "int8", codes, scales)
+        return "int8"
+
+    def _chunks(self, tensor: Tensor) -> Iterator[tuple[int, int]]:
+        rows = tensor.shape[0]
+        step = max(1, _CHUNK // max(1, math.prod(tensor.shape[1:])))
+        return ((first, min(rows, first + step)) for first in range(0, rows, step))
