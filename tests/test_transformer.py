@@ -211,7 +211,10 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
         ({"device": "cuda"}, "device is 'cuda'; this build runs on device='cpu' only"),
         ({"threads": 0}, "threads is 0; expected a whole number >= 1"),
         ({"threads": "2"}, "threads is '2'; expected a whole number >= 1"),
-        ({"head": "int4"}, "head is 'int4'; expected 'stored' (as in the file) or 'int8'"),
+        ({"head": "int4"}, "head is 'int4'; expected one of stored, int8"),
+        ({"weights": "int4"}, "weights is 'int4'; expected one of stored, int8, f16"),
+        ({"activation_group": 40}, "activation_group is 40; expected 0 (one step per token) or a multiple of 16, such as 32"),
+        ({"weights": "f16", "activation_group": 32}, "activation_group has no meaning with weights='f16', whose activations stay float32"),
         ({"zero_skip": "yes"}, "zero_skip is 'yes'; expected True, False or 'auto'"),
     ],
 )

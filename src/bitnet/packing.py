@@ -5,15 +5,22 @@ A code is t + 1, so 0, 1, 2 stand for -1, 0, +1; two bits hold it, and the fourt
 "hf" is the layout that `transformers` calls BitNet (integrations/bitnet.py, `pack_weights`). A weight [out, in] is cut into four bands of
 R = ceil(out/4) rows, and bits 2i..2i+1 of byte P[r, c] hold the code of W[i*R + r, c]. So a byte holds four rows that lie far apart, and
 where out is no multiple of 4 the last band is short: its missing codes are 0, as `transformers` writes them, and unpack as rows of -1.
+
+The others are GGUF's (BLOCKS): I2_S of bitnet.cpp, TQ1_0, TQ2_0, Q2_0 and Q1_0 of llama.cpp, PQ2_0 (Q2_0 in blocks of 128) and PTQ1_0 of
+the Bonsai models. There a row is whole blocks, each with its scale; I2_S has one scale for the tensor, after all codes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+
+I8 = NDArray[np.int8]
+U8 = NDArray[np.uint8]
 
 CHUNK_BYTES = 1 << 17  # packed bytes worked on at once: they and the four bands made of them stay in the second-level cache
 
@@ -60,4 +67,98 @@ def unpack_hf(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     return codes.view(np.int8)
 
 
+@dataclass(frozen=True)
+class BlockCodec:
+    """A GGUF format: blocks of `block` codes in `nbytes` bytes, with a scale d as f16 or (`scale_at` None) elsewhere. A weight is code *
+    d."""
+
+    block: int
+    nbytes: int
+    scale_at: int | None  # byte of the scale in a block
+    parts: tuple[tuple[int, int, Layout], ...]  # (first byte, bytes, layout) of the codes, in the order of the codes
+
+    def unpack(self, blocks: U8) -> I8:
+        """uint8 [n, nbytes] -> codes, int8 [n, block]: trits, but +2 where a two-bit code is 3."""
+        return np.concatenate([layout.unpack(blocks[:, at : at + size]) for at, size, layout in self.parts], axis=1)
+
+    def scales(self, blocks: U8) -> NDArray[np.float32]:
+        """uint8 [n, nbytes] -> float32 [n]."""
+        assert self.scale_at is not None
+        stored: NDArray[np.float32] = np.ascontiguousarray(blocks[:, self.scale_at : self.scale_at + 2]).view("<f2").astype(np.float32)
+        return stored[:, 0]
+
+    def pack(self, codes: I8, scales: NDArray[np.float32] | None = None) -> U8:
+        """codes int8 [n, block], scales [n] that f16 holds exactly -> uint8 [n, nbytes]."""
+        blocks = np.zeros((len(codes), self.nbytes), np.uint8)
+        first = 0
+        for at, size, layout in self.parts:
+            count = size * layout.per_byte
+            blocks[:, at : at + size] = layout.pack(codes[:, first : first + count])
+            first += count
+        if self.scale_at is not None:
+            assert scales is not None
+            blocks[:, self.scale_at : self.scale_at + 2] = np.asarray(scales, "<f2").reshape(-1, 1).view(np.uint8)
+        return blocks
+
+
+@dataclass(frozen=True)
+class Bits:
+    """Codes in fields of 8 / len(shifts) bits, plus `lowest`: code k * `run` + p of a stretch lies in byte p at bit shifts[k]."""
+
+    run: int  # bytes of a stretch
+    shifts: tuple[int, ...]
+    factor: int = 1  # code = lowest + factor * field
+    lowest: int = -1
+
+    @property
+    def per_byte(self) -> int:
+        return len(self.shifts)
+
+    def unpack(self, packed: U8) -> I8:
+        shifts = np.array(self.shifts, np.uint8).reshape(-1, 1)
+        mask = np.uint8((1 << (8 // self.per_byte)) - 1)
+        fields = (packed.reshape(len(packed), -1, 1, self.run) >> shifts) & mask
+        codes = fields.reshape(len(packed), -1).view(np.int8)
+        codes *= np.int8(self.factor)
+        codes += np.int8(self.lowest)
+        return codes
+
+    def pack(self, codes: I8) -> U8:
+        fields = ((codes - np.int8(self.lowest)) // np.int8(self.factor)).astype(np.uint8).reshape(len(codes), -1, self.per_byte, self.run)
+        shifted = fields << np.array(self.shifts, np.uint8).reshape(-1, 1)
+        return np.asarray(np.bitwise_or.reduce(shifted, axis=2).reshape(len(codes), -1), np.uint8)
+
+
+@dataclass(frozen=True)
+class Trits:
+    """Up to five base-3 digits in a byte, as the fraction v / 243 of 256, rounded up: digit k of every byte, then digit k + 1 of every
+    byte."""
+
+    per_byte: int
+
+    def unpack(self, packed: U8) -> I8:
+        return np.take(_DIGITS[:, : self.per_byte], packed, axis=0).swapaxes(1, 2).reshape(len(packed), -1)
+
+    def pack(self, codes: I8) -> U8:
+        digits = (codes + np.int8(1)).astype(np.uint16).reshape(len(codes), self.per_byte, -1)
+        powers = np.array([81, 27, 9, 3, 1], np.uint16)[: self.per_byte].reshape(-1, 1)
+        value = (digits * powers).sum(axis=1, dtype=np.uint16)
+        return np.asarray((value * np.uint16(256) + np.uint16(242)) // np.uint16(243), np.uint16).astype(np.uint8)
+
+
+# trit of digit k of a byte, int8 [256, 5]: ((b * 3^k mod 256) * 3) >> 8, less 1
+_DIGITS = (((np.arange(256)[:, None] * 3 ** np.arange(5)) % 256 * 3 >> 8) - 1).astype(np.int8)
+_PAIRS = (0, 2, 4, 6)
+_SIGNS = Bits(1, tuple(range(8)), factor=2)
+
+Layout = Bits | Trits
+BLOCKS = {
+    "i2_s": BlockCodec(128, 32, None, ((0, 32, Bits(32, (6, 4, 2, 0))),)),
+    "tq2_0": BlockCodec(256, 66, 64, ((0, 64, Bits(32, _PAIRS)),)),
+    "tq1_0": BlockCodec(256, 54, 52, ((0, 32, Trits(5)), (32, 16, Trits(5)), (48, 4, Trits(4)))),
+    "q2_0": BlockCodec(64, 18, 0, ((2, 16, Bits(1, _PAIRS)),)),
+    "q2_0_128": BlockCodec(128, 34, 0, ((2, 32, Bits(1, _PAIRS)),)),
+    "ptq1_0": BlockCodec(128, 28, 26, ((0, 16, Trits(5)), (16, 8, Trits(5)), (24, 2, Trits(4)))),
+    "q1_0": BlockCodec(128, 18, 0, ((2, 16, _SIGNS),)),
+}
 CODECS = {"hf": Codec(pack_hf, unpack_hf)}

@@ -1,7 +1,7 @@
 """Text <-> token ids, over the `tokenizers` library, with the three things that a language model's caller needs on top.
 
-- Text is text: a special token typed by a user ("<|endoftext|>") is encoded as its characters. Only the post-processor adds special
-  tokens (a BOS, usually).
+- Text is text: a special token typed by a user ("<|endoftext|>") is encoded as its characters, unless the caller asks for it to be parsed
+  (the text of a chat template). Only the post-processor adds special tokens of its own (a BOS, usually).
 - A tokenizer.json is untrusted input. The library raises bare `Exception` for most bad files and panics for some; both become one line.
 - Streaming gives only complete UTF-8 characters, and the pieces joined equal the decoding of the whole.
 """
@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 import tokenizers
 
-from bitnet.errors import FormatError
+from bitnet.errors import BitNetError, FormatError
 
 _STDERR = 2  # file descriptor
+_JSON = "the JSON that the tokenizers library writes"
 _stderr_lock = threading.Lock()
+_Built = TypeVar("_Built")
 _INCOMPLETE = "\ufffd"  # what the decoders give for bytes that are not (yet) a character
 
 
@@ -30,8 +33,9 @@ class Tokenizer:
         self._library = library
         self.vocab_size = vocab_size  # of the model: rows of its embedding
         self.eos_ids: set[int] = set(eos_ids)
-        ids, mask = self._encode("a", True)
-        self.prefix_ids: list[int] = ids[: mask.index(0)] if 0 in mask else []  # what the post-processor puts first: [BOS] or []
+        encoding = library.encode("a")
+        mask = encoding.special_tokens_mask
+        self.prefix_ids: list[int] = encoding.ids[: mask.index(0)] if 0 in mask else []  # what the post-processor puts first: [BOS] or []
         self._byte_ids = _byte_fallback_ids(library)
         self._special_ids = {token for token, added in library.get_added_tokens_decoder().items() if added.special}
 
@@ -44,45 +48,36 @@ class Tokenizer:
         try:
             text = bytes(data).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise FormatError(
-                f"tokenizer.json is not UTF-8 (byte {error.start}); expected the JSON that the tokenizers library writes"
-            ) from None
-        with _silent_panics(), _one_line("tokenizer.json cannot be used"):
-            library = tokenizers.Tokenizer.from_str(text)
-            library.encode_special_tokens = True
-            library.no_truncation()
-            library.no_padding()
-            if getattr(library.model, "dropout", None):
-                library.model.dropout = None  # a training-time option: it would make the encoding random
-            vocabulary = library.get_vocab(with_added_tokens=True)
-            if not vocabulary:
-                raise FormatError("tokenizer.json has an empty vocabulary; expected at least one token")
-            produced = [*vocabulary.values(), *library.encode("").ids, *library.encode("a").ids]
-            largest = max(produced)
-            if largest >= vocab_size:
-                raise FormatError(
-                    f"tokenizer does not fit the vocabulary: its largest token id is {largest} ({len(vocabulary)} tokens), the model has "
-                    f"{vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer.json that belongs to this model"
-                )
-            return cls(library, vocab_size, eos_ids)
+            raise FormatError(f"tokenizer.json is not UTF-8 (byte {error.start}); expected {_JSON}") from None
+
+        def build() -> Tokenizer:
+            return cls(checked(tokenizers.Tokenizer.from_str(text), vocab_size, "tokenizer.json"), vocab_size, eos_ids)
+
+        return guarded(build, "tokenizer.json cannot be used", _JSON)
 
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
         return self._library.get_vocab_size(with_added_tokens=True)
 
-    def encode(self, text: str, add_special: bool = True) -> list[int]:
+    def encode(self, text: str, add_special: bool = True, parse_special: bool = False) -> list[int]:
         """Token ids of `text`, with the post-processor's special tokens (BOS) unless `add_special` is False.
 
+        With `parse_special`, special tokens spelled out in `text` become their ids; ask for it only where every character is trusted.
         Lone surrogates (undecodable bytes of a command line) are read as U+FFFD. Raises `FormatError` if the tokenizer fails on this text.
         """
         with _one_line("the tokenizer cannot encode this text"):
-            return self._encode(text, add_special)[0]
+            return self._encode(replace_surrogates(text), add_special, parse_special)[0]
 
     def encode_with_ends(self, text: str) -> tuple[list[int], list[int]]:
         """Ids of `text` without special tokens, and for each the number of characters of `text` consumed up to its end."""
         with _one_line("the tokenizer cannot encode this text"):
-            encoding = self._library.encode(replace_surrogates(text), add_special_tokens=False)
-        return encoding.ids, [end for _, end in encoding.offsets]
+            return self._encode(replace_surrogates(text), False, False)
+
+    @property
+    def special_tokens(self) -> list[str]:
+        """The texts that `encode(parse_special=True)` reads as special tokens."""
+        texts = (self._library.id_to_token(token) for token in self._special_ids)
+        return [text for text in texts if text]
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Text of `ids`; bytes that are no UTF-8 become U+FFFD."""
@@ -101,9 +96,27 @@ class Tokenizer:
         """Whether decoding takes notice of `token`: special ones and those that the tokenizer does not know are passed over."""
         return token not in self._special_ids and self._library.id_to_token(token) is not None
 
-    def _encode(self, text: str, add_special: bool) -> tuple[list[int], list[int]]:
-        encoding = self._library.encode(replace_surrogates(text), add_special_tokens=add_special)
-        return encoding.ids, encoding.special_tokens_mask
+    def _encode(self, text: str, add_special: bool, parse_special: bool) -> tuple[list[int], list[int]]:
+        library = self._parsing_library if parse_special else self._library
+        encoding = library.encode(text, add_special_tokens=add_special)
+        return encoding.ids, [end for _, end in encoding.offsets]
+
+    @cached_property
+    def _parsing_library(self) -> tokenizers.Tokenizer:
+        """A second library object over the same model (shared, not copied) that parses special tokens.
+
+        The setting belongs to the object: to switch it to and fro would let one thread's user text be parsed under another's setting.
+        """
+        one = self._library
+        other = tokenizers.Tokenizer(one.model)
+        for part in ("normalizer", "pre_tokenizer", "post_processor", "decoder"):
+            if getattr(one, part) is not None:
+                setattr(other, part, getattr(one, part))
+        added = sorted(one.get_added_tokens_decoder().items())
+        other.add_tokens([token for _, token in added])
+        if sorted(other.get_added_tokens_decoder()) != [token for token, _ in added]:
+            raise FormatError("the ids of the added tokens have gaps, which cannot be kept when special tokens are parsed")
+        return other
 
 
 class TextStream:
@@ -171,19 +184,44 @@ def _byte_fallback_ids(library: tokenizers.Tokenizer) -> set[int]:
     return {token for token in found if token is not None}
 
 
+def checked(library: tokenizers.Tokenizer, vocab_size: int, where: str) -> tokenizers.Tokenizer:
+    """`library`, set up to encode every text whole, as text, always alike; raises `FormatError` if it has an id >= `vocab_size`."""
+    library.encode_special_tokens = True
+    library.no_truncation()
+    library.no_padding()
+    if getattr(library.model, "dropout", None):
+        library.model.dropout = None  # a training-time option: it would make the encoding random
+    vocabulary = library.get_vocab(with_added_tokens=True)
+    if not vocabulary:
+        raise FormatError(f"{where} has an empty vocabulary; expected at least one token")
+    largest = max(*vocabulary.values(), *library.encode("").ids, *library.encode("a").ids, 0)
+    if largest >= vocab_size:
+        raise FormatError(
+            f"tokenizer does not fit the vocabulary: its largest token id is {largest} ({len(vocabulary)} tokens), the model has "
+            f"{vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer.json that belongs to this model"
+        )
+    return library
+
+
+def guarded(build: Callable[[], _Built], what: str, expected: str) -> _Built:
+    """What `build` gives; whatever the library throws or prints meanwhile becomes a `FormatError` of one line that begins with `what`."""
+    with _silent_panics(), _one_line(what, expected):
+        return build()
+
+
 @contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _one_line(what: str, expected: str = _JSON) -> Iterator[None]:
     """Turns the library's exceptions and panics into a `FormatError` of one line."""
     try:
         yield
-    except FormatError:
+    except BitNetError:
         raise
     except BaseException as error:
         # A panic in Rust is a PanicException, which derives from BaseException and cannot be imported.
         if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
             raise
         reason = " ".join(str(error).split())[:200]
-        raise FormatError(f"{what}: {reason}; expected the JSON that the tokenizers library writes") from None
+        raise FormatError(f"{what}: {reason}; expected {expected}") from None
 
 
 @contextmanager

@@ -17,9 +17,11 @@ from numpy.typing import NDArray
 
 from bitnet.errors import FormatError, UsageError
 from bitnet.generation import PREFILL_CHUNK, Generation, GenerationStream
+from bitnet.hub import fetch, is_hub_name
 from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
 from bitnet.tokenizer import Tokenizer, eos_token_ids
+from bitnet.tokenizer_gguf import tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from bitnet.engine import Engine
@@ -51,23 +53,32 @@ class TernaryTransformer:
         threads: int | None = None,
         zero_skip: bool | str = "auto",
         head: str = "stored",
+        weights: str = "stored",
+        activation_group: int | None = None,
         tokenizer: str | os.PathLike[str] | None = None,
+        revision: str | None = None,
+        file: str | None = None,
     ) -> TernaryTransformer:
-        """Loads a model: the embedded one by its name, a folder in Hugging Face layout, or one file.
+        """Loads a model: the embedded one by its name, a folder in Hugging Face layout, one file, or "org/name" from the Hub.
 
-        kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache;
-        threads: None for one per core; zero_skip: "auto", True or False (this build runs dense; True warns);
-        head: "stored" or "int8" (quantized while loading: faster, not exact); tokenizer: a tokenizer.json instead of the model's own.
+        - kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache
+        - threads: None for one per core; zero_skip: "auto", True or False (this build runs dense; True warns)
+        - weights: of the linear layers, "stored" (block formats of other programs become int8), "int8", or "f16" with float32 activations
+        - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
+        - head: "stored" or "int8" (quantized while loading: faster, not exact); tokenizer: a tokenizer.json instead of the model's own
+        - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
+
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
-        check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip, head=head)
-        path = resolve(source)
-        start = time.perf_counter()
-        from bitnet.engine import load_engine
-        from bitnet.files.hf import open_checkpoint
+        from bitnet.models import open_checkpoint
+        from bitnet.weights import check_weights, load_engine
 
+        check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
+        check_weights(weights, activation_group, head)
+        path = resolve(source, revision, file)
+        start = time.perf_counter()
         checkpoint = open_checkpoint(path)
-        engine = load_engine(checkpoint, threads=threads, head=head)
+        engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group)
         loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
         return cls(engine, loaded, time.perf_counter() - start)
 
@@ -190,7 +201,6 @@ def check_options(
     device: str = "cpu",
     threads: int | None = None,
     zero_skip: bool | str = "auto",
-    head: str = "stored",
 ) -> None:
     """Raises `UsageError` for an option that is wrong or that this build does not have; warns about one that has no effect."""
     if kv_bits in (4, 8):
@@ -200,8 +210,6 @@ def check_options(
     _integer("kv_group_size", kv_group_size, at_least=1)
     if device != "cpu":
         raise UsageError(f"device is {device!r}; this build runs on device='cpu' only")
-    if head not in ("stored", "int8"):
-        raise UsageError(f"head is {head!r}; expected 'stored' (as in the file) or 'int8'")
     if not (isinstance(zero_skip, bool) or zero_skip == "auto"):
         raise UsageError(f"zero_skip is {zero_skip!r}; expected True, False or 'auto'")
     if threads is not None:
@@ -220,19 +228,25 @@ def embedded_models() -> list[str]:
     return sorted(entry.name for entry in folder.iterdir() if (entry / "config.json").is_file()) if folder.is_dir() else []
 
 
-def resolve(source: str | os.PathLike[str]) -> Path:
-    """The folder or file that `source` names: an embedded model by its name, else a path. Raises `UsageError` if there is none."""
+def resolve(source: str | os.PathLike[str], revision: str | None = None, file: str | None = None) -> Path:
+    """The folder or file that `source` names: an embedded model, else a path that exists, else "org/name" of the Hub, then downloaded.
+
+    revision, file: of a model from the Hub. Raises `UsageError` if there is none, and what `bitnet.hub.fetch` raises.
+    """
     text = os.fspath(source)
     if not isinstance(text, str) or not text.strip("\0 "):
         raise UsageError(f"model is {text!r}; expected a folder, a file, or an embedded model: {EMBEDDED_MODEL}")
     names = embedded_models()
-    if text in names:
-        return Path(str(resources.files("bitnet") / "embedded" / text))
+    path = Path(str(resources.files("bitnet") / "embedded" / text)) if text in names else Path(text)
     try:
-        if Path(text).exists():
-            return Path(text)
+        if path.exists():
+            if revision is not None or file is not None:
+                raise UsageError(f"revision and file choose within a model of the Hub, and {text[:200]!r} is here; name the file itself")
+            return path
     except (OSError, ValueError) as error:
         raise UsageError(f"model {text[:80]!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
+    if isinstance(source, str) and is_hub_name(text):
+        return fetch(text, revision, file)
     if text == EMBEDDED_MODEL:
         raise FormatError(f"the embedded model {text} is missing from this installation; reinstall bitnet-ternary")
     have = f"the embedded models are: {', '.join(names) or 'none in this installation'}"
@@ -248,6 +262,8 @@ def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.P
             data = Path(override).read_bytes()
         except (OSError, ValueError) as error:
             raise UsageError(f"tokenizer {os.fspath(override)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    elif checkpoint.gguf_metadata:
+        return tokenizer_from_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path))
     if data is None:
         raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
     return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))

@@ -17,9 +17,9 @@ from bitnet.cli import COMMANDS
 from bitnet.cli.bench import SHAPE_NAMES
 from bitnet.cli.eval import repeat_option
 from bitnet.cli.options import EMBEDDED_MODEL
-from bitnet.engine import SHAPES
 from bitnet.errors import BitNetError
 from bitnet.machine import require_memory
+from bitnet.shapes import SHAPES
 from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
 
 Bitnet = Callable[..., Result]

@@ -166,9 +166,9 @@ def test_the_official_package_refuses_them_too() -> None:
 def test_gguf_is_named(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"GGUF" + struct.pack("<IQQ", 3, 0, 0))
     for read in (safetensors.read, open_checkpoint):
-        line = refusal(lambda read=read: read(tmp_path / "model.safetensors"), UnsupportedModelError)
-        assert line.endswith("model.safetensors: is a GGUF file; this build reads Hugging Face folders and safetensors")
-    assert "is a GGUF file" in refusal(lambda: open_checkpoint(tmp_path), UnsupportedModelError)
+        line = refusal(lambda read=read: read(tmp_path / "model.safetensors"), FormatError)
+        assert line.endswith("model.safetensors: is a GGUF file; expected safetensors. Name that file itself to run it")
+    assert "is a GGUF file" in refusal(lambda: open_checkpoint(tmp_path), FormatError)
 
 
 def test_a_header_whose_length_looks_like_a_pickle_is_read(tmp_path: Path) -> None:

@@ -15,6 +15,8 @@ COMMANDS = {
     "doctor": "Check that this machine and installation can run models.",
     "eval": "Measure perplexity and bits per byte on text files.",
     "inspect": "Show what a model is made of.",
+    "list": "Show the models that are on this machine.",
+    "rm": "Free the disk of a model from the Hub.",
     "run": "Continue a prompt.",
 }
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from bitnet.cli.options import engine_options, model_argument, output_options, zero_skip_argument
+from bitnet.cli.options import engine_options, hub_options, model_argument, output_options, zero_skip_argument
 
 
 class ManyFiles(click.Command):
@@ -38,6 +38,7 @@ def repeat_option(args: list[str], name: str) -> list[str]:
 @model_argument
 @click.option("--data", multiple=True, required=True, metavar="FILE...", help="UTF-8 text files.")
 @click.option("--max-bytes", type=int, metavar="N", help="Only the first N bytes of each file.")
+@hub_options
 @engine_options
 @output_options
 def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip: bool | None, as_json: bool, **engine: Any) -> None:

@@ -7,37 +7,75 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import debug_option, json_option, model_argument
+from bitnet.cli.options import debug_option, hub_options, json_option, model_argument, threads_option
 
 if TYPE_CHECKING:
     from bitnet.files.tensor import Tensor
 
 KINDS = {
-    "embedding": "embedding", "head": "head", "final_norm": "norms",
+    "embedding": "embedding", "head": "head",
     "q": "attention", "k": "attention", "v": "attention", "o": "attention",
     "gate": "feed-forward", "up": "feed-forward", "down": "feed-forward",
-    "attn_norm": "norms", "ffn_norm": "norms", "attn_sub_norm": "norms", "ffn_sub_norm": "norms",
 }  # fmt: skip  # last part of a canonical tensor name -> what the table calls it
+
+
+MAX_ACCURACY_BYTES = 16_384  # of --data: some 4,000 tokens
 
 
 @click.command("inspect", short_help="Show what a model is made of.")
 @model_argument
+@click.option("--accuracy", is_flag=True, help="Measure what integer weights and activations cost, against the exact path.")
+@click.option("--data", metavar="FILE", help="With --accuracy: the text to measure on. Default: a short built-in one.")
+@threads_option
+@hub_options
 @json_option
 @debug_option
-def command(model: str, as_json: bool) -> None:
+def command(model: str, accuracy: bool, data: str | None, threads: int | None, as_json: bool, **hub: str | None) -> None:
     """Show what a model is made of: its configuration, and the parameters, schemes and bytes of its tensors.
 
-    MODEL is the embedded model's name (the default), a folder in Hugging Face layout, or one file.
+    MODEL is the embedded model's name (the default), a folder in Hugging Face layout, one file, or org/name from the Hub.
     """
     from bitnet.cli.progress import DelayedBar
-    from bitnet.files.hf import open_checkpoint
+    from bitnet.models import open_checkpoint
     from bitnet.transformer import resolve
 
+    checkpoint = open_checkpoint(resolve(model, **hub))
     with DelayedBar("inspect") as bar:
-        found = describe(open_checkpoint(resolve(model)), bar)
+        found = describe(checkpoint, bar)
     click.echo("\n".join(lines(found)))
+    if accuracy:
+        with DelayedBar("accuracy") as bar:
+            found["accuracy"] = measured(checkpoint, data, threads, bar)
+        click.echo("\n".join(accuracy_lines(found["accuracy"])))
     if as_json:
         click.echo(json.dumps({"model": model, **found}))
+
+
+def measured(checkpoint: Any, data: str | None, threads: int | None, progress: Any) -> list[dict[str, Any]]:
+    """The loss of every way to run the model, on the built-in text or the first MAX_ACCURACY_BYTES of `data`."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from bitnet.evaluate import sample
+    from bitnet.evaluate.accuracy import losses
+    from bitnet.evaluate.perplexity import read_text
+    from bitnet.models import canonical
+    from bitnet.transformer import load_tokenizer
+
+    text = sample.text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
+    ids = load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size).encode(text)
+    return [asdict(loss) for loss in losses(checkpoint, ids, threads=threads, progress=progress)]
+
+
+def accuracy_lines(found: list[dict[str, Any]]) -> list[str]:
+    """The losses as a table for people; the one that runs by default is marked."""
+    out = [f"  {'weights':<8} {'activations':<20} {'perplexity':>11} {'KL, nats':>9} {'same top-1':>10} {'MB a token':>11}"]
+    for loss in found:
+        out.append(
+            f"  {loss['weights']:<8} {loss['activations']:<20} {loss['perplexity']:>11.3f} {loss['kl']:>9.5f} {loss['top1']:>10.1%} "
+            f"{loss['weight_bytes_per_token'] / 1e6:>11.1f}{'  (default)' if loss['default'] else ''}"
+        )
+    return out
 
 
 def describe(checkpoint: Any, progress: Any) -> dict[str, Any]:
@@ -45,30 +83,28 @@ def describe(checkpoint: Any, progress: Any) -> dict[str, Any]:
     from dataclasses import asdict
 
     from bitnet.errors import BitNetError
-    from bitnet.models import adapter_for, quantization
+    from bitnet.models import canonical
     from bitnet.transformer import load_tokenizer
 
     where = str(checkpoint.path)
     config: dict[str, Any] = {}
-    canonical: dict[str, str] = {}  # tensor name -> canonical name
+    names: dict[str, str] = {}  # tensor name -> canonical name
     runs = "yes"
     online = False
     try:
-        adapter = adapter_for(checkpoint.config, where)
-        model_config = adapter.config(checkpoint.config, where)
-        canonical = {theirs: ours for ours, theirs in adapter.names(model_config).items()}
-        config = asdict(model_config)
-        quant = quantization(checkpoint.config, where)
-        online = quant is not None and quant.online
+        model = canonical(checkpoint)
+        names = {theirs: ours for ours, theirs in model.names.items()}
+        config = asdict(model.config)
+        online = model.quantization is not None and model.quantization.online and checkpoint.layout == "hf"
     except BitNetError as error:
         runs = f"no: {error}"
     tokenizer: int | str | None = None
-    if checkpoint.tokenizer_json is not None:
+    if checkpoint.tokenizer_json is not None or "tokenizer.ggml.model" in checkpoint.gguf_metadata:
         try:
             tokenizer = len(load_tokenizer(checkpoint, config.get("vocab_size", 1 << 31)))
         except BitNetError as error:
             tokenizer = f"unusable: {error}"
-    groups, zeros, trits = tensor_groups(checkpoint.tensors, canonical, config, progress)
+    groups, zeros, trits = tensor_groups(checkpoint.tensors, names, config, progress)
     return {
         "path": where,
         "runs": runs,
@@ -83,19 +119,20 @@ def describe(checkpoint: Any, progress: Any) -> dict[str, Any]:
 
 
 def tensor_groups(
-    tensors: dict[str, Tensor], canonical: dict[str, str], config: dict[str, Any], progress: Any
+    tensors: dict[str, Tensor], names: dict[str, str], config: dict[str, Any], progress: Any
 ) -> tuple[list[dict[str, Any]], int, int]:
     """(one record per kind and scheme, zeros among the ternary weights, number of ternary weights). A scale is no parameter, but bytes."""
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     zeros = trits = 0
     for done, (name, tensor) in enumerate(tensors.items()):
-        is_scale = name.endswith("_scale")
-        kind = "scales" if is_scale else KINDS.get(canonical.get(name, "").rpartition(".")[2], "other")
+        is_scale = name.endswith(("_scale", ".scale"))
+        part = names.get(name, "").rpartition(".")[2]
+        kind = "scales" if is_scale else KINDS.get(part) or next((k for k in ("norm", "bias") if part.endswith(f"_{k}")), "other")
         size = 1
         for n in tensor.shape:
             size *= n
         if tensor.scheme == "ternary":
-            codes = tensor.trits()[: out_features(canonical.get(name, ""), config)]  # without the padding rows
+            codes = tensor.trits()[: out_features(names.get(name, ""), config)]  # without the padding rows
             zeros, trits, size = zeros + int((codes == 0).sum()), trits + codes.size, codes.size
         group = groups.setdefault((kind, tensor.scheme), {"kind": kind, "scheme": tensor.scheme, "tensors": 0, "parameters": 0, "bytes": 0})
         group["tensors"] += 1
@@ -116,12 +153,24 @@ def out_features(canonical_name: str, config: dict[str, Any]) -> int | None:
     return int(config[sizes[part]]) if part in sizes else None
 
 
+UNREMARKABLE = (None, (), 0, 1.0, False)  # values of ModelConfig that say what most models are
+
+
+def worded(value: Any) -> str:
+    """A configuration's value on one short line."""
+    if isinstance(value, dict):  # rope
+        return ", ".join(f"{key} {worded(item)}" for key, item in value.items() if item not in UNREMARKABLE)
+    if isinstance(value, tuple) and isinstance(value[0], bool):
+        return f"{sum(value)} of {len(value)} layers"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def lines(found: dict[str, Any]) -> list[str]:
     """The record as a table for people."""
     zero_share = found["ternary_zero_share"]
     tokenizer = found["tokenizer_tokens"]
     out = [f"{found['path']}: {found['parameters']:,} parameters in {found['bytes']:,} bytes"]
-    out += [f"  {key:<16} {value}" for key, value in found["config"].items()]
+    out += [f"  {key:<16} {worded(value)}" for key, value in found["config"].items() if value not in UNREMARKABLE]
     out.append(f"  {'kind':<14} {'scheme':<8} {'tensors':>8} {'parameters':>15} {'bytes':>15}")
     out += [f"  {g['kind']:<14} {g['scheme']:<8} {g['tensors']:>8} {g['parameters']:>15,} {g['bytes']:>15,}" for g in found["tensors"]]
     if zero_share is not None:

@@ -25,6 +25,19 @@ _engine = [
     click.option(
         "--head", type=click.Choice(["stored", "int8"]), default="stored", show_default=True, help="The head: as stored, or int8."
     ),
+    click.option(
+        "--weights",
+        type=click.Choice(["stored", "int8", "f16"]),
+        default="stored",
+        show_default=True,
+        help="Linear layers: as stored (block formats become int8), int8, or f16 with float32 activations.",
+    ),
+    click.option(
+        "--activation-group",
+        type=int,
+        metavar="N",
+        help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary weights, 32 for int8.",
+    ),
 ]
 
 _sampling = [
@@ -52,7 +65,11 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head
+engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head, weights, activation_group
+hub_options = _all(  # revision, file
+    click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
+    click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
+)
 generation_options = _all(_prompt, *_sampling)  # prompt, and the keyword arguments of TernaryTransformer.stream
 output_options = _all(json_option, debug_option)  # as_json
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitnet.cli.errors import INTERRUPTED
-from bitnet.cli.options import engine_options, generation_options, model_argument, output_options, zero_skip_argument
+from bitnet.cli.options import engine_options, generation_options, hub_options, model_argument, output_options, zero_skip_argument
 
 if TYPE_CHECKING:
     from bitnet.generation import GenerationStream, Timings
@@ -23,20 +23,22 @@ _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 
 @click.command("run", short_help="Continue a prompt.")
 @model_argument
+@hub_options
 @generation_options
 @engine_options
 @output_options
 def command(model: str, **options: Any) -> None:
     """Continue a prompt.
 
-    MODEL is the embedded model's name (the default), a folder in Hugging Face layout, or one file.
+    MODEL is the embedded model's name (the default), a folder in Hugging Face layout, one file, or org/name from the Hub.
     """
     continue_prompt(model, **options)
 
 
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
-    head: str, tokenizer: str | None = None, **sampling: Any,
+    head: str, weights: str, activation_group: int | None, tokenizer: str | None = None,
+    revision: str | None = None, file: str | None = None, **sampling: Any,
 ) -> None:  # fmt: skip
     """Loads, generates, shows. `sampling`: the keyword arguments of `TernaryTransformer.stream`."""
     from bitnet.tokenizer import replace_surrogates
@@ -49,7 +51,11 @@ def continue_prompt(
         threads=threads,
         zero_skip=zero_skip_argument(zero_skip),
         head=head,
+        weights=weights,
+        activation_group=activation_group,
         tokenizer=tokenizer,
+        revision=revision,
+        file=file,
     )
     stream = model.stream(prompt, **sampling)
     waited_s = time.perf_counter() - click.get_current_context().find_root().obj

@@ -17,12 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.errors import BitNetError, FormatError, UnsupportedModelError
+from bitnet.errors import BitNetError, FormatError
 
 MEMORY_BYTES = 64 << 20
 MAX_DEPTH = 64  # nested JSON; a real config has about 6 levels, a tokenizer 8
 CHUNK_BYTES = 1 << 18
 VALUE_BYTES = 150  # the most that one small JSON value takes as a Python object, its place in the container included
+
+GGUF_MAGIC = b"GGUF"
 
 PathLike = str | os.PathLike[str]
 
@@ -81,10 +83,18 @@ def read_file(path: PathLike, limit_bytes: int) -> bytes:
             return file.read(size)
 
 
+def is_gguf(path: PathLike) -> bool:
+    """Whether a regular file begins as GGUF files do; False for a folder. Raises FormatError where there is nothing to read."""
+    if os.path.isdir(path):
+        return False
+    with open_regular(path) as (descriptor, _):
+        return os.read(descriptor, len(GGUF_MAGIC)) == GGUF_MAGIC
+
+
 def refuse_other_formats(head: bytes, where: str) -> None:
     """Say what the first bytes of a file are, if they are no safetensors but something known. `where`: what the message begins with."""
-    if head.startswith(b"GGUF"):
-        raise UnsupportedModelError(f"{where}: is a GGUF file; this build reads Hugging Face folders and safetensors")
+    if head.startswith(GGUF_MAGIC):
+        raise FormatError(f"{where}: is a GGUF file; expected safetensors. Name that file itself to run it")
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06")) or re.match(rb"\x80[\x02-\x05]", head):
         raise FormatError(
             f"{where}: is a Python pickle or zip archive (as PyTorch writes .bin, .pt and .ckpt), and to load one can run any code in it;"

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
@@ -28,6 +28,7 @@ from bitnet.files import (
 from bitnet.files.tensor import MAX_CONFIG_BYTES, Tensor, pair_ternary
 
 MAX_TOKENIZER_BYTES = 64 << 20
+MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SHARDS = 1000
 
 
@@ -38,6 +39,10 @@ class Checkpoint:
     tensors: dict[str, Tensor]
     tokenizer_json: bytes | None  # the text of a JSON object by its brackets, at most 64 MB; no more is checked here
     generation_config: dict[str, Any]  # empty where there is none
+    layout: str = "hf"  # or "gguf", whose tensors have GGUF's names and whose config is made from the metadata
+    tokenizer_config: dict[str, Any] = field(default_factory=dict)  # tokenizer_config.json; empty where there is none
+    chat_template: str | None = None  # chat_template.jinja, or GGUF's tokenizer.chat_template
+    gguf_metadata: Mapping[str, Any] = field(default_factory=dict)
 
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
@@ -64,9 +69,26 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     tokenizer, tokenizer_where = _find_json("tokenizer", metadata, path, folder, MAX_TOKENIZER_BYTES)
     if tokenizer is not None:
         check_json_object(tokenizer, tokenizer_where)
+    settings, settings_where = _find_json("tokenizer_config", metadata, path, folder, MAX_CONFIG_BYTES)
     return Checkpoint(
-        path, json_object(config, where), tensors, tokenizer, json_object(generation, generation_where) if generation is not None else {}
+        path,
+        json_object(config, where),
+        tensors,
+        tokenizer,
+        json_object(generation, generation_where) if generation is not None else {},
+        tokenizer_config=json_object(settings, settings_where) if settings is not None else {},
+        chat_template=_chat_template(metadata, folder),
     )
+
+
+def _chat_template(metadata: Mapping[str, str], folder: Path) -> str | None:
+    beside = folder / "chat_template.jinja"
+    if "chat_template" in metadata or not os.path.lexists(beside):
+        return metadata.get("chat_template")
+    try:
+        return read_file(beside, MAX_TEMPLATE_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{shown(beside)}: is not UTF-8 (byte {error.start}); expected a Jinja template as text") from None
 
 
 def _find_json(key: str, metadata: Mapping[str, str], path: Path, folder: Path, limit_bytes: int) -> tuple[bytes | None, str]:

@@ -1,10 +1,12 @@
-"""One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale."""
+"""One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale.
+
+A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), or in GGUF's blocks."""
 
 from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
-from bitnet.packing import CODECS
+from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
+from bitnet.packing import BLOCKS, CODECS
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -24,6 +27,7 @@ DTYPES: dict[str, np.dtype[Any]] = {
     "U64": np.dtype("<u8"), "U32": np.dtype("<u4"), "U16": np.dtype("<u2"), "U8": np.dtype("u1"), "BOOL": np.dtype("?"),
 }  # fmt: skip
 MAX_CONFIG_BYTES = 16 << 20
+CACHED_VALUES = 1 << 16
 LINEAR_CLASSES = ("bitlinear", "autobitlinear")
 
 
@@ -40,7 +44,8 @@ class Tensor:
     offset: int  # of this tensor's first byte in the file
     scale: Tensor | None = None  # of ternary: what is stored as `weight_scale`
     linear_class: str = ""  # of ternary: whether the scale divides ("bitlinear") or multiplies ("autobitlinear")
-    codec: str = ""  # of ternary: a key of packing.CODECS
+    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; of GGUF's codes: a key of packing.BLOCKS
+    kind: GgmlType | None = None  # of GGUF's block formats, whose stored values are bytes
 
     @property
     def where(self) -> str:
@@ -49,6 +54,9 @@ class Tensor:
     @property
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of raw()."""
+        if self.kind is not None:
+            tail = I2_S_TAIL if self.codec == "i2_s" else 0
+            return (prod(self.shape) // self.kind.block * self.kind.nbytes + tail,)
         return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
 
     @property
@@ -57,7 +65,10 @@ class Tensor:
         return prod(self.stored_shape) * DTYPES[self.dtype].itemsize
 
     def raw(self) -> NDArray[Any]:
-        """The stored values, read-only, without a copy (but copied where they lie unaligned). BF16 and 8-bit floats come as their bits."""
+        """The stored values, read-only, without a copy (but copied where they lie unaligned); of a block format its bytes, [nbytes].
+
+        BF16 and 8-bit floats come as their bits.
+        """
         dtype, shape = DTYPES[self.dtype], self.stored_shape
         if prod(shape) == 0:
             return np.empty(shape, dtype)
@@ -66,29 +77,59 @@ class Tensor:
 
     def dense(self) -> NDArray[np.float32]:
         """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""
-        if self.dtype.startswith("F8"):
-            raise UnsupportedModelError(f"{self.where}: has dtype {self.dtype}, which this build lists but does not compute with")
-        with np.errstate(all="ignore"):  # NaN and infinity, stored or beyond float32, are for the caller to judge
-            if self.scheme == "ternary":
-                return self.trits() * self.scales()
-            raw = self.raw()
-            if self.dtype == "BF16":
-                raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
-            if self.dtype == "BOOL":
-                raw = raw.view(np.uint8) != 0
-            return np.asarray(raw, np.float32)
+        if self.kind is None:
+            return self._plain(slice(None))
+        out = np.empty(self.shape, np.float32)
+        flat = out.reshape(-1, self.kind.block)
+        for first, last in self._pieces():
+            flat[first:last] = self._decoded(first, last)
+        return out
+
+    def dense_rows(self, first: int, last: int) -> NDArray[np.float32]:
+        """dense()[first:last], made without the rest: for walking a large matrix."""
+        if self.kind is None:
+            return self._plain(slice(first, last))
+        row = prod(self.shape[1:])
+        begin, end = first * row // self.kind.block, -(-last * row // self.kind.block)
+        values = self._decoded(begin, end).reshape(-1)[first * row - begin * self.kind.block :]
+        return values[: (last - first) * row].reshape(last - first, *self.shape[1:])
 
     def trits(self) -> NDArray[np.int8]:
-        """int8 -1, 0, +1 of `shape`. Raises FormatError for another scheme, and where a byte holds a code of 3."""
-        self._expect_ternary()
-        try:
-            return CODECS[self.codec].unpack(self.raw())
-        except ValueError as error:
-            raise FormatError(f"{self.where}: {error}; the file is damaged or packed in another layout") from None
+        """int8 -1, 0, +1 of `shape`. Raises FormatError for another scheme, and where a stored code is none of the three."""
+        codes = self.codes()
+        if self.codec.startswith("q2_0") and codes.max(initial=0) > 1:
+            raise FormatError(f"{self.where}: holds a code of 3, which stands for +2 scales; expected -1, 0 and +1 of a ternary tensor")
+        return codes
+
+    def codes(self) -> NDArray[np.int8]:
+        """int8 of `shape`, a weight being code * scale: the trits; in Q2_0 also +2. Raises FormatError for a scheme without codes."""
+        self._expect_codes()
+        if self.kind is None:
+            try:
+                return CODECS[self.codec].unpack(self.raw())
+            except ValueError as error:
+                raise FormatError(f"{self.where}: {error}; the file is damaged or packed in another layout") from None
+        codes = np.empty(self.shape, np.int8)
+        flat = codes.reshape(-1, self.kind.block)
+        for first, last in self._pieces():
+            flat[first:last] = BLOCKS[self.codec].unpack(self._blocks(first, last))
+        if not self.codec.startswith("q2_0") and codes.max(initial=0) > 1:
+            raise FormatError(f"{self.where}: holds a code of 3; expected 0, 1 and 2. The file is damaged or packed in another layout")
+        return codes
 
     def scales(self) -> NDArray[np.float32]:
-        """float32 [1], with W = trits * scales. Raises FormatError for another scheme or another number of stored scales."""
-        scale = self._expect_ternary()
+        """float32 [1], one scale for the tensor, or [rows, groups] of equal runs of a row's inputs.
+
+        Raises FormatError for a scheme without codes or another number of stored scales.
+        """
+        self._expect_codes()
+        if self.kind is not None:
+            if self.codec == "i2_s":
+                return self.raw()[-I2_S_TAIL:][:4].view("<f4").astype(np.float32)
+            scales = [BLOCKS[self.codec].scales(self._blocks(first, last)) for first, last in self._pieces()]
+            return np.concatenate(scales).reshape(*self.shape[:-1], -1)
+        scale = self.scale
+        assert scale is not None
         if prod(scale.shape) != 1:
             raise FormatError(f"{scale.where}: has shape {list(scale.shape)}; expected [1], one scale for the tensor")
         values = scale.dense().reshape(1)
@@ -97,15 +138,50 @@ class Tensor:
         with np.errstate(all="ignore"):
             return (1 / values).astype(np.float32, copy=False)
 
+    def _plain(self, rows: slice) -> NDArray[np.float32]:
+        if self.dtype.startswith("F8"):
+            raise UnsupportedModelError(f"{self.where}: has dtype {self.dtype}, which this build lists but does not compute with")
+        with np.errstate(all="ignore"):  # NaN and infinity, stored or beyond float32, are for the caller to judge
+            if self.scheme == "ternary":
+                return (self.trits() * self.scales())[rows]
+            raw = self.raw() if rows == slice(None) else self.raw()[rows]
+            if self.dtype == "BF16":
+                raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
+            if self.dtype == "BOOL":
+                raw = raw.view(np.uint8) != 0
+            return np.asarray(raw, np.float32)
+
+    def _blocks(self, first: int, last: int) -> NDArray[np.uint8]:
+        """The bytes of some blocks, [last - first, bytes of a block]."""
+        assert self.kind is not None
+        size = self.kind.nbytes
+        return np.frombuffer(self.data, np.uint8, (last - first) * size, self.offset + first * size).reshape(-1, size)
+
+    def _decoded(self, first: int, last: int) -> NDArray[np.float32]:
+        """The values of some blocks, [last - first, block]."""
+        with np.errstate(all="ignore"):
+            if self.scheme in VALUES:
+                return VALUES[self.scheme](self._blocks(first, last))
+            if self.codec:
+                codec, blocks = BLOCKS[self.codec], self._blocks(first, last)
+                scales = self.scales() if codec.scale_at is None else codec.scales(blocks)[:, None]
+                return codec.unpack(blocks) * scales
+        raise UnsupportedModelError(f"{self.where}: is stored as {self.scheme}, which this build lists but does not compute with")
+
+    def _pieces(self) -> Iterator[tuple[int, int]]:
+        """All blocks, in runs whose values stay in the second-level cache."""
+        assert self.kind is not None
+        count, step = prod(self.shape) // self.kind.block, max(1, CACHED_VALUES // self.kind.block)
+        return ((first, min(count, first + step)) for first in range(0, count, step))
+
     def as_ternary(self, scale: Tensor, linear_class: str, codec: str) -> Tensor:
         """This tensor of packed bytes [R, in] as the ternary one that it holds."""
         shape = (4 * self.shape[0], *self.shape[1:])
         return replace(self, shape=shape, scheme="ternary", scale=scale, linear_class=linear_class, codec=codec)
 
-    def _expect_ternary(self) -> Tensor:
-        if self.scale is None:
+    def _expect_codes(self) -> None:
+        if self.scale is None and not (self.kind is not None and self.codec):
             raise FormatError(f"{self.where}: is stored as {self.scheme}; expected packed ternary weights with a weight_scale beside them")
-        return self.scale
 
 
 def pair_ternary(tensors: dict[str, Tensor], metadata: Mapping[str, str], folder: Path) -> dict[str, Tensor]:
