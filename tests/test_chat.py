@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import subprocess
 import sys
@@ -74,7 +75,7 @@ def jinja() -> Callable[..., str]:
 
     def render(source: str, messages: list[Message], **variables: Any) -> str:
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols])
-        environment.filters["tojson"] = sandbox.tojson
+        environment.filters["tojson"] = lambda value, indent=None: json.dumps(value, ensure_ascii=False, indent=indent)
         environment.globals.update(raise_exception=raise_exception, strftime_now=lambda form: datetime.now().strftime(form))
         given = {
             "messages": messages,

@@ -53,17 +53,19 @@ def load_engine(
     head: str = "stored",
     weights: str = "stored",
     activation_group: int | None = None,
+    model: Canonical | None = None,
 ) -> Engine:
     """Repack a checkpoint's weights for this machine.
 
     `weights`: of the linear layers, "stored" as in the file (block formats as int8), "int8" for all that are not ternary, or "f16" with
     float32 activations, the exact path of models that were trained so. `head`: "stored" likewise, or "int8" with a scale per row.
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
+    `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
     `UsageError` for options that would not run a BitNet model as it was trained.
     """
     check_weights(weights, activation_group, head)
-    model = canonical(checkpoint)
+    model = model or canonical(checkpoint)
     config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
     if model.quantization and (weights == "f16" or activation_group):
         raise UsageError(f"{where}: is a BitNet model, trained with int8 activations per token; it runs as trained only (weights='stored')")
@@ -172,12 +174,12 @@ class _Loader:
 
     def table(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str) -> None:
         """The embedding or the head."""
-        if tensor.scheme in ("ternary", "binary") and scheme == "stored":
+        if self.weights == "f16" and scheme == "stored" and tensor.scheme not in _FLOATS:
+            self._set_f16(name, tensor)
+        elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
             self._set_codes(name, tensor, shape)
         elif tensor.scheme in _FLOATS and scheme == "stored":
             self._set_floats(name, tensor)
-        elif self.weights == "f16" and scheme == "stored":
-            self._set_f16(name, tensor)
         else:
             self._set_int8(name, tensor, 0 if scheme == "int8" else INT8_GROUP)
 

@@ -10,10 +10,10 @@ to it where the two rank the others alike. By llama.cpp's full logits it is 0.00
 
 How near can one come? llama.cpp gives the stored logits to the bit, but for the same batch only: token by token, llama.cpp (0.3.36 of
 llama-cpp-python, same file, machine and flags) has the same likeliest token as itself at 94.3 % of the positions, KL 0.0041; with flash
-attention at 94.2 %, with weights repacked at 94.0 %, with the same weights turned into F32 at 95.3 %. The order of a float sum moves a value
+attention at 94.2 %, with weights repacked at 94.0 %, with the same weights as F32 at 95.3 %. The order of a float sum moves a value
 across a rounding to 8 bits, that moves more of them in the next product, and after a few layers the noise of quantizing is all there. What
-is left is how close two tokens are: at 10 % of the positions the two likeliest are within 0.1 nats, at 18 % within 0.2. So what is asked for
-is llama.cpp's agreement with itself, less two deviations of so many draws: overall, and where its likeliest token leads by 0.2 nats.
+is left is how close two tokens are: at 10 % of the positions the two likeliest are within 0.1 nats, at 18 % within 0.2. So we ask for
+llama.cpp's agreement with itself, less two deviations of so many draws: overall, and where its likeliest token leads by 0.2 nats.
 
 | measured                             | top-1  | where the lead > 0.1 | > 0.2  | KL     |
 |--------------------------------------|--------|----------------------|--------|--------|

@@ -56,7 +56,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     file = gguf.read(path)
     where, metadata, tensors = shown(file.path), file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
-    if architecture not in ARCHITECTURES:
+    if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{where}: architecture {shown(repr(architecture))}; this build runs {', '.join(ARCHITECTURES)}. Another would run as noise"
         )
@@ -122,7 +122,7 @@ def _config(architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str
         config.pop("sliding_window", None)  # llama.cpp computes these with full attention
     elif architecture.startswith("bitnet"):
         first = architecture == "bitnet" and embedding.shape[0] == FIRST_BITNET_VOCABULARY and config["rope_theta"] == 10_000.0
-        config["hidden_act"] = "silu" if first else "relu2"
+        config["hidden_act"] = field("hidden_activation") or ("silu" if first else "relu2")
     return config
 
 
@@ -135,7 +135,7 @@ def _rope_scaling(field: Callable[[str], Any]) -> dict[str, Any] | None:
     scaling = {"rope_type": kind, "factor": factor, "original_max_position_embeddings": field("rope.scaling.original_context_length")}
     if kind == "yarn":
         scaling |= {"beta_fast": field("rope.scaling.yarn_beta_fast"), "beta_slow": field("rope.scaling.yarn_beta_slow")}
-        scaling |= {"attention_factor": field("rope.scaling.attn_factor")}
+        scaling |= {"attention_factor": field("rope.scaling.yarn_attn_factor"), "attention_multiplier": field("rope.scaling.attn_factor")}
     return scaling
 
 

@@ -107,6 +107,7 @@ def read_rope(rope: Any, hf: dict[str, Any], where: str, default_theta: float) -
         return Rope(theta, "llama3", factor, original, low_freq_factor=low, high_freq_factor=high)
     fast, slow = number(rope, "beta_fast", where, default=32.0), number(rope, "beta_slow", where, default=1.0)
     attention = number(rope, "attention_factor", where, default=_yarn_attention_factor(rope, factor, where))
+    attention *= number(rope, "attention_multiplier", where, default=1.0)  # llama.cpp's rope.scaling.attn_factor
     truncate = rope.get("truncate", True) is not False
     return Rope(theta, "yarn", factor, original, beta_fast=fast, beta_slow=slow, truncate=truncate, attention_factor=attention)
 
