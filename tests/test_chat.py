@@ -261,7 +261,8 @@ def test_where_a_template_is_found() -> None:
 
 def test_a_missing_template_is_said() -> None:
     assert str(missing_template("base.gguf")) == (
-        "base.gguf: the model has no chat template; it is a base model, or the file lacks it; use plain prompts, or name a template file"
+        "base.gguf: the model has no chat template; it is a base model, or the file lacks it; use plain prompts, or name a template file "
+        "(--chat-template)"
     )
 
 

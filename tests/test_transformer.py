@@ -17,6 +17,7 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, processors
 
 import bitnet
+from bitnet.chat import ChatTemplate
 from bitnet.errors import BitNetError, UsageError
 from bitnet.generation import PREFILL_CHUNK, Generation, StopFilter
 from bitnet.tokenizer import Tokenizer
@@ -178,7 +179,7 @@ def test_logits_are_teacher_forced_and_chunked() -> None:
     ("call", "expected"),
     [
         (lambda m: m.generate(""), "prompt is empty; give the text to continue, for example --prompt 'Once upon a time'"),
-        (lambda m: m.generate(3), "prompt is of type int; expected text (str)"),
+        (lambda m: m.generate(3), "prompt is of type int; expected text, or a list of messages with role and content"),
         (
             lambda m: m.generate("a" * 511),
             "prompt has 512 tokens, the model's context holds 512 and one must be left to generate; shorten it to at most 511 tokens",
@@ -255,3 +256,21 @@ def test_the_package_imports_nothing_heavy() -> None:
     assert done.stdout.split("\n")[:2] == ["[]", f"False {bitnet.__version__}"]
     with pytest.raises(AttributeError, match="module 'bitnet' has no attribute 'nothing'"):
         _ = bitnet.nothing
+
+
+MESSAGES = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi <s>"}]
+
+
+def test_messages_are_rendered_by_the_models_own_template() -> None:
+    model = TernaryTransformer(FakeEngine(TOKENIZER.encode("yes", add_special=False)), TOKENIZER)  # type: ignore[arg-type]
+    model.chat_template = ChatTemplate("{{ bos_token }}{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}", bos_token="<s>")
+    stream = model.stream(MESSAGES, max_new_tokens=3)
+    assert stream.generation.timings["prompt_tokens"] == 1 + len("[system]Be brief.[user]Hi <s>"), "what a user typed is text"
+    with pytest.raises(UsageError, match="expected text, or a list of messages with role and content"):
+        model.stream(["hi"])  # type: ignore[list-item]
+
+
+def test_a_missing_template_is_said_never_guessed() -> None:
+    model = TernaryTransformer(FakeEngine([5]), TOKENIZER)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="this model: the model has no chat template"):
+        model.stream(MESSAGES)

@@ -7,7 +7,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from bitnet.chat import ChatTemplate, Message, encode_chat, find_template, missing_template
 from bitnet.errors import FormatError, UsageError
 from bitnet.generation import PREFILL_CHUNK, Generation, GenerationStream
 from bitnet.hub import fetch, is_hub_name
@@ -34,13 +35,14 @@ EMBEDDED_MODEL = "tinyllm-ternary-v2"
 class TernaryTransformer:
     """A loaded model. Make one with `TernaryTransformer.from_pretrained()`.
 
-    `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load.
+    `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one.
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0):
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0, chat_template: ChatTemplate | None = None):
         self.engine = engine
         self.tokenizer = tokenizer
         self.load_s = load_s
+        self.chat_template = chat_template
 
     @classmethod
     def from_pretrained(
@@ -80,11 +82,11 @@ class TernaryTransformer:
         checkpoint = open_checkpoint(path)
         engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group)
         loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
-        return cls(engine, loaded, time.perf_counter() - start)
+        return cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
 
     def generate(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         *,
         max_new_tokens: int = 200,
         temperature: float = 0.8,
@@ -95,7 +97,9 @@ class TernaryTransformer:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
     ) -> Generation:
-        """Continues `prompt`. The same seed gives the same text, for any number of threads; temperature 0 is greedy.
+        """Continues `prompt`: a text, or the messages of a conversation ({"role": ..., "content": ...}) in the model's own chat template.
+
+        The same seed gives the same text, for any number of threads; temperature 0 is greedy.
 
         Ends with finish_reason "stop" at the end of the text or before a `stop` string, with "length" after `max_new_tokens` or at the
         end of the context. Raises `UsageError` for an empty prompt, one that fills the context, and values out of range.
@@ -117,7 +121,7 @@ class TernaryTransformer:
 
     def stream(
         self,
-        prompt: str,
+        prompt: str | Sequence[Message],
         *,
         max_new_tokens: int = 200,
         temperature: float = 0.8,
@@ -162,20 +166,31 @@ class TernaryTransformer:
         cache = self.engine.sequence()
         return (self.engine.forward([(cache, ids[at : at + PREFILL_CHUNK])], all_logits=True) for at in range(0, len(ids), PREFILL_CHUNK))
 
-    def _prompt_ids(self, prompt: str) -> list[int]:
-        if not isinstance(prompt, str):
-            raise UsageError(f"prompt is of type {type(prompt).__name__}; expected text (str)")
-        if not prompt:
-            raise UsageError("prompt is empty; give the text to continue, for example --prompt 'Once upon a time'")
-        ids = self.tokenizer.encode(prompt)
-        if len(ids) <= len(self.tokenizer.prefix_ids):
-            raise UsageError("prompt has no tokens in this model's vocabulary; give the text to continue")
+    def _prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
+        if isinstance(prompt, str):
+            if not prompt:
+                raise UsageError("prompt is empty; give the text to continue, for example --prompt 'Once upon a time'")
+            ids = self.tokenizer.encode(prompt)
+            if len(ids) <= len(self.tokenizer.prefix_ids):
+                raise UsageError("prompt has no tokens in this model's vocabulary; give the text to continue")
+        else:
+            ids = self._chat_ids(prompt)
         context = self.engine.config.max_context
         if len(ids) >= context:
             raise UsageError(
                 f"prompt has {len(ids)} tokens, the model's context holds {context} and one must be left to generate; "
                 f"shorten it to at most {context - 1} tokens"
             )
+        return ids
+
+    def _chat_ids(self, messages: Sequence[Message]) -> list[int]:
+        if not isinstance(messages, (list, tuple)) or not messages or not all(isinstance(message, Mapping) for message in messages):
+            raise UsageError(f"prompt is of type {type(messages).__name__}; expected text, or a list of messages with role and content")
+        if self.chat_template is None:
+            raise missing_template("this model")
+        ids = encode_chat(self.tokenizer, self.chat_template, messages)
+        if not ids:
+            raise UsageError("the chat template gives an empty prompt for these messages; use a plain prompt")
         return ids
 
     def _checked(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> list[int]:
@@ -267,6 +282,23 @@ def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.P
     if data is None:
         raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
     return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
+
+
+def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate | None:
+    """The checkpoint's own chat template, with the texts of its first and last token; None if it has none, for none is ever guessed."""
+    source = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, checkpoint.gguf_metadata)
+    if source is None:
+        return None
+
+    def special(name: str) -> str | None:
+        token: Any = checkpoint.tokenizer_config.get(f"{name}_token")
+        number, texts = (checkpoint.gguf_metadata.get(f"tokenizer.ggml.{key}") for key in (f"{name}_token_id", "tokens"))
+        if isinstance(number, int) and isinstance(texts, list) and 0 <= number < len(texts):
+            token = texts[number]
+        token = token.get("content") if isinstance(token, dict) else token
+        return token if isinstance(token, str) else None
+
+    return ChatTemplate(source, bos_token=special("bos"), eos_token=special("eos"), where=str(checkpoint.path))
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:

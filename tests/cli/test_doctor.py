@@ -93,7 +93,7 @@ def test_an_inverted_linear_class_is_named(bitnet: Bitnet, copy: Path, unknown: 
     configure(copy, quantization_config={"quant_method": "bitnet", "quantization_mode": "offline", "linear_class": "bitlinear"})
     found = diagnosed(bitnet("doctor", copy, "--json"))
     assert found["cause"] == "weight_scale multiplies" and 'set "linear_class" to "autobitlinear"' in found["next"]
-    assert detail(found, "q scale").startswith("warning: ") and "linear_class" in detail(found, "q scale")
+    assert detail(found, "weight scales").startswith("warning: ") and "linear_class" in detail(found, "weight scales")
 
 
 def permuted(name: str, array: np.ndarray) -> np.ndarray:

@@ -173,3 +173,17 @@ def test_summary() -> None:
         "ms_per_token": None,
     }
     assert summary(nothing) == "prompt: 5 tokens, -; decode: 0 tokens, -\nfirst token: -; load: 0.06 s"  # type: ignore[arg-type]
+
+
+def test_chat_answers_in_the_models_own_template_or_in_one_that_is_named(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(model_folder, tmp_path / "m")
+    args = ("run", tmp_path / "m", "-p", "Hi", "-n", 3, "--seed", 1, "--json", "--chat")
+    done = bitnet(*args)
+    assert done.exit_code == 2 and "the model has no chat template" in done.stderr
+    (tmp_path / "own.jinja").write_text("{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}")
+    named = json.loads(bitnet(*args, "--system", "Be brief.", "--chat-template", tmp_path / "own.jinja").stdout)
+    shutil.copy(tmp_path / "own.jinja", tmp_path / "m" / "chat_template.jinja")
+    own = json.loads(bitnet(*args, "--system", "Be brief.").stdout)
+    assert own["token_ids"] == named["token_ids"] and own["prompt_tokens"] == named["prompt_tokens"] > 20
+    assert bitnet("run", tmp_path / "m", "-p", "Hi", "--system", "x").exit_code == 2
+    assert "no such file" in bitnet(*args, "--chat-template", tmp_path / "none").stderr

@@ -105,7 +105,6 @@ def sound(kind: str) -> list[bytes]:
         from test_gguf_malformed import model
 
         return [healthy(), model({}, {})]
-    import bitnet
     from bitnet.files import safetensors
 
     with tempfile.TemporaryDirectory() as folder:
@@ -113,9 +112,7 @@ def sound(kind: str) -> list[bytes]:
         weights = {"a.weight": np.zeros((3, 4), np.uint8), "a.weight_scale": np.ones(1, np.float32), "b": np.ones((2, 5), np.float32)}
         config = '{"model_type": "llama", "quantization_config": {"quant_method": "bitnet"}}'
         safetensors.write(path, weights, {"format": "pt", "config": config})
-        small = path.read_bytes()
-    embedded = Path(bitnet.__file__).parent / "embedded" / "tinyllm-ternary-v2" / "model.safetensors"
-    return [small, embedded.read_bytes()[:40_000]]
+        return [path.read_bytes()]
 
 
 def main() -> None:

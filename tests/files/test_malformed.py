@@ -20,7 +20,7 @@ import safetensors as official
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from bitnet.errors import BitNetError, FormatError, UnsupportedModelError
+from bitnet.errors import BitNetError, FormatError
 from bitnet.files import MEMORY_BYTES, safetensors
 from bitnet.files.hf import open_checkpoint
 from bitnet.packing import pack_hf

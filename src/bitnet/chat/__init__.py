@@ -113,7 +113,8 @@ def find_template(tokenizer_config: Mapping[str, Any], jinja_file: str | None, g
 def missing_template(where: str) -> UsageError:
     """What to say to somebody who wants to chat with a model without a template."""
     return UsageError(
-        f"{where}: the model has no chat template; it is a base model, or the file lacks it; use plain prompts, or name a template file"
+        f"{where}: the model has no chat template; it is a base model, or the file lacks it; use plain prompts, or name a template file "
+        "(--chat-template)"
     )
 
 

@@ -52,23 +52,28 @@ def command(model: str, accuracy: bool, data: str | None, threads: int | None, a
 
 
 def measured(checkpoint: Any, data: str | None, threads: int | None, progress: Any) -> list[dict[str, Any]]:
-    """The loss of every way to run the model, on the built-in text or the first MAX_ACCURACY_BYTES of `data`."""
+    """The loss of every way to run the model, on the built-in text or the first MAX_ACCURACY_BYTES of `data`; none for a BitNet model."""
     from dataclasses import asdict
     from pathlib import Path
 
-    from bitnet.evaluate import sample
     from bitnet.evaluate.accuracy import losses
     from bitnet.evaluate.perplexity import read_text
+    from bitnet.evaluate.sample import text as sample_text
     from bitnet.models import canonical
     from bitnet.transformer import load_tokenizer
 
-    text = sample.text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
-    ids = load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size).encode(text)
+    text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
+    model = canonical(checkpoint)
+    if model.quantization:
+        return []
+    ids = load_tokenizer(checkpoint, model.config.vocab_size).encode(text)
     return [asdict(loss) for loss in losses(checkpoint, ids, threads=threads, progress=progress)]
 
 
 def accuracy_lines(found: list[dict[str, Any]]) -> list[str]:
     """The losses as a table for people; the one that runs by default is marked."""
+    if not found:
+        return ["accuracy: a BitNet model is trained with int8 activations per token and runs so; there is nothing that it loses"]
     out = [f"  {'weights':<8} {'activations':<20} {'perplexity':>11} {'KL, nats':>9} {'same top-1':>10} {'MB a token':>11}"]
     for loss in found:
         out.append(

@@ -25,6 +25,9 @@ _CONTROL = {code: "\ufffd" for code in (*range(32), *range(127, 160)) if chr(cod
 @model_argument
 @hub_options
 @generation_options
+@click.option("--chat", is_flag=True, help="The prompt is a user's message: answer it, in the model's own chat template.")
+@click.option("--system", metavar="TEXT", help="With --chat: the system message before it.")
+@click.option("--chat-template", metavar="FILE", help="With --chat: a Jinja template instead of the model's own.")
 @engine_options
 @output_options
 def command(model: str, **options: Any) -> None:
@@ -38,12 +41,15 @@ def command(model: str, **options: Any) -> None:
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
     head: str, weights: str, activation_group: int | None, tokenizer: str | None = None,
-    revision: str | None = None, file: str | None = None, **sampling: Any,
+    revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
+    chat_template: str | None = None, **sampling: Any,
 ) -> None:  # fmt: skip
     """Loads, generates, shows. `sampling`: the keyword arguments of `TernaryTransformer.stream`."""
     from bitnet.tokenizer import replace_surrogates
     from bitnet.transformer import TernaryTransformer
 
+    if (system or chat_template) and not chat:
+        raise click.UsageError("--system and --chat-template are for --chat; a plain prompt has neither")
     model = TernaryTransformer.from_pretrained(
         source,
         kv_bits=kv_bits,
@@ -57,7 +63,9 @@ def continue_prompt(
         revision=revision,
         file=file,
     )
-    stream = model.stream(prompt, **sampling)
+    if chat_template is not None:
+        model.chat_template = template_of(chat_template)
+    stream = model.stream(conversation(prompt, system) if chat else prompt, **sampling)
     waited_s = time.perf_counter() - click.get_current_context().find_root().obj
     interrupted = False
     try:
@@ -72,6 +80,19 @@ def continue_prompt(
         click.echo(json.dumps(record(source, model, stream, timings), allow_nan=False))
     if interrupted:
         sys.exit(INTERRUPTED)
+
+
+def conversation(prompt: str, system: str | None) -> list[dict[str, str]]:
+    """One turn: a system message, if there is one, and a user's."""
+    first = [] if system is None else [{"role": "system", "content": system}]
+    return [*first, {"role": "user", "content": prompt}]
+
+
+def template_of(path: str) -> Any:
+    from bitnet.chat import MAX_TEMPLATE_CHARACTERS, ChatTemplate
+    from bitnet.files import read_file
+
+    return ChatTemplate(read_file(path, 4 * MAX_TEMPLATE_CHARACTERS).decode(errors="replace"), where=path)
 
 
 def show(stream: GenerationStream, prompt: str | None) -> None:
