@@ -53,13 +53,20 @@ _PARTS = {
 
 def open_checkpoint(path: PathLike) -> Checkpoint:
     """Open one GGUF file; no tensor's bytes are read but rope's. Raises FormatError and UnsupportedModelError, one line each."""
-    file = gguf.read(path)
+    return checkpoint_of(gguf.read(path), path)
+
+
+def checkpoint_of(file: gguf.GgufFile, path: PathLike) -> Checkpoint:
+    """What the file says of its model, in Hugging Face's terms."""
     where, metadata, tensors = shown(file.path), file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{where}: architecture {shown(repr(architecture))}; this build runs {', '.join(ARCHITECTURES)}. Another would run as noise"
         )
+    parts = metadata.get("split.count")
+    if isinstance(parts, int) and parts > 1:
+        raise UnsupportedModelError(f"{where}: is one of {parts} files of a split model; join them first: llama-gguf-split --merge FIRST OUT")
     rotated = next((key for key in metadata if key.startswith(ROTATED)), None)
     if rotated is not None:
         raise UnsupportedModelError(
