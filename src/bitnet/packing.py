@@ -7,7 +7,8 @@ R = ceil(out/4) rows, and bits 2i..2i+1 of byte P[r, c] hold the code of W[i*R +
 where out is no multiple of 4 the last band is short: its missing codes are 0, as `transformers` writes them, and unpack as rows of -1.
 
 The others are GGUF's (BLOCKS): I2_S of bitnet.cpp, TQ1_0, TQ2_0, Q2_0 and Q1_0 of llama.cpp, PQ2_0 (Q2_0 in blocks of 128) and PTQ1_0 of
-the Bonsai models. There a row is whole blocks, each with its scale; I2_S has one scale for the tensor, after all codes.
+the Bonsai models. There a row is whole blocks, each with its scale; I2_S has one scale for the tensor, after all codes;
+a build of bitnet.cpp for Arm once wrote stretches of 16 bytes instead of 32 under the same name (i2_s_arm).
 """
 
 from __future__ import annotations
@@ -154,6 +155,7 @@ _SIGNS = Bits(1, tuple(range(8)), factor=2)
 Layout = Bits | Trits
 BLOCKS = {
     "i2_s": BlockCodec(128, 32, None, ((0, 32, Bits(32, (6, 4, 2, 0))),)),
+    "i2_s_arm": BlockCodec(128, 32, None, ((0, 32, Bits(16, (6, 4, 2, 0))),)),
     "tq2_0": BlockCodec(256, 66, 64, ((0, 64, Bits(32, _PAIRS)),)),
     "tq1_0": BlockCodec(256, 54, 52, ((0, 32, Trits(5)), (32, 16, Trits(5)), (48, 4, Trits(4)))),
     "q2_0": BlockCodec(64, 18, 0, ((2, 16, Bits(1, _PAIRS)),)),

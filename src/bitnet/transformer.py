@@ -57,6 +57,7 @@ class TernaryTransformer:
         head: str = "stored",
         weights: str = "stored",
         activation_group: int | None = None,
+        i2_s: str = "x86",
         tokenizer: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         file: str | None = None,
@@ -67,6 +68,7 @@ class TernaryTransformer:
         - threads: None for one per core; zero_skip: "auto", True or False (this build runs dense; True warns)
         - weights: of the linear layers, "stored" (block formats of other programs become int8), "int8", or "f16" with float32 activations
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
+        - i2_s: "arm" for a GGUF whose I2_S tensors a build of bitnet.cpp for Arm wrote; the file does not tell (`bitnet doctor` tries it)
         - head: "stored" or "int8" (quantized while loading: faster, not exact); tokenizer: a tokenizer.json instead of the model's own
         - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
 
@@ -79,7 +81,7 @@ class TernaryTransformer:
         check_weights(weights, activation_group, head)
         path = resolve(source, revision, file)
         start = time.perf_counter()
-        checkpoint = open_checkpoint(path)
+        checkpoint = open_checkpoint(path, i2_s)
         engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group)
         loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
         return cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))

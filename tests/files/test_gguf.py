@@ -46,6 +46,15 @@ def test_packing_gives_the_same_bytes(name: str) -> None:
     assert np.array_equal(codec.pack(codes, scales), blocks)
 
 
+def test_i2_s_as_an_arm_build_wrote_it() -> None:
+    """64 consecutive weights in 16 bytes: byte p holds weights p, 16 + p, 32 + p and 48 + p, the first in the highest bits."""
+    blocks = np.random.default_rng(4).integers(0, 256, (3, 32)).astype(np.uint8)
+    codes = BLOCKS["i2_s_arm"].unpack(blocks).reshape(-1, 64)
+    for stretch, packed in zip(codes, blocks.reshape(-1, 16), strict=True):
+        for p in range(16):
+            assert [stretch[16 * k + p] + 1 for k in range(4)] == [packed[p] >> 6, packed[p] >> 4 & 3, packed[p] >> 2 & 3, packed[p] & 3]
+
+
 @pytest.mark.parametrize("name", BLOCKS)
 def test_every_code_survives_a_round_trip(name: str) -> None:
     codec = BLOCKS[name]

@@ -245,7 +245,7 @@ MODELS: dict[str, tuple[dict[str, bytes | None], dict[str, tuple[int, ...] | Non
     ),
     "rope scaling without a factor": ({"llama.rope.scaling.type": value(STRING, "linear")}, {}, "factor is None"),
     "context 0": ({"llama.context_length": value(U32, 0)}, {}, "max_position_embeddings is 0"),
-    "one of five files": ({"split.count": value(U32, 5)}, {}, "is one of 5 files of a split model; join them first"),
+    "one of five files": ({"split.count": value(U32, 5)}, {}, "is one of 5 files of a split model; join them"),
     "rotated": ({"prism.hadamard.block": value(U32, 128)}, {}, "in a rotated basis (prism.hadamard.block)"),
     "no embedding": ({}, {"token_embd.weight": None}, "tensor 'token_embd.weight' not found"),
     "embedding of one dimension": ({}, {"token_embd.weight": (1600,)}, "tensor 'token_embd.weight' not found as a matrix"),

@@ -38,6 +38,7 @@ _engine = [
         metavar="N",
         help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary weights, 32 for int8.",
     ),
+    click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
 ]
 
 _sampling = [
@@ -65,7 +66,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head, weights, activation_group
+engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, i2_s
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),

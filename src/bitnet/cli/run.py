@@ -40,7 +40,7 @@ def command(model: str, **options: Any) -> None:
 
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
-    head: str, weights: str, activation_group: int | None, tokenizer: str | None = None,
+    head: str, weights: str, activation_group: int | None, i2_s: str, tokenizer: str | None = None,
     revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
     chat_template: str | None = None, **sampling: Any,
 ) -> None:  # fmt: skip
@@ -59,6 +59,7 @@ def continue_prompt(
         head=head,
         weights=weights,
         activation_group=activation_group,
+        i2_s=i2_s,
         tokenizer=tokenizer,
         revision=revision,
         file=file,

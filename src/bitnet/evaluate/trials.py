@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from bitnet.errors import BitNetError
 from bitnet.evaluate.perplexity import Progress, Score, score_text
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, Quantization
+from bitnet.models.gguf import as_written_on_arm
 from bitnet.tokenizer import Tokenizer
 from bitnet.transformer import TernaryTransformer
 from bitnet.weights import load_engine
@@ -140,6 +141,14 @@ def _other_weights(checkpoint: Checkpoint, model: Canonical) -> Iterator[Trial]:
             f"weight_scale {means[turned[now]]}",
             f'set "linear_class" to "{turned[now]}" in config.json\'s quantization_config',
             replace(checkpoint, tensors=other),
+            model,
+        )
+    if any(tensor.codec == "i2_s" for tensor in tensors.values()):
+        yield Trial(
+            "I2_S in stretches of 64 instead of 128 weights",
+            "the file was written by a build of bitnet.cpp for Arm",
+            "run it with --i2-s arm (from Python: i2_s='arm'), or convert the original model again",
+            as_written_on_arm(checkpoint),
             model,
         )
     dense = [name for ours, name in names.items() if ours.rpartition(".")[2] in LINEARS and tensors[name].scheme in ("f32", "f16", "bf16")]

@@ -55,7 +55,7 @@ class Tensor:
     def stored_shape(self) -> tuple[int, ...]:
         """Shape of raw()."""
         if self.kind is not None:
-            tail = I2_S_TAIL if self.codec == "i2_s" else 0
+            tail = I2_S_TAIL if self.codec.startswith("i2_s") else 0
             return (prod(self.shape) // self.kind.block * self.kind.nbytes + tail,)
         return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
 
@@ -124,7 +124,7 @@ class Tensor:
         """
         self._expect_codes()
         if self.kind is not None:
-            if self.codec == "i2_s":
+            if self.codec.startswith("i2_s"):
                 return self.raw()[-I2_S_TAIL:][:4].view("<f4").astype(np.float32)
             scales = [BLOCKS[self.codec].scales(self._blocks(first, last)) for first, last in self._pieces()]
             return np.concatenate(scales).reshape(*self.shape[:-1], -1)

@@ -11,7 +11,7 @@ from collections.abc import Container
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, hf, is_gguf, shown
 from bitnet.files.hf import Checkpoint
 from bitnet.models import bitnet, gemma3_text, gguf, llama, qwen2, qwen3
@@ -49,9 +49,15 @@ class Canonical:
     quantization: Quantization | None  # None: trained without quantized activations
 
 
-def open_checkpoint(path: PathLike) -> Checkpoint:
-    """Open a folder or file of any format that this build reads; what it is is read from its bytes. No tensor's bytes are read."""
-    return gguf.open_checkpoint(path) if is_gguf(path) else hf.open_checkpoint(path)
+def open_checkpoint(path: PathLike, i2_s: str = "x86") -> Checkpoint:
+    """Open a folder or file of any format that this build reads; what it is is read from its bytes. No tensor's bytes are read.
+
+    `i2_s`: "arm" to read GGUF's I2_S tensors as a build of bitnet.cpp for Arm wrote them, which the file does not tell.
+    """
+    if i2_s not in ("x86", "arm"):
+        raise UsageError(f"i2_s is {i2_s!r}; expected 'x86', or 'arm' for a file that a build of bitnet.cpp for Arm wrote")
+    found = gguf.open_checkpoint(path) if is_gguf(path) else hf.open_checkpoint(path)
+    return gguf.as_written_on_arm(found) if i2_s == "arm" else found
 
 
 def adapter_for(config: dict[str, Any], where: str) -> Adapter:

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, gguf, shown
 from bitnet.files.hf import Checkpoint
 from bitnet.files.tensor import Tensor
@@ -66,7 +66,9 @@ def checkpoint_of(file: gguf.GgufFile, path: PathLike) -> Checkpoint:
         )
     parts = metadata.get("split.count")
     if isinstance(parts, int) and parts > 1:
-        raise UnsupportedModelError(f"{where}: is one of {parts} files of a split model; join them first: llama-gguf-split --merge FIRST OUT")
+        raise UnsupportedModelError(
+            f"{where}: is one of {parts} files of a split model; join them: llama-gguf-split --merge FIRST OUT"
+        )
     rotated = next((key for key in metadata if key.startswith(ROTATED)), None)
     if rotated is not None:
         raise UnsupportedModelError(
@@ -84,6 +86,14 @@ def checkpoint_of(file: gguf.GgufFile, path: PathLike) -> Checkpoint:
         chat_template=template if isinstance(template, str) else None,
         gguf_metadata=metadata,
     )
+
+
+def as_written_on_arm(checkpoint: Checkpoint) -> Checkpoint:
+    """The same file with its I2_S tensors read as a build of bitnet.cpp for Arm wrote them; nothing in the file tells which it was."""
+    tensors = {name: replace(t, codec="i2_s_arm") if t.codec == "i2_s" else t for name, t in checkpoint.tensors.items()}
+    if all(tensor is checkpoint.tensors[name] for name, tensor in tensors.items()):
+        raise UsageError(f"{shown(checkpoint.path)}: has no I2_S tensors; i2_s='arm' is for files that a build of bitnet.cpp for Arm wrote")
+    return replace(checkpoint, tensors=tensors)
 
 
 def _config(architecture: str, metadata: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> dict[str, Any]:
