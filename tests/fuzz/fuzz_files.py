@@ -2,7 +2,7 @@
 
     python tests/fuzz/fuzz_files.py gguf -runs=1000000        safetensors, vocabulary or json likewise
 
-Whatever the bytes are, a parser returns or raises a BitNetError of one line. Anything else, a second or 512 MB is a finding, kept as crash-*.
+Whatever the bytes are, a parser returns or raises a BitNetError of one line. Anything else, or a second, or 512 MB, is kept as crash-*.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from bitnet.cli.errors import Guarded
 # name -> its line in `bitnet --help`; the command is `command` in bitnet.cli.<name>
 COMMANDS = {
     "bench": "Measure speed against the memory bandwidth of this machine.",
-    "doctor": "Check that this machine and installation can run models.",
+    "doctor": "Check this machine, or a model: does it run right, and if not, why.",
     "eval": "Measure perplexity and bits per byte on text files.",
     "inspect": "Show what a model is made of.",
     "list": "Show the models that are on this machine.",

@@ -23,7 +23,7 @@ DISTRIBUTION = "bitnet-ternary"
 REINSTALL = f"reinstall: pip install --force-reinstall {DISTRIBUTION}"
 
 
-@click.command("doctor", short_help="Check that this machine and installation can run models.")
+@click.command("doctor", short_help="Check this machine, or a model: does it run right, and if not, why.")
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--data", metavar="FILE", help="With MODEL: a text to measure perplexity on as well, such as WikiText-2's test set.")
 @hub_options

@@ -66,9 +66,7 @@ def checkpoint_of(file: gguf.GgufFile, path: PathLike) -> Checkpoint:
         )
     parts = metadata.get("split.count")
     if isinstance(parts, int) and parts > 1:
-        raise UnsupportedModelError(
-            f"{where}: is one of {parts} files of a split model; join them: llama-gguf-split --merge FIRST OUT"
-        )
+        raise UnsupportedModelError(f"{where}: is one of {parts} files of a split model; join them: llama-gguf-split --merge FIRST OUT")
     rotated = next((key for key in metadata if key.startswith(ROTATED)), None)
     if rotated is not None:
         raise UnsupportedModelError(
