@@ -9,7 +9,8 @@ namespace bitnet {
 namespace {
 
 constexpr int kMaxCols = 65536;  // the bound of the int32 accumulators, see kernels.h
-constexpr int kTokenBlock = 32;  // tokens whose sums of one panel are held before they are scaled
+constexpr int kTokenBlock = kGemmTokens;  // tokens whose sums of one panel are held before they are scaled
+constexpr int kSlack = 1024;  // bytes after the last panel that a step of 64 inputs may read, and multiply by zero
 
 int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -32,7 +33,7 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
     w.padded_cols = round_up(cols, 4);
     w.panel_bytes = int64_t{w.padded_cols} * kPanelRows * (scheme == Scheme::f32 ? 4 : 2);
   }
-  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes);
+  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes + kSlack);
   return w;
 }
 
@@ -164,13 +165,14 @@ void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) 
       runs_.push_back({first, std::min(next, w.padded_cols) - first, weights, steps});
     }
     sums_.reserve(size_t(n_) * runs_.size());
-    for (int t = 0; t < n_; t++)
+    pool.run(n_, [&](int t, int) {
+      const int8_t* row = q_.data() + t * stride_;
       for (size_t r = 0; r < runs_.size(); r++) {
-        const int8_t* row = q_.data() + t * stride_;
         int32_t sum = 0;
         for (int c = runs_[r].first, end = std::min(cols_, c + runs_[r].inputs); c < end; c++) sum += row[c];
         sums_[t * runs_.size() + r] = sum;
       }
+    }, n_ >= 8);
   }
 }
 
@@ -186,34 +188,88 @@ const float* Activations::dense(int padded) {
 
 namespace {
 
-// One panel of 16 rows for all tokens; the scales are applied to the exact sums of each run, in order.
-void integer_panel(const Kernels& k, const Linear& w, const Activations& x, int panel, float* y) {
-  const uint8_t* codes = w.panels.data() + panel * w.panel_bytes;
-  const float* scales = &w.scales[size_t(panel) * w.n_groups * kPanelRows];
-  const DotInteger dot = w.scheme == Scheme::ternary ? k.dot_t2_i8 : k.dot_i8_i8;
-  const int per_vector = inputs_per_vector(w.scheme), bias = code_bias(w.scheme);
-  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0), n_runs = int(x.runs().size());
-  alignas(64) int32_t dots[kTokenBlock * kPanelRows];
-  alignas(64) float sums[kTokenBlock * kPanelRows];
-  for (int t0 = 0; t0 < x.n_tokens(); t0 += kTokenBlock) {
-    const int n = std::min(kTokenBlock, x.n_tokens() - t0);
-    std::fill_n(sums, n * kPanelRows, 0.0f);
-    for (int i = 0; i < n_runs; i++) {
-      const Run& run = x.runs()[i];
-      const float* scale = scales + run.weight_group * kPanelRows;
-      dot(codes + int64_t{64} * (run.first / per_vector), run.inputs / per_vector, x.q() + t0 * x.stride() + run.first, x.stride(), n, dots);
-      for (int t = 0; t < n; t++) {
-        const int32_t correction = bias * x.run_sums()[int64_t{t0 + t} * n_runs + i];
-        const float step = x.grouped() ? x.step()[int64_t{t0 + t} * x.n_steps() + run.step_group] : 1.0f;
-        for (int r = 0; r < kPanelRows; r++) sums[t * kPanelRows + r] += float(dots[t * kPanelRows + r] - correction) * scale[r] * step;
-      }
+// One or two panels of 16 rows for all tokens; the scales are applied to the exact sums of each run, in order.
+class IntegerPanels {
+ public:
+  IntegerPanels(const Kernels& k, const Linear& w, const Activations& x)
+      : k_(k), w_(w), x_(x), runs_(x.runs()), bias_(code_bias(w.scheme)), many_(k.gemm_u8_i8 && x.n_tokens() >= kManyTokens) {}
+
+  bool many() const { return many_; }  // worth unpacking codes for
+
+  void multiply(int panel, int n_panels, float* y) const {
+    if (!many_) {
+      for (int p = panel; p < panel + n_panels; p++) few_tokens(p, y);
+      return;
     }
-    for (int t = 0; t < n; t++) {
-      const float step = x.grouped() ? 1.0f : x.step()[t0 + t];
-      for (int r = 0; r < n_rows; r++) y[int64_t{t0 + t} * w.rows + row0 + r] = sums[t * kPanelRows + r] * step;
+    // Unpacked codes, of which the last run may read beyond the panel: there the activations are zero.
+    static thread_local Buffer<uint8_t> unpacked;
+    const uint8_t* codes = w_.panels.data() + panel * w_.panel_bytes;
+    int64_t panel_bytes = w_.panel_bytes;
+    if (w_.scheme == Scheme::ternary) {
+      panel_bytes = 16 * int64_t{round_up(w_.padded_cols, 64)};
+      unpacked.reserve(2 * panel_bytes);
+      for (int p = 0; p < n_panels; p++)
+        k_.unpack_t2(codes + p * w_.panel_bytes, w_.padded_cols / kTwoBitInputs, unpacked.data() + p * panel_bytes);
+      codes = unpacked.data();
+    }
+    alignas(64) int32_t dots[2 * kGemmTokens * kPanelRows];
+    alignas(64) float sums[2 * kGemmTokens * kPanelRows];
+    for (int t0 = 0; t0 < x_.n_tokens(); t0 += kGemmTokens) {
+      const int n = std::min(kGemmTokens, x_.n_tokens() - t0);
+      std::fill_n(sums, 2 * kGemmTokens * kPanelRows, 0.0f);
+      for (size_t i = 0; i < runs_.size(); i++) {
+        const int inputs = round_up(runs_[i].inputs, i + 1 == runs_.size() && runs_[i].first % 64 == 0 ? 64 : 16);
+        k_.gemm_u8_i8(codes + 16 * int64_t{runs_[i].first}, panel_bytes, n_panels, inputs, x_.q() + t0 * x_.stride() + runs_[i].first,
+                      x_.stride(), n, dots);
+        for (int p = 0; p < n_panels; p++)
+          add_run(panel + p, t0, n, i, dots + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+      }
+      for (int p = 0; p < n_panels; p++) write(panel + p, t0, n, sums + p * kGemmTokens * kPanelRows, y);
     }
   }
-}
+
+ private:
+  static constexpr int kManyTokens = 8;
+
+  void few_tokens(int panel, float* y) const {
+    const uint8_t* codes = w_.panels.data() + panel * w_.panel_bytes;
+    const DotInteger dot = w_.scheme == Scheme::ternary ? k_.dot_t2_i8 : k_.dot_i8_i8;
+    const int per_vector = inputs_per_vector(w_.scheme);
+    alignas(64) int32_t dots[kGemmTokens * kPanelRows];
+    alignas(64) float sums[kGemmTokens * kPanelRows];
+    for (int t0 = 0; t0 < x_.n_tokens(); t0 += kGemmTokens) {
+      const int n = std::min(kGemmTokens, x_.n_tokens() - t0);
+      std::fill_n(sums, n * kPanelRows, 0.0f);
+      for (size_t i = 0; i < runs_.size(); i++) {
+        const Run& run = runs_[i];
+        dot(codes + int64_t{64} * (run.first / per_vector), run.inputs / per_vector, x_.q() + t0 * x_.stride() + run.first, x_.stride(), n, dots);
+        add_run(panel, t0, n, i, dots, sums);
+      }
+      write(panel, t0, n, sums, y);
+    }
+  }
+
+  void add_run(int panel, int t0, int n, size_t i, const int32_t* dots, float* sums) const {
+    const float* scale = &w_.scales[(size_t(panel) * w_.n_groups + runs_[i].weight_group) * kPanelRows];
+    const float* steps = x_.grouped() ? x_.step() + int64_t{t0} * x_.n_steps() + runs_[i].step_group : nullptr;
+    k_.scale_sums(dots, x_.run_sums() + int64_t{t0} * runs_.size() + i, runs_.size(), bias_, scale, steps, x_.n_steps(), n, sums);
+  }
+
+  void write(int panel, int t0, int n, const float* sums, float* y) const {
+    const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w_.rows - row0);
+    for (int t = 0; t < n; t++) {
+      const float step = x_.grouped() ? 1.0f : x_.step()[t0 + t];
+      for (int r = 0; r < n_rows; r++) y[int64_t{t0 + t} * w_.rows + row0 + r] = sums[t * kPanelRows + r] * step;
+    }
+  }
+
+  const Kernels& k_;
+  const Linear& w_;
+  const Activations& x_;
+  const std::vector<Run>& runs_;
+  int bias_;
+  bool many_;
+};
 
 void dense_panel(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
   const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
@@ -237,14 +293,17 @@ void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x,
   if (w.integer()) x.quantize(k, pool, w);
   else dense = x.dense(w.padded_cols);
   // A job is some neighbouring panels, about 64 KB of weights: one sequential stream, and still enough jobs to share out.
-  const int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
+  int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
+  const IntegerPanels integer(k, w, x);
+  if (w.integer() && integer.many()) per_job = 2;
   const bool worth_sharing = w.bytes() * x.n_tokens() >= 32768;
   pool.run((w.n_panels() + per_job - 1) / per_job, [&](int job, int) {
-    for (int p = job * per_job; p < std::min(w.n_panels(), (job + 1) * per_job); p++) {
-      if (w.integer()) integer_panel(k, w, x, p, y);
-      else dense_panel(k, w, dense, x.n_tokens(), p, y);
-      if (w.bias.size()) add_bias(w, p, x.n_tokens(), y);
-    }
+    const int first = job * per_job, end = std::min(w.n_panels(), first + per_job);
+    if (w.integer()) integer.multiply(first, end - first, y);
+    else
+      for (int p = first; p < end; p++) dense_panel(k, w, dense, x.n_tokens(), p, y);
+    if (w.bias.size())
+      for (int p = first; p < end; p++) add_bias(w, p, x.n_tokens(), y);
   }, worth_sharing);
 }
 

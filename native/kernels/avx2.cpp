@@ -70,6 +70,7 @@ static inline void i8_block(const uint8_t* panel, int64_t n_vectors, const int8_
   }
 BITNET_TOKEN_BLOCKS(dot_t2_i8, t2_block)
 BITNET_TOKEN_BLOCKS(dot_i8_i8, i8_block)
+constexpr bitnet::GemmInteger gemm_u8_i8 = nullptr;  // many tokens go through dot_* in blocks
 }  // namespace
 
 #include "float_ops.h"

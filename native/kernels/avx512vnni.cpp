@@ -78,6 +78,36 @@ static void dot_i8_i8(const uint8_t* panel, int64_t n, const int8_t* x, int64_t 
   for (; t + 8 <= n_tokens; t += 8) i8_block<8>(panel, n, x + t * stride, stride, out + 16 * t);
   for (; t < n_tokens; t++) i8_block<1>(panel, n, x + t * stride, stride, out + 16 * t);
 }
+
+// P panels x T tokens in registers: each vector of codes meets T broadcasts of four activations.
+template <int P, int T>
+static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int32_t* out) {
+  __m512i acc[P][T];
+  for (int p = 0; p < P; p++)
+    for (int t = 0; t < T; t++) acc[p][t] = _mm512_setzero_si512();
+  for (int64_t k = 0; k < inputs; k += 4) {
+    __m512i w[P];
+    for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(codes + p * panel_bytes + 16 * k);
+    for (int t = 0; t < T; t++) {
+      const __m512i xt = broadcast4(x + t * x_stride + k);
+      for (int p = 0; p < P; p++) acc[p][t] = _mm512_dpbusd_epi32(acc[p][t], w[p], xt);
+    }
+  }
+  for (int p = 0; p < P; p++)
+    for (int t = 0; t < T; t++) _mm512_storeu_si512(out + (p * bitnet::kGemmTokens + t) * 16, acc[p][t]);
+}
+template <int P>
+static void gemm_panels(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
+  int t = 0;
+  for (; t + 12 <= n_tokens; t += 12) gemm_block<P, 12>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; t + 4 <= n_tokens; t += 4) gemm_block<P, 4>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; t < n_tokens; t++) gemm_block<P, 1>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
+}
+static void gemm_u8_i8(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
+                       int n_tokens, int32_t* out) {
+  if (n_panels == 2) gemm_panels<2>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
+  else gemm_panels<1>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
+}
 }  // namespace
 
 #include "float_ops.h"

@@ -1,5 +1,10 @@
 // Which instruction set runs: the best that the CPU has and that gives the scalar kernels' bits in a test at start-up.
 #include <string.h>
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 
 #include "kernels.h"
 
@@ -11,6 +16,30 @@ struct Candidate {
   bool supported;
 };
 
+#if defined(__x86_64__)
+// AMX int8 tiles: the CPU has them, and Linux (5.16 or later) lets this process use their state, for which it must be asked.
+bool amx_permitted() {
+#if defined(__linux__)
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;
+  constexpr unsigned kTile = 1u << 24, kInt8 = 1u << 25;
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kTile | kInt8)) != (kTile | kInt8)) return false;
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
+  static const Kernels k = [] {
+    Kernels made = kAvx512Vnni;
+    made.name = "amx", made.gemm_u8_i8 = kGemmAmx;
+    return made;
+  }();
+  return k;
+}
+#endif
+
 int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
@@ -18,6 +47,8 @@ int list_candidates(Candidate* out) {  // best first
   bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
+  static const bool amx = avx512 && amx_permitted();
+  out[n++] = {&amx_kernels(), amx};
   out[n++] = {&kAvx512Vnni, avx512};
   out[n++] = {&kAvx2, avx2};
 #endif
@@ -35,7 +66,8 @@ const char* first_difference(const Kernels& k) {
   constexpr int kInputs = 160, kTokens = 9, kVectors = kInputs / kTwoBitInputs;
   alignas(64) uint8_t panel[kInputs * 16], codes[kVectors * 64];
   alignas(64) int8_t x[kTokens * kInputs], q1[kInputs], q2[kInputs];
-  alignas(64) int32_t i1[kTokens * 16], i2[kTokens * 16];
+  alignas(64) int32_t i1[kTokens * 16], i2[kTokens * 16], g1[2 * kGemmTokens * 16];
+  alignas(64) uint8_t unpacked[kVectors * 256], panel2[kVectors * 256];
   alignas(64) float f[kTokens * kInputs], g[kInputs + 16], f1[kInputs + 16], f2[kInputs + 16];
   alignas(64) uint16_t h1[kInputs], h2[kInputs], halves[kTokens * kInputs], brains[kTokens * kInputs];
   uint32_t state = 2463534242u;
@@ -53,6 +85,24 @@ const char* first_difference(const Kernels& k) {
     for (uint8_t& b : panel) b = round == 0 ? 255 : (uint8_t)next_random(state);
     k.dot_i8_i8(panel, kInputs / 4, x, kInputs, kTokens, i1), kScalar.dot_i8_i8(panel, kInputs / 4, x, kInputs, kTokens, i2);
     if (memcmp(i1, i2, sizeof i1)) return "dot_i8_i8";
+
+    constexpr int kGemmInputs[] = {160, 128, 48};  // in steps of 32, 64 and 16
+    if (k.gemm_u8_i8)
+      for (int inputs : kGemmInputs)
+        for (int tokens = 1; tokens <= kTokens; tokens += 4) {
+          k.gemm_u8_i8(panel, 16 * inputs, 1, inputs, x, kInputs, tokens, g1);
+          kScalar.dot_i8_i8(panel, inputs / 4, x, kInputs, tokens, i2);
+          if (memcmp(g1, i2, size_t(tokens) * 64)) return "gemm_u8_i8";
+          k.gemm_u8_i8(panel, 0, 2, inputs, x, kInputs, tokens, g1);
+          if (memcmp(g1, i2, size_t(tokens) * 64) || memcmp(g1 + kGemmTokens * 16, i2, size_t(tokens) * 64)) return "gemm_u8_i8";
+        }
+    k.unpack_t2(codes, kVectors, unpacked), kScalar.unpack_t2(codes, kVectors, panel2);
+    if (memcmp(unpacked, panel2, sizeof unpacked)) return "unpack_t2";
+    for (float& v : f1) v = 0.5f;
+    memcpy(f2, f1, sizeof f1);
+    k.scale_sums(i1, i2, 1, 128, f, g, 1, kTokens, f1), kScalar.scale_sums(i1, i2, 1, 128, f, g, 1, kTokens, f2);
+    k.scale_sums(i2, i1, 1, 1, f, nullptr, 0, kTokens, f1), kScalar.scale_sums(i2, i1, 1, 1, f, nullptr, 0, kTokens, f2);
+    if (memcmp(f1, f2, kTokens * 16 * sizeof(float))) return "scale_sums";
 
     constexpr int kDense = 80;  // inputs whose 16 rows fit into f
     kScalar.store_f16(f, kDense * 16, halves);

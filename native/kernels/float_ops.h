@@ -143,6 +143,23 @@ static void gate_with(const float* gate, const float* up, int n, float* out) {
   if (i < n) store_tail(out + i, n - i, act(load_tail(gate + i, n - i, 0.0f)) * load_tail(up + i, n - i, 0.0f));
 }
 
+static void scale_sums(const int32_t* dots, const int32_t* x_sums, int64_t stride, int bias, const float* scale, const float* steps,
+                       int64_t step_stride, int n_tokens, float* sums) {
+  const v16 s = load(scale);
+  for (int t = 0; t < n_tokens; t++) {
+    i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - bias * x_sums[t * stride];
+    v16 part = __builtin_convertvector(exact, v16) * s;
+    store(sums + 16 * t, load(sums + 16 * t) + (steps ? part * steps[t * step_stride] : part));
+  }
+}
+static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+  typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
+  for (int64_t v = 0; v < n_vectors; v++) {
+    const u64x packed = *reinterpret_cast<const u64x*>(panel + 64 * v);
+    for (int s = 0; s < 4; s++) *reinterpret_cast<u64x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 3;
+  }
+}
+
 static void add(float* x, const float* y, int n) {
   for (int i = 0; i < n; i++) x[i] += y[i];
 }
@@ -195,8 +212,9 @@ static uint64_t read_bytes(const void* p, int64_t bytes) {
 
 }  // namespace
 
-#define BITNET_KERNELS(name)                                                                                           \
-  {                                                                                                                    \
-    name, dot_t2_i8, dot_i8_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>, dot_dense<load_dense_f32>,       \
-        rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, to_f16, scores_f16, softmax, weigh_f16, read_bytes \
+#define BITNET_KERNELS(name)                                                                                                   \
+  {                                                                                                                            \
+    name, dot_t2_i8, dot_i8_i8, gemm_u8_i8, unpack_t2, scale_sums, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,       \
+        dot_dense<load_dense_f32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, to_f16,    \
+        scores_f16, softmax, weigh_f16, read_bytes                                                                             \
   }

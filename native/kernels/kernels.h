@@ -27,10 +27,21 @@ using DotInteger = void (*)(const uint8_t* panel, int64_t n_vectors, const int8_
 using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                           float* out /* [n_tokens, 16] */);
 
+// Many tokens (null where dot_* in blocks does as well): codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
+// kGemmTokens, inputs a multiple of 16. Two panels at once, because a tile of activations serves both.
+constexpr int kGemmTokens = 32;
+using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
+                             int n_tokens, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
+
 struct Kernels {
   const char* name;
   DotInteger dot_t2_i8;
   DotInteger dot_i8_i8;
+  GemmInteger gemm_u8_i8;
+  void (*unpack_t2)(const uint8_t* panel, int64_t n_vectors, uint8_t* codes /* [4 * n_vectors, 64] */);
+  // sums[t, r] += float(dots[t, r] - bias * x_sums[t * stride]) * scale[r], times steps[t * step_stride] if steps is not null
+  void (*scale_sums)(const int32_t* dots, const int32_t* x_sums, int64_t stride, int bias, const float* scale, const float* steps,
+                     int64_t step_stride, int n_tokens, float* sums /* [n_tokens, 16] */);
   DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
@@ -53,6 +64,7 @@ struct Kernels {
 extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512Vnni;
+extern const GemmInteger kGemmAmx;
 #endif
 
 // ---- dispatch.cpp

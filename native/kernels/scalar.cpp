@@ -60,6 +60,7 @@ static void dot_i8_i8(const uint8_t* panel, int64_t n_vectors, const int8_t* x, 
         for (int i = 0; i < 4; i++) out[r] += panel[64 * v + 4 * r + i] * x[4 * v + i];
   }
 }
+constexpr bitnet::GemmInteger gemm_u8_i8 = nullptr;  // many tokens go through dot_* in blocks
 }  // namespace
 
 #include "float_ops.h"

@@ -5,6 +5,9 @@
 #include <cstdlib>
 #include <random>
 
+#include "amx_emulation.h"
+#define BITNET_EMULATED_AMX
+#include "../../native/kernels/amx.cpp"
 #include "forward.h"
 
 using namespace bitnet;
@@ -84,6 +87,26 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
       }
 }
 
+// The AMX kernel over an emulation of its instructions, against the scalar one: every step, one and two panels, 1 to 32 tokens.
+void test_amx_in_emulation() {
+  const Kernels& k = kScalar;
+  for (int inputs : {16, 32, 48, 64, 96, 160, 192, 320}) {
+    std::vector<uint8_t> codes(2 * 16 * inputs);
+    std::vector<int8_t> x(size_t(kGemmTokens) * 320);
+    for (uint8_t& c : codes) c = uint8_t(rng());
+    for (int8_t& v : x) v = int8_t(rng());
+    for (int n = 1; n <= kGemmTokens; n += n % 16 == 15 ? 1 : 7)
+      for (int panels = 1; panels <= 2; panels++) {
+        std::vector<int32_t> out(2 * kGemmTokens * 16), expected(kGemmTokens * 16);
+        gemm_u8_i8_amx(codes.data(), 16 * inputs, panels, inputs, x.data(), 320, n, out.data());
+        for (int p = 0; p < panels; p++) {
+          k.dot_i8_i8(codes.data() + p * 16 * inputs, inputs / 4, x.data(), 320, n, expected.data());
+          check(std::equal(expected.begin(), expected.begin() + n * 16, out.begin() + p * kGemmTokens * 16), "gemm", "emulated amx", inputs, n);
+        }
+      }
+  }
+}
+
 void test_threads() {
   for (int threads : {1, 2, 5}) {
     ThreadPool pool(threads);
@@ -160,6 +183,7 @@ void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
 int main() {
   const auto isas = runnable();
   test_matmul(isas);
+  test_amx_in_emulation();
   test_threads();
   Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = 48, .ffn_size = 80, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12,
            .max_context = 700, .norm_eps = 1e-5f, .activation = Activation::relu2, .attention_scale = 0.3f, .sub_norms = true};
