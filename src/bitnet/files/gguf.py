@@ -13,6 +13,7 @@ from __future__ import annotations
 import mmap
 import os
 import struct
+import sys
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -33,7 +34,6 @@ MAX_TENSORS = 1 << 16
 MAX_STRINGS = 1 << 20  # of all arrays; the largest vocabularies with their merges have about 700,000
 MAX_NAME = 1024  # bytes of a key or a tensor's name
 MAX_DIMENSIONS = 4
-STRING_BYTES = 84  # the most that a string takes as a Python object in a list, besides its own characters
 AGAIN = "the file is damaged: download or save it again"
 
 _COUNT = struct.Struct("<Q")
@@ -106,7 +106,7 @@ class _Reader:
     def __init__(self, data: mmap.mmap, where: str) -> None:
         self.data, self.where, self.at, self.end = data, where, 0, len(data)
         self.strings = 0  # in arrays, so far
-        self.budget = MEMORY_BYTES + len(data)  # bytes of memory left for them
+        self.budget = MEMORY_BYTES + len(data)  # bytes of memory left for texts
 
     def error(self, problem: str) -> FormatError:
         return FormatError(f"{self.where}: {problem} (offset {self.at:,}); {AGAIN}")
@@ -166,9 +166,11 @@ class _Reader:
         kind = self.word(f"the type of {shown(key)!r}")
         if kind == _STRING:
             raw = self.string_bytes(f"the text of {shown(key)!r}")
-            if len(raw) > MEMORY_BYTES // 8:  # up to four bytes a character, and copies on the way to whoever uses it
-                raise self.error(f"text of {shown(key)!r} has {len(raw):,} bytes; expected at most {MEMORY_BYTES // 8:,}")
-            return raw.decode(errors="replace")
+            if 4 * len(raw) > self.budget:  # up to four bytes a character
+                raise self.error(f"text of {shown(key)!r} has {len(raw):,} bytes; with the others it would take too much memory")
+            found = raw.decode(errors="replace")
+            self.budget -= sys.getsizeof(found)
+            return found
         if kind == _ARRAY:
             return self.array(key)
         if kind not in _NUMBERS:
@@ -205,18 +207,19 @@ class _Reader:
             raise self.error(
                 f"{shown(key)!r} has {n:,} texts, but only {self.end - self.at:,} bytes follow, and expected at most {MAX_STRINGS:,}"
             )
-        data, at, end, unpack = self.data, self.at, self.end, _COUNT.unpack_from
+        data, at, end, unpack, size_of = self.data, self.at, self.end, _COUNT.unpack_from, sys.getsizeof
         found = []
-        budget = self.budget - n * STRING_BYTES
+        budget = self.budget - n * 8  # the list's places
         for _ in range(n):
             length = unpack(data, at)[0] if end - at >= 8 else end
             at += 8
-            budget -= length
-            if length > end - at or budget < 0:
+            if length > end - at or 4 * length > budget:
                 self.at = at - 8
                 room = f"only {max(0, end - at):,} follow" if length > end - at else "all texts together would take too much memory"
                 raise self.error(f"{shown(key)!r} has a text of {length:,} bytes, but {room}")
-            found.append(data[at : at + length].decode(errors="replace"))
+            item = data[at : at + length].decode(errors="replace")
+            budget -= size_of(item)
+            found.append(item)
             at += length
         self.at, self.budget = at, budget
         return found
