@@ -158,13 +158,21 @@ def out_features(canonical_name: str, config: dict[str, Any]) -> int | None:
     return int(config[sizes[part]]) if part in sizes else None
 
 
+ROPE_FIELDS: dict[str, tuple[str, ...]] = {
+    "linear": ("factor",),
+    "llama3": ("factor", "original_context", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "original_context", "beta_fast", "beta_slow"),
+}
 UNREMARKABLE = (None, (), 0, 1.0, False)  # values of ModelConfig that say what most models are
 
 
 def worded(value: Any) -> str:
     """A configuration's value on one short line."""
     if isinstance(value, dict):  # rope
-        return ", ".join(f"{key} {worded(item)}" for key, item in value.items() if item not in UNREMARKABLE)
+        keys = ROPE_FIELDS.get(value["kind"], ()) + ("attention_factor",)
+        scaling = [f"{key} {worded(value[key])}" for key in keys if value[key] not in UNREMARKABLE]
+        given = ["divisors from the file"] if value["divisors"] else []
+        return ", ".join([f"theta {value['theta']:g}", *([value["kind"]] if value["kind"] != "default" else []), *scaling, *given])
     if isinstance(value, tuple) and isinstance(value[0], bool):
         return f"{sum(value)} of {len(value)} layers"
     return f"{value:g}" if isinstance(value, float) else str(value)
