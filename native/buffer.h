@@ -1,9 +1,13 @@
-// Memory for weights and activations: aligned to a cache line, zeroed, owned, movable.
+// Memory for weights and activations: aligned to a cache line, zeroed, owned, movable; in huge pages where it is large.
 #pragma once
+#include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace bitnet {
 
@@ -35,12 +39,17 @@ class Buffer {
 
  private:
   void allocate(size_t n) {
-    size_t bytes = (n * sizeof(T) + 63) / 64 * 64;
-    data_ = static_cast<T*>(std::aligned_alloc(64, bytes ? bytes : 64));
-    if (!data_) throw std::bad_alloc();
+    const size_t bytes = std::max<size_t>(64, (n * sizeof(T) + 63) / 64 * 64);
+    void* p = nullptr;
+    if (posix_memalign(&p, bytes >= kHuge ? kHuge : 64, bytes)) throw std::bad_alloc();
+    data_ = static_cast<T*>(p);
+#if defined(__linux__)
+    if (bytes >= kHuge) madvise(p, bytes / kHuge * kHuge, MADV_HUGEPAGE);  // fewer page walks; where it is refused, nothing is lost
+#endif
     std::memset(static_cast<void*>(data_), 0, bytes);
     size_ = n;
   }
+  static constexpr size_t kHuge = 2 << 20;  // bytes of a huge page
   T* data_ = nullptr;
   size_t size_ = 0;
 };

@@ -50,9 +50,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     // Attention
     norm_rows(x.data(), layer.attn_norm, width, h.data());
     in.set(h.data(), n, width);
-    matmul(k, pool, layer.q, in, q.data());
-    matmul(k, pool, layer.k, in, keys.data());
-    matmul(k, pool, layer.v, in, values.data());
+    matmul(k, pool, {{&layer.q, q.data()}, {&layer.k, keys.data()}, {&layer.v, values.data()}}, in);
     if (interrupted()) return false;
     pool.run(n, [&](int t, int) {
       if (c.qk_norms) {
@@ -77,8 +75,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     // Feed-forward
     norm_rows(x.data(), layer.ffn_norm, width, h.data());
     in.set(h.data(), n, width);
-    matmul(k, pool, layer.gate, in, gate.data());
-    matmul(k, pool, layer.up, in, up.data());
+    matmul(k, pool, {{&layer.gate, gate.data()}, {&layer.up, up.data()}}, in);
     if (interrupted()) return false;
     const auto gated = c.activation == Activation::relu2 ? k.relu2_gate : c.activation == Activation::silu ? k.silu_gate : k.gelu_tanh_gate;
     pool.run(n, [&](int t, int) {

@@ -192,9 +192,10 @@ namespace {
 class IntegerPanels {
  public:
   IntegerPanels(const Kernels& k, const Linear& w, const Activations& x)
-      : k_(k), w_(w), x_(x), runs_(x.runs()), bias_(code_bias(w.scheme)), many_(k.gemm_u8_i8 && x.n_tokens() >= kManyTokens) {}
+      : k_(k), w_(w), x_(x), runs_(x.runs()), bias_(code_bias(w.scheme)), many_(many(k, x)) {}
 
-  bool many() const { return many_; }  // worth unpacking codes for
+  // Whether there are enough tokens to unpack codes for.
+  static bool many(const Kernels& k, const Activations& x) { return k.gemm_u8_i8 && x.n_tokens() >= 8; }
 
   void multiply(int panel, int n_panels, float* y) const {
     if (!many_) {
@@ -229,8 +230,6 @@ class IntegerPanels {
   }
 
  private:
-  static constexpr int kManyTokens = 8;
-
   void few_tokens(int panel, float* y) const {
     const uint8_t* codes = w_.panels.data() + panel * w_.panel_bytes;
     const DotInteger dot = w_.scheme == Scheme::ternary ? k_.dot_t2_i8 : k_.dot_i8_i8;
@@ -288,23 +287,42 @@ void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
 }
 }  // namespace
 
-void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) {
+void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x) {
+  const Linear& w0 = *products.begin()->w;
+  int n = 0;  // panels of all matrices, one after another
+  int64_t bytes = 0;
+  for (const Product& p : products) {
+    if (p.w->scheme != w0.scheme || p.w->group != w0.group) {  // they need different preparations of x
+      for (const Product& each : products) matmul(k, pool, {each}, x);
+      return;
+    }
+    n += p.w->n_panels(), bytes += p.w->bytes();
+  }
   const float* dense = nullptr;
-  if (w.integer()) x.quantize(k, pool, w);
-  else dense = x.dense(w.padded_cols);
-  // A job is some neighbouring panels, about 64 KB of weights: one sequential stream, and still enough jobs to share out.
-  int per_job = int(std::clamp<int64_t>(65536 / w.panel_bytes, 1, std::max(1, w.n_panels() / (4 * pool.size()))));
-  const IntegerPanels integer(k, w, x);
-  if (w.integer() && integer.many()) per_job = 2;
-  const bool worth_sharing = w.bytes() * x.n_tokens() >= 32768;
-  pool.run((w.n_panels() + per_job - 1) / per_job, [&](int job, int) {
-    const int first = job * per_job, end = std::min(w.n_panels(), first + per_job);
-    if (w.integer()) integer.multiply(first, end - first, y);
-    else
-      for (int p = first; p < end; p++) dense_panel(k, w, dense, x.n_tokens(), p, y);
-    if (w.bias.size())
-      for (int p = first; p < end; p++) add_bias(w, p, x.n_tokens(), y);
-  }, worth_sharing);
+  if (w0.integer()) x.quantize(k, pool, w0);
+  else dense = x.dense(w0.padded_cols);
+  const bool many = w0.integer() && IntegerPanels::many(k, x);
+  // Few tokens: memory is the limit, and likes long streams. Each thread takes one, three quarters of its share; the last
+  // quarter goes in small jobs to whoever comes first. Many tokens: arithmetic is the limit, and two panels are a job.
+  const int threads = pool.size();
+  const int large = many ? 0 : n * 3 / (4 * threads), small = many ? 2 : std::max(1, (n - threads * large) / (4 * threads));
+  const int n_large = large ? threads : 0, n_small = (n - n_large * large + small - 1) / small;
+  pool.run(n_large + n_small, [&](int job, int) {
+    int first = job < n_large ? job * large : n_large * large + (job - n_large) * small;
+    int end = std::min(n, first + (job < n_large ? large : small));
+    for (const Product& p : products) {
+      const int here = std::min(end, p.w->n_panels());
+      if (first < here) {
+        if (p.w->integer()) IntegerPanels(k, *p.w, x).multiply(first, here - first, p.y);
+        else
+          for (int panel = first; panel < here; panel++) dense_panel(k, *p.w, dense, x.n_tokens(), panel, p.y);
+        if (p.w->bias.size())
+          for (int panel = first; panel < here; panel++) add_bias(*p.w, panel, x.n_tokens(), p.y);
+      }
+      first = std::max(0, first - p.w->n_panels()), end = end - p.w->n_panels();
+      if (end <= 0) break;
+    }
+  }, bytes * x.n_tokens() >= 32768);
 }
 
 }  // namespace bitnet

@@ -1,6 +1,7 @@
 // Weight matrices as they lie in memory, and their product with a batch of activation rows.
 #pragma once
 #include <cstdint>
+#include <initializer_list>
 #include <vector>
 
 #include "buffer.h"
@@ -72,6 +73,12 @@ class Activations {
 };
 
 // y [n_tokens, w.rows] = x w^T, equal to ternary.py's matmul_integer or matmul_dense.
-void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y);
+struct Product {
+  const Linear* w;
+  float* y;
+};
+// Products of the same x, shared out together: between two matrices nobody waits.
+void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x);
+inline void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) { matmul(k, pool, {{&w, y}}, x); }
 
 }  // namespace bitnet

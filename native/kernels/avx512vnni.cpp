@@ -20,7 +20,8 @@ static void t2_one(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int
   const __m512i m0 = _mm512_set1_epi8(0x03), m1 = _mm512_set1_epi8(0x0c), m2 = _mm512_set1_epi8(0x30), m3 = _mm512_set1_epi8((char)0xc0);
   __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0;
   for (int64_t v = 0; v < n_vectors; v++, panel += 64, x += 16) {
-    _mm_prefetch((const char*)panel + 4096, _MM_HINT_T1);
+    _mm_prefetch((const char*)panel + 6144, _MM_HINT_T1);  // memory -> L2: without it 17 GB/s instead of 29 on two cores
+    _mm_prefetch((const char*)panel + 1024, _MM_HINT_T0);  // L2 -> L1
     __m512i packed = _mm512_loadu_si512(panel);
     a0 = _mm512_dpbusd_epi32(a0, _mm512_and_si512(packed, m0), broadcast4(x));
     a1 = _mm512_dpbusd_epi32(a1, _mm512_and_si512(packed, m1), broadcast4(x + 4));
