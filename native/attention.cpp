@@ -28,9 +28,12 @@ void Rotation::apply(float* x, int n_heads, bool interleaved) const {
 void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values) {
   const int dim = token.cache->padded_dim(), page = token.position / KvCache::kPagePositions, slot = token.position % KvCache::kPagePositions;
   std::vector<float> row(dim);
+  std::vector<uint16_t> halves(dim);
   for (int h = 0; h < c.n_kv_heads; h++) {
     std::memcpy(row.data(), keys + h * c.head_dim, c.head_dim * sizeof(float));
-    k.store_f16(row.data(), dim, token.cache->keys(page, layer, h) + slot * dim);
+    k.store_f16(row.data(), dim, halves.data());
+    uint16_t* block = token.cache->keys(page, layer, h) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;
+    for (int d = 0; d < dim; d++) block[d * kKeyBlock] = halves[d];
     std::memcpy(row.data(), values + h * c.head_dim, c.head_dim * sizeof(float));
     k.store_f16(row.data(), dim, token.cache->values(page, layer, h) + slot * dim);
   }
@@ -38,36 +41,59 @@ void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, 
 
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
             float* out) {
+  constexpr int kPage = KvCache::kPagePositions, kTokens = 4;
   const int dim = tokens[0].cache->padded_dim(), group = c.n_heads / c.n_kv_heads, n_tokens = int(tokens.size());
+  // Up to four tokens of one sequence that follow one another go together: each key and value is read once for all their heads.
+  std::vector<int> starts;
   int longest = 0;
-  for (const Token& t : tokens) longest = std::max(longest, t.position + 1);
-  const size_t stride = (longest + 31) / 16 * 16 + 2 * dim;
-  Buffer<float> scratch(stride * pool.size());  // per thread: scores, padded query, padded result
-  pool.run(n_tokens * c.n_heads, [&](int item, int thread) {
-    const Token& token = tokens[item / c.n_heads];
-    const int head = item % c.n_heads, end = token.position + 1, begin = window ? std::max(0, end - window) : 0;
-    const size_t at = (size_t(item / c.n_heads) * c.n_heads + head) * c.head_dim;
-    float* query = scratch.data() + thread * stride;
-    float* sum = query + dim;
-    float* scores = sum + dim;
-    std::memcpy(query, q + at, c.head_dim * sizeof(float));
-    std::fill_n(sum, dim, 0.0f);
-    // Calls work(page, slot, position, n) for every run of visible positions that lie in one page, from `slot` of it on.
-    auto for_each_page = [&](auto work) {
-      for (int j = begin, n; j < end; j += n) {
-        const int slot = j % KvCache::kPagePositions;
-        n = std::min(end - j, KvCache::kPagePositions - slot);
-        work(j / KvCache::kPagePositions, slot, j, n);
+  for (int t = 0; t < n_tokens; t++) {
+    const bool follows = t > 0 && tokens[t].cache == tokens[t - 1].cache && tokens[t].position == tokens[t - 1].position + 1;
+    if (!follows || t - starts.back() == kTokens) starts.push_back(t);
+    longest = std::max(longest, tokens[t].position + 1);
+  }
+  starts.push_back(n_tokens);
+  const int64_t stride = (longest + 63) / 16 * 16, per_query = stride + 2 * dim;
+  Buffer<float> scratch(size_t(per_query) * kTokens * group * pool.size());  // per thread and query: scores, query, result
+  const int blocks = int(starts.size()) - 1;
+  pool.run(blocks * c.n_kv_heads, [&](int item, int thread) {
+    const int first = starts[item / c.n_kv_heads], n = starts[item / c.n_kv_heads + 1] - first, kv = item % c.n_kv_heads, n_queries = n * group;
+    KvCache& cache = *tokens[first].cache;
+    float* scores = scratch.data() + size_t(per_query) * kTokens * group * thread;
+    float *queries = scores + stride * n_queries, *sums = queries + int64_t{n_queries} * dim;
+    auto at = [&](int i) { return (size_t(first + i / group) * c.n_heads + kv * group + i % group) * c.head_dim; };  // query i in q and out
+    for (int i = 0; i < n_queries; i++) {
+      std::memcpy(queries + i * dim, q + at(i), c.head_dim * sizeof(float));
+      std::fill_n(queries + i * dim + c.head_dim, dim - c.head_dim, 0.0f);
+    }
+    std::fill_n(sums, int64_t{n_queries} * dim, 0.0f);
+    // Positions that query i sees, [begin(i), end(i)); all queries together see [from, to), from being the start of a block.
+    auto end = [&](int i) { return tokens[first + i / group].position + 1; };
+    auto begin = [&](int i) { return window ? std::max(0, end(i) - window) : 0; };
+    const int from = begin(0) / kKeyBlock * kKeyBlock, to = end(n_queries - 1);
+    for (int j = from, next; j < to; j = next) {
+      next = std::min((j / kPage + 1) * kPage, to);
+      k.scores_f16(queries, n_queries, cache.keys(j / kPage, layer, kv) + j % kPage * dim, (next - j + kKeyBlock - 1) / kKeyBlock, dim,
+                   c.attention_scale, scores + j - from, stride);
+    }
+    for (int i = 0; i < n_queries; i++) {
+      float* p = scores + i * stride + begin(i) - from;
+      const int seen = end(i) - begin(i);
+      const float inverse = 1.0f / k.softmax(p, seen);
+      for (int j = 0; j < seen; j++) p[j] *= inverse;
+    }
+    // Adds the values of [low, high) to the sums of `count` queries from i on.
+    auto weigh = [&](int i, int count, int low, int high) {
+      for (int j = low, next; j < high; j = next) {
+        next = std::min((j / kPage + 1) * kPage, high);
+        k.weigh_f16(scores + i * stride + j - from, stride, count, cache.values(j / kPage, layer, kv) + j % kPage * dim, next - j, dim, sums + i * dim);
       }
     };
-    for_each_page([&](int page, int slot, int j, int n) {
-      k.scores_f16(query, token.cache->keys(page, layer, head / group) + slot * dim, n, dim, c.attention_scale, scores + j - begin);
-    });
-    const float inverse = 1.0f / k.softmax(scores, end - begin);
-    for_each_page([&](int page, int slot, int j, int n) {
-      k.weigh_f16(scores + j - begin, token.cache->values(page, layer, head / group) + slot * dim, n, dim, sum);
-    });
-    for (int d = 0; d < c.head_dim; d++) out[at + d] = sum[d] * inverse;
+    // What all of them see they read together; before and after that each reads its own, so that none meets what it may not see.
+    const int all_from = begin(n_queries - 1), all_to = std::max(all_from, end(0));
+    for (int i = 0; i < n_queries; i++) weigh(i, 1, begin(i), std::min(all_from, end(i)));
+    weigh(0, n_queries, all_from, all_to);
+    for (int i = 0; i < n_queries; i++) weigh(i, 1, std::max(all_to, begin(i)), end(i));
+    for (int i = 0; i < n_queries; i++) std::memcpy(out + at(i), sums + i * dim, c.head_dim * sizeof(float));
   }, int64_t{n_tokens} * longest * c.n_heads * dim >= 16384);
 }
 

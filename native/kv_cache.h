@@ -29,7 +29,7 @@ class KvCache {
     pages_.resize((n + kPagePositions - 1) / kPagePositions);
   }
 
-  // The first position of `page` for one layer and head: [kPagePositions, padded_dim].
+  // One page of one layer and head: keys [kPagePositions / 16, padded_dim, 16], values [kPagePositions, padded_dim].
   uint16_t* keys(int page, int layer, int head) { return at(page, layer, 0, head); }
   uint16_t* values(int page, int layer, int head) { return at(page, layer, 1, head); }
 

@@ -131,7 +131,7 @@ void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
     std::vector<float> wide(padded);
     for (int c = 0; c < w.cols; c++) std::memcpy(&halves[c], from + c * kPanelRows * size, size);
     const float one = 1;
-    k.weigh_f16(&one, halves.data(), 1, padded, wide.data());  // 0 + 1 * half
+    k.weigh_f16(&one, 1, 1, halves.data(), 1, padded, wide.data());  // 0 + 1 * half
     std::copy_n(wide.begin(), w.cols, out);
     return;
   }

@@ -133,10 +133,14 @@ const char* first_difference(const Kernels& k) {
     }
     k.store_f16(f, kInputs, h1), kScalar.store_f16(f, kInputs, h2);
     if (memcmp(h1, h2, sizeof h1)) return "store_f16";
-    k.scores_f16(f, h1, 5, 32, 0.125f, f1), kScalar.scores_f16(f, h1, 5, 32, 0.125f, f2);
-    if (memcmp(f1, f2, 5 * sizeof(float))) return "scores_f16";
-    k.weigh_f16(f, h1, 5, 32, f1), kScalar.weigh_f16(f, h1, 5, 32, f2);
-    if (memcmp(f1, f2, 32 * sizeof(float))) return "weigh_f16";
+    for (int queries = 1; queries <= 5; queries += 4) {
+      k.scores_f16(f, queries, halves, 2, 16, 0.125f, f1, 32), kScalar.scores_f16(f, queries, halves, 2, 16, 0.125f, f2, 32);
+      if (memcmp(f1, f2, queries * 32 * sizeof(float))) return "scores_f16";
+      for (int n = 0; n < kInputs; n++) f1[n] = f2[n] = 0.25f;
+      const int dim = queries == 1 ? 144 : 32;
+      k.weigh_f16(f, 9, queries, halves, 7, dim, f1), kScalar.weigh_f16(f, 9, queries, halves, 7, dim, f2);
+      if (memcmp(f1, f2, queries * dim * sizeof(float))) return "weigh_f16";
+    }
     if (k.read_bytes(codes, sizeof codes) != kScalar.read_bytes(codes, sizeof codes)) return "read_bytes";
   }
   return nullptr;

@@ -167,12 +167,22 @@ static void to_f16(const float* x, int n, uint16_t* out) {
   for (int i = 0; i < n; i += 16) store_f16(load(x + i), out + i);  // n is a padded head size
 }
 
-static void scores_f16(const float* q, const uint16_t* k, int n, int head_dim, float scale, float* out) {
-  for (int j = 0; j < n; j++, k += head_dim) {
-    v16 acc = load(q) * load_f16(k);
-    for (int d = 16; d < head_dim; d += 16) acc += load(q + d) * load_f16(k + d);
-    out[j] = sum_lanes(acc) * scale;
+template <int Q>
+BITNET_INLINE void scores_of(const float* q, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
+  for (int b = 0; b < n_blocks; b++, k += 16 * head_dim) {
+    v16 even[Q], odd[Q];
+    for (int i = 0; i < Q; i++) even[i] = odd[i] = splat(0.0f);
+    for (int d = 0; d < head_dim; d += 2) {
+      const v16 k0 = load_f16(k + 16 * d), k1 = load_f16(k + 16 * d + 16);
+      for (int i = 0; i < Q; i++) even[i] += k0 * q[i * head_dim + d], odd[i] += k1 * q[i * head_dim + d + 1];
+    }
+    for (int i = 0; i < Q; i++) store(out + i * stride + 16 * b, (even[i] + odd[i]) * scale);
   }
+}
+static void scores_f16(const float* q, int n_queries, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
+  int i = 0;
+  for (; i + 4 <= n_queries; i += 4) scores_of<4>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
+  for (; i < n_queries; i++) scores_of<1>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
 }
 
 static float softmax(float* scores, int n) {
@@ -190,9 +200,29 @@ static float softmax(float* scores, int n) {
   return sum_lanes(sum);
 }
 
-static void weigh_f16(const float* p, const uint16_t* v, int n, int head_dim, float* out) {
+template <int Q, int W>
+BITNET_INLINE void weigh_some(const float* p, int64_t stride, const uint16_t* v, int n, int head_dim, float* out) {
+  v16 sum[Q][W];
+  for (int i = 0; i < Q; i++)
+    for (int w = 0; w < W; w++) sum[i][w] = load(out + i * head_dim + 16 * w);
   for (int j = 0; j < n; j++, v += head_dim)
-    for (int d = 0; d < head_dim; d += 16) store(out + d, load(out + d) + load_f16(v + d) * p[j]);
+    for (int w = 0; w < W; w++) {
+      const v16 value = load_f16(v + 16 * w);
+      for (int i = 0; i < Q; i++) sum[i][w] += value * p[i * stride + j];
+    }
+  for (int i = 0; i < Q; i++)
+    for (int w = 0; w < W; w++) store(out + i * head_dim + 16 * w, sum[i][w]);
+}
+template <int Q>
+BITNET_INLINE void weigh_of(const float* p, int64_t stride, const uint16_t* v, int n, int head_dim, float* out) {
+  int d = 0;
+  for (; d + 64 <= head_dim; d += 64) weigh_some<Q, 4>(p, stride, v + d, n, head_dim, out + d);
+  for (; d < head_dim; d += 16) weigh_some<Q, 1>(p, stride, v + d, n, head_dim, out + d);
+}
+static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint16_t* v, int n, int head_dim, float* out) {
+  int i = 0;
+  for (; i + 4 <= n_queries; i += 4) weigh_of<4>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
+  for (; i < n_queries; i++) weigh_of<1>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
 }
 
 static uint64_t read_bytes(const void* p, int64_t bytes) {

@@ -29,6 +29,7 @@ using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, i
 
 // Many tokens (null where dot_* in blocks does as well): codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
 // kGemmTokens, inputs a multiple of 16. Two panels at once, because a tile of activations serves both.
+constexpr int kKeyBlock = 16;  // positions
 constexpr int kGemmTokens = 32;
 using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
                              int n_tokens, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
@@ -54,10 +55,15 @@ struct Kernels {
   void (*gelu_tanh_gate)(const float* gate, const float* up, int n, float* out);
   void (*add)(float* x, const float* y, int n);
   void (*store_f16)(const float* x, int n, uint16_t* out);
-  // Attention of one query over one page of cached positions; head_dim is a multiple of 16 (padded with zeros).
-  void (*scores_f16)(const float* q, const uint16_t* k /* [n, head_dim] */, int n, int head_dim, float scale, float* out);
+  // Attention of some queries, which share their keys and values, over one page of cached positions; head_dim is a multiple of
+  // 16 (padded with zeros). Keys lie in blocks of 16 positions, dimension by dimension, so that a vector holds 16 positions; a
+  // score is the sum over the even dimensions, in order, plus that over the odd ones, times scale.
+  void (*scores_f16)(const float* q /* [n_queries, head_dim] */, int n_queries, const uint16_t* k /* [n_blocks, head_dim, 16] */,
+                     int n_blocks, int head_dim, float scale, float* out /* [n_queries, stride], from 0 */, int64_t stride);
   float (*softmax)(float* scores, int n);  // scores -> exp(score - max), returns their sum; scores has room for 16 more
-  void (*weigh_f16)(const float* p, const uint16_t* v /* [n, head_dim] */, int n, int head_dim, float* out);  // out += p v
+  // out += p v, position after position
+  void (*weigh_f16)(const float* p /* [n_queries, stride] */, int64_t stride, int n_queries, const uint16_t* v /* [n, head_dim] */, int n,
+                    int head_dim, float* out /* [n_queries, head_dim] */);
   uint64_t (*read_bytes)(const void* p, int64_t bytes);  // touches every byte, multiple of 64: the memory's limit
 };
 

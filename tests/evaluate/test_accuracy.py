@@ -17,11 +17,11 @@ IDS = np.random.default_rng(0).integers(0, 200, 90).tolist()
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """A qwen3 one of whose channels is thirty times as large as the others, as real models have them."""
+    """A qwen3 one of whose channels is 300 times as large as the others, as real models have them."""
     model = random_models.qwen3(seed=1)
     for layer in model.model.layers:
         for norm in (layer.input_layernorm, layer.post_attention_layernorm):
-            norm.weight.data[7] *= 30
+            norm.weight.data[7] *= 300
     return open_checkpoint(random_models.save(model, tmp_path_factory.mktemp("m")))
 
 
