@@ -18,6 +18,7 @@ import pytest
 
 from bitnet import packing, ternary
 from bitnet.engine import Engine
+from bitnet.errors import UnsupportedModelError
 from bitnet.files import safetensors
 from bitnet.models import open_checkpoint
 from bitnet.weights import load_engine
@@ -145,6 +146,28 @@ def test_bitnet_online(tmp_path: Path, seed: int) -> None:
     model = random_models.bitnet(seed)
     ours, theirs = our_logits(random_models.save(model, tmp_path)), random_models.logits(model, IDS)
     assert relative(ours, theirs).max() <= INT8_NOISE
+
+
+def test_the_first_bitnet_models_by_their_own_names(tmp_path: Path) -> None:
+    """1bitLLM's: a config of llama, SiLU, sub-norms of other names, masters without a quantization_config."""
+    model = random_models.bitnet(8, hidden_act="silu")
+    expected = random_models.logits(model, IDS)
+    folder = random_models.save(model, tmp_path)
+    older = {"attn_sub_norm": "inner_attn_ln", "ffn_sub_norm": "ffn_layernorm"}
+    tensors = {}
+    for name, tensor in safetensors.read(folder / "model.safetensors").tensors.items():
+        for ours, theirs in older.items():
+            name = name.replace(ours, theirs)
+        tensors[name] = np.ascontiguousarray(tensor.dense())
+    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    del config["quantization_config"]
+    config |= {"architectures": ["BitnetForCausalLM"], "model_type": "llama"}
+    (folder / "config.json").write_text(json.dumps(config))
+    assert relative(our_logits(folder), expected).max() <= INT8_NOISE
+    (folder / "config.json").write_text(json.dumps(config | {"architectures": ["LlamaForCausalLM"]}))
+    with pytest.raises(UnsupportedModelError, match="has tensors that such a model does not have"):
+        load(folder)
 
 
 def packed_copy(folder: Path, target: Path, linear_class: str) -> Path:
