@@ -169,7 +169,7 @@ UNREMARKABLE = (None, (), 0, 1.0, False)  # values of ModelConfig that say what 
 def worded(value: Any) -> str:
     """A configuration's value on one short line."""
     if isinstance(value, dict):  # rope
-        keys = ROPE_FIELDS.get(value["kind"], ()) + ("attention_factor",)
+        keys = (*ROPE_FIELDS.get(value["kind"], ()), "attention_factor")
         scaling = [f"{key} {worded(value[key])}" for key in keys if value[key] not in UNREMARKABLE]
         given = ["divisors from the file"] if value["divisors"] else []
         return ", ".join([f"theta {value['theta']:g}", *([value["kind"]] if value["kind"] != "default" else []), *scaling, *given])
