@@ -166,7 +166,8 @@ def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> Non
     ("args", "expected"),
     [
         (("--shape", "article-12x512", "M"), "error: MODEL and --shape exclude each other"),
-        (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16 or int8"),
+        (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16, int8 or ternary"),
+        (("--head", "ternary"), "error: --head ternary is for a --shape; a MODEL takes stored or int8"),
         (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored or int8"),
         (("--shape", "gpt-9"), "error: Invalid value for '--shape': 'gpt-9' is not one of"),
         (

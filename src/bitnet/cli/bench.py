@@ -22,7 +22,9 @@ SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--shape", type=click.Choice(SHAPE_NAMES), help="Random weights of this shape, made in memory, instead of a model.")
 @click.option(
-    "--head", type=click.Choice(["stored", "f16", "int8"]), help="A model's: stored (default) or int8. A shape's: int8 (default) or f16."
+    "--head",
+    type=click.Choice(["stored", "f16", "int8", "ternary"]),
+    help="A model's: stored (default) or int8. A shape's: int8 (default), f16 or ternary.",
 )
 @threads_option
 @click.option("--prompt-tokens", type=int, metavar="N", help="Default: 512, or what the context leaves.")
@@ -99,11 +101,11 @@ def build(model: str | None, shape: str | None, head: str, threads: int | None) 
 
     if shape is not None:
         if head == "stored":
-            raise click.UsageError("--head stored is for a MODEL; a --shape takes f16 or int8")
+            raise click.UsageError("--head stored is for a MODEL; a --shape takes f16, int8 or ternary")
         machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head))
         return random_engine(shape, threads=threads, head=head, seed=1)
-    if head == "f16":
-        raise click.UsageError("--head f16 is for a --shape; a MODEL takes stored or int8")
+    if head in ("f16", "ternary"):
+        raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes stored or int8")
     from bitnet.transformer import resolve
     from bitnet.weights import load_engine
 
