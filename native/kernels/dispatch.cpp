@@ -69,6 +69,7 @@ const char* first_difference(const Kernels& k) {
   alignas(64) int32_t i1[kTokens * 16], i2[kTokens * 16], g1[2 * kGemmTokens * 16];
   alignas(64) uint8_t unpacked[kVectors * 256], panel2[kVectors * 256];
   alignas(64) float f[kTokens * kInputs], g[kInputs + 16], f1[kInputs + 16], f2[kInputs + 16];
+  alignas(64) float s1[7 * 144], s2[7 * 144];
   alignas(64) uint16_t h1[kInputs], h2[kInputs], halves[kTokens * kInputs], brains[kTokens * kInputs];
   uint32_t state = 2463534242u;
   for (int round = 0; round < 3; round++) {
@@ -133,13 +134,12 @@ const char* first_difference(const Kernels& k) {
     }
     k.store_f16(f, kInputs, h1), kScalar.store_f16(f, kInputs, h2);
     if (memcmp(h1, h2, sizeof h1)) return "store_f16";
-    for (int queries = 1; queries <= 5; queries += 4) {
-      k.scores_f16(f, queries, halves, 2, 16, 0.125f, f1, 32), kScalar.scores_f16(f, queries, halves, 2, 16, 0.125f, f2, 32);
-      if (memcmp(f1, f2, queries * 32 * sizeof(float))) return "scores_f16";
-      for (int n = 0; n < kInputs; n++) f1[n] = f2[n] = 0.25f;
-      const int dim = queries == 1 ? 144 : 32;
-      k.weigh_f16(f, 9, queries, halves, 7, dim, f1), kScalar.weigh_f16(f, 9, queries, halves, 7, dim, f2);
-      if (memcmp(f1, f2, queries * dim * sizeof(float))) return "weigh_f16";
+    for (int queries = 1; queries <= 7; queries += 3) {
+      k.scores_f16(f, queries, halves, 5, 16, 0.125f, s1, 80), kScalar.scores_f16(f, queries, halves, 5, 16, 0.125f, s2, 80);
+      if (memcmp(s1, s2, size_t(queries) * 80 * sizeof(float))) return "scores_f16";
+      for (int n = 0; n < 7 * 144; n++) s1[n] = s2[n] = 0.25f;
+      k.weigh_f16(f, 9, queries, halves, 7, 144, s1), kScalar.weigh_f16(f, 9, queries, halves, 7, 144, s2);
+      if (memcmp(s1, s2, size_t(queries) * 144 * sizeof(float))) return "weigh_f16";
     }
     if (k.read_bytes(codes, sizeof codes) != kScalar.read_bytes(codes, sizeof codes)) return "read_bytes";
   }

@@ -167,21 +167,32 @@ static void to_f16(const float* x, int n, uint16_t* out) {
   for (int i = 0; i < n; i += 16) store_f16(load(x + i), out + i);  // n is a padded head size
 }
 
+// Q queries and B blocks at once: 2 Q B sums that do not wait for one another.
+template <int Q, int B>
+BITNET_INLINE void scores_some(const float* q, const uint16_t* k, int head_dim, float scale, float* out, int64_t stride) {
+  v16 even[Q][B], odd[Q][B];
+  for (int i = 0; i < Q; i++)
+    for (int b = 0; b < B; b++) even[i][b] = odd[i][b] = splat(0.0f);
+  for (int d = 0; d < head_dim; d += 2)
+    for (int b = 0; b < B; b++) {
+      const uint16_t* at = k + (b * head_dim + d) * 16;
+      const v16 k0 = load_f16(at), k1 = load_f16(at + 16);
+      for (int i = 0; i < Q; i++) even[i][b] += k0 * q[i * head_dim + d], odd[i][b] += k1 * q[i * head_dim + d + 1];
+    }
+  for (int i = 0; i < Q; i++)
+    for (int b = 0; b < B; b++) store(out + i * stride + 16 * b, (even[i][b] + odd[i][b]) * scale);
+}
 template <int Q>
 BITNET_INLINE void scores_of(const float* q, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
-  for (int b = 0; b < n_blocks; b++, k += 16 * head_dim) {
-    v16 even[Q], odd[Q];
-    for (int i = 0; i < Q; i++) even[i] = odd[i] = splat(0.0f);
-    for (int d = 0; d < head_dim; d += 2) {
-      const v16 k0 = load_f16(k + 16 * d), k1 = load_f16(k + 16 * d + 16);
-      for (int i = 0; i < Q; i++) even[i] += k0 * q[i * head_dim + d], odd[i] += k1 * q[i * head_dim + d + 1];
-    }
-    for (int i = 0; i < Q; i++) store(out + i * stride + 16 * b, (even[i] + odd[i]) * scale);
-  }
+  constexpr int B = 4 / Q;
+  int b = 0;
+  for (; b + B <= n_blocks; b += B) scores_some<Q, B>(q, k + b * 16 * head_dim, head_dim, scale, out + 16 * b, stride);
+  for (; b < n_blocks; b++) scores_some<Q, 1>(q, k + b * 16 * head_dim, head_dim, scale, out + 16 * b, stride);
 }
 static void scores_f16(const float* q, int n_queries, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
   int i = 0;
   for (; i + 4 <= n_queries; i += 4) scores_of<4>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
+  for (; i + 2 <= n_queries; i += 2) scores_of<2>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
   for (; i < n_queries; i++) scores_of<1>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
 }
 
@@ -216,12 +227,14 @@ BITNET_INLINE void weigh_some(const float* p, int64_t stride, const uint16_t* v,
 template <int Q>
 BITNET_INLINE void weigh_of(const float* p, int64_t stride, const uint16_t* v, int n, int head_dim, float* out) {
   int d = 0;
+  for (; Q == 1 && d + 128 <= head_dim; d += 128) weigh_some<Q, 8>(p, stride, v + d, n, head_dim, out + d);
   for (; d + 64 <= head_dim; d += 64) weigh_some<Q, 4>(p, stride, v + d, n, head_dim, out + d);
   for (; d < head_dim; d += 16) weigh_some<Q, 1>(p, stride, v + d, n, head_dim, out + d);
 }
 static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint16_t* v, int n, int head_dim, float* out) {
   int i = 0;
   for (; i + 4 <= n_queries; i += 4) weigh_of<4>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
+  for (; i + 2 <= n_queries; i += 2) weigh_of<2>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
   for (; i < n_queries; i++) weigh_of<1>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
 }
 
