@@ -75,23 +75,26 @@ class Engine:
         """
         if not batch:
             raise UsageError("forward: the batch is empty")
-        spans = []
-        for sequence, tokens in batch:
-            ids = np.asarray(tokens)
-            if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-                raise UsageError("forward: expected one or more integer token ids per sequence")
-            if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-                raise UsageError(
-                    f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {self.config.vocab_size - 1}"
-                )
-            if len(sequence) + ids.size > self.config.max_context:
-                raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {self.config.max_context}")
-            spans.append((sequence._cache, np.ascontiguousarray(ids, np.int32)))
+        spans = [(sequence._cache, self._checked(sequence, tokens)) for sequence, tokens in batch]
         try:
             logits: NDArray[np.float32] = self._native.forward(spans, all_logits)
         except ValueError as e:
             raise UsageError(f"forward: {e}") from None
         return logits
+
+    def _checked(self, sequence: Sequence, tokens: ListLike[int]) -> NDArray[np.int32]:
+        """`tokens` as int32 [tokens], sure to fit the vocabulary and the context."""
+        vocab, context = self.config.vocab_size, self.config.max_context
+        if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocab and len(sequence) < context:
+            return np.array(tokens, np.int32)  # decoding: at thousands of tokens a second the checks below would show
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError("forward: expected one or more integer token ids per sequence")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise UsageError(f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {vocab - 1}")
+        if len(sequence) + ids.size > context:
+            raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {context}")
+        return np.ascontiguousarray(ids, np.int32)
 
 
 def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -> Any:
