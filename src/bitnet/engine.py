@@ -19,6 +19,9 @@ from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
 
+CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
+DEFAULT_CODEC = "t2"
+
 
 class Sequence:
     """The keys and values of one sequence's tokens so far."""
@@ -38,12 +41,13 @@ class Sequence:
 class Engine:
     """A loaded model. Make one with `weights.load_engine` or `shapes.random_engine`."""
 
-    def __init__(self, config: ModelConfig, native: Any, codec: str) -> None:
+    def __init__(self, config: ModelConfig, native: Any, codec: str, head: str = "stored") -> None:
         native.check_complete()
         self.config = config
         self._native = native
         self.isa: str = native.isa
-        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "int8" or "dense"
+        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "int8" or "dense"
+        self.head = head  # "stored", or the scheme that embedding and head were quantized to
         self.threads: int = native.threads
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
 
@@ -62,6 +66,15 @@ class Engine:
         if self.codec == "dense":
             return "float32"
         return f"int8 per {f'{self.activation_group} inputs' if self.activation_group else 'token'}"
+
+    def reset_profile(self) -> None:
+        """Begin to sum `profile` anew."""
+        if hasattr(self._native, "reset_profile"):  # FIXME
+            self._native.reset_profile()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds since `reset_profile`, over all forwards: "matmul_s", "attention_s", "total_s"."""
+        return dict(getattr(self._native, "profile", {"matmul_s": 0.0}))  # FIXME
 
     def sequence(self) -> Sequence:
         """A fresh sequence without tokens."""
@@ -95,6 +108,13 @@ class Engine:
         if len(sequence) + ids.size > context:
             raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {context}")
         return np.ascontiguousarray(ids, np.int32)
+
+
+def chosen_codec(codec: str) -> str:
+    """The codec of ternary layers that `codec` means: "auto" is the rule's. The results are the same bits. Raises `UsageError`."""
+    if codec != "auto" and codec not in CODECS:
+        raise UsageError(f"codec is {codec!r}; expected one of auto, {', '.join(CODECS)}")
+    return DEFAULT_CODEC if codec == "auto" else codec
 
 
 def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -> Any:

@@ -37,7 +37,7 @@ def command(model: str | None, data: str | None, as_json: bool, **hub: str | Non
     """
     path = opened_path(model, hub)
     findings = []
-    for check in (machine_findings, version_findings, namesake_findings, kernel_findings, model_findings):
+    for check in (machine_findings, version_findings, namesake_findings, kernel_findings, tuning_findings, model_findings):
         findings += shown(check)
     broken = failed(findings)
     record: dict[str, Any] = {"ok": not broken, "findings": [asdict(finding) for finding in findings]}
@@ -195,6 +195,20 @@ def kernel_findings() -> Iterator[Finding]:
         yield Finding("kernel in use", OK if isa else FAILED, isa or "none", "unset BITNET_ISA, or set it to one of the kernels above")
         if failed:
             yield Finding("kernel fallback", FAILED, f"{failed} failed its self-test", f"{isa} runs instead; report this machine")
+
+
+def tuning_findings() -> Iterator[Finding]:
+    """What `bitnet bench --tune` chose on this machine."""
+    from bitnet.evaluate.finding import OK, Finding
+    from bitnet.tuning import saved_choices
+
+    choices = saved_choices()
+    for model, choice in choices:
+        yield Finding("tuning", OK, f"{model}: {choice.text()}")
+    if not choices:
+        yield Finding(
+            "tuning", OK, "none on this machine: models run as stored, a thread on each core (bitnet bench --tune [MODEL] measures)"
+        )
 
 
 def model_findings() -> Iterator[Finding]:
