@@ -82,12 +82,14 @@ class TernaryTransformer:
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
+        from bitnet.engine import chosen_codec
         from bitnet.models import open_checkpoint
         from bitnet.tuning import Settings, settle
         from bitnet.weights import check_weights, load_engine
 
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
         check_weights(weights, activation_group, head or "stored")
+        chosen_codec(codec)
         path = resolve(source, revision, file)
         start = time.perf_counter()
         as_tuned = weights == "stored" and activation_group is None  # what was measured
