@@ -267,6 +267,19 @@ def test_truncating_forgets(tmp_path: Path) -> None:
         sequence.truncate(3)
 
 
+def test_a_full_context_takes_no_token(tmp_path: Path) -> None:
+    engine = load(write(tmp_path))
+    sequence = engine.sequence()
+    engine.forward([(sequence, [1] * 64)])
+    with pytest.raises(UsageError, match="64 \\+ 1 tokens; the model's context is 64"):
+        engine.forward([(sequence, [1])])
+    sequence.truncate(63)
+    for token in (60, -1):
+        with pytest.raises(UsageError, match=f"token ids run from {token} to {token}; the vocabulary has 0 to 59"):
+            engine.forward([(sequence, [token])])
+    engine.forward([(sequence, [59])])
+
+
 def test_random_shapes() -> None:
     engine = random_engine("article-12x512", threads=2)
     logits = engine.forward([(engine.sequence(), [1, 2, 3])])

@@ -89,6 +89,11 @@ def test_from_pretrained_runs_as_tuned() -> None:
         ('{"format": "bitnet tuning 1", "choices": [3]}', "not iterable"),
         ('{"format": "bitnet tuning 1", "choices": [{"machine": 1, "model": "m"}]}', "a choice is for nothing"),
         (None, "codec 'b3', head 'int8', threads True"),
+        (
+            '{"format": "bitnet tuning 1", "choices": [{"machine": "", "model": "", "codec": "t2", "head": "int8", "threads": 5000, '
+            '"decode_tok_s": 1, "top1_agreement": 1, "kl_nats": 0}]}',
+            "threads 5000",
+        ),
         ("[" * 100_000, "recursion"),
         ("\x00" * (1 << 21), "too large"),
     ],

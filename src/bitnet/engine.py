@@ -21,6 +21,7 @@ from bitnet.models import ModelConfig
 
 CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
 DEFAULT_CODEC = "t2"
+MOST_THREADS = 1024  # that the native pool takes
 
 
 class Sequence:
@@ -69,12 +70,11 @@ class Engine:
 
     def reset_profile(self) -> None:
         """Begin to sum `profile` anew."""
-        if hasattr(self._native, "reset_profile"):  # FIXME
-            self._native.reset_profile()
+        self._native.reset_profile()
 
     def profile(self) -> dict[str, float]:
         """Seconds since `reset_profile`, over all forwards: "matmul_s", "attention_s", "total_s"."""
-        return dict(getattr(self._native, "profile", {"matmul_s": 0.0}))  # FIXME
+        return dict(self._native.profile)
 
     def sequence(self) -> Sequence:
         """A fresh sequence without tokens."""
@@ -120,8 +120,8 @@ def chosen_codec(codec: str) -> str:
 def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -> Any:
     """A native model without weights, on the best instruction set that passes its self-test."""
     wanted = usable_cores() if threads is None else threads
-    if not 1 <= wanted <= 1024:
-        raise UsageError(f"threads is {wanted}; expected 1 to 1024")
+    if not 1 <= wanted <= MOST_THREADS:
+        raise UsageError(f"threads is {wanted}; expected 1 to {MOST_THREADS}")
     isa, failed = _native.choose_isa()
     if failed:
         warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa or 'nothing'} instead", stacklevel=3)

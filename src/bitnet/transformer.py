@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     from bitnet.files.hf import Checkpoint
     from bitnet.tuning import Choice
 
-MOST_THREADS = 1024  # that the native pool takes
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
 
 
@@ -247,6 +246,8 @@ def check_options(
     if not (isinstance(zero_skip, bool) or zero_skip == "auto"):
         raise UsageError(f"zero_skip is {zero_skip!r}; expected True, False or 'auto'")
     if threads is not None:
+        from bitnet.engine import MOST_THREADS
+
         count, cores = _integer("threads", threads, at_least=1), usable_cores()
         if count > MOST_THREADS:
             raise UsageError(f"threads is {count}; expected 1 to {MOST_THREADS} (this machine has {cores} cores)")

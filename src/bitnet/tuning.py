@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet import __version__, _native
-from bitnet.engine import CODECS
+from bitnet.engine import CODECS, MOST_THREADS
 from bitnet.errors import BitNetError
 from bitnet.hub import cache_folder
 from bitnet.machine import cpu_model, usable_cores
@@ -43,6 +43,10 @@ class Choice:
         """The choice in words, with its cost."""
         codec = "" if self.codec == "auto" else f"codec {self.codec}, "
         return f"{codec}head {self.head}{self.cost()}, {self.threads} threads: {self.decode_tok_s:,.1f} tokens/s"
+
+    def notice(self) -> str:
+        """One line for a run whose head it chose."""
+        return f"head: {self.head}, as tuned{self.cost()}; --head stored undoes it"
 
     def cost(self) -> str:
         """What a head that is not the stored one changes, in brackets."""
@@ -146,7 +150,7 @@ def _entries() -> list[dict[str, Any]]:
             _choice(entry)
     except FileNotFoundError:
         return []
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError) as error:
         reason = " ".join(str(error).split())[:100]
         warnings.warn(f"{file}: holds no choices of bench --tune ({reason}); it is ignored until --tune writes it anew", stacklevel=2)
         return []
@@ -163,6 +167,7 @@ def _choice(entry: dict[str, Any]) -> Choice:
         top1_agreement=float(entry["top1_agreement"]),
         kl_nats=float(entry["kl_nats"]),
     )
-    if choice.codec not in ("auto", *CODECS) or choice.head not in HEADS or type(choice.threads) is not int or choice.threads < 1:
+    whole = type(choice.threads) is int and 1 <= choice.threads <= MOST_THREADS
+    if choice.codec not in ("auto", *CODECS) or choice.head not in HEADS or not whole:
         raise ValueError(f"codec {choice.codec!r}, head {choice.head!r}, threads {choice.threads!r}")
     return choice

@@ -212,6 +212,9 @@ def test_bench_tune_decides_later_runs(bitnet: Bitnet, model_folder: Path, choic
     ran = bitnet("run", model_folder, "-p", "a", "-n", 3, "--json", "--head", "stored")
     assert "tuned" not in ran.stderr and json.loads(ran.stdout)["head"] == "stored"
     assert json.loads(bitnet("run", model_folder, "-p", "a", "-n", 3, "--json", "--weights", "int8").stdout)["head"] == "stored"
+    text = choices.parent / "text"
+    text.write_text("Once upon a time")
+    assert bitnet("eval", model_folder, "--data", text).stderr.startswith("head: int8, as tuned (same top-1 ")
     benched = bitnet("bench", model_folder, *QUICK, "--json")
     assert "head int8 (as tuned)" in benched.stdout and json.loads(benched.stdout.splitlines()[-1])["head"] == "int8"
     told = bitnet("doctor").stdout

@@ -78,7 +78,7 @@ def continue_prompt(
         timings["time_to_first_token_s"] += waited_s  # from the start of the process: what the user waited
     click.echo(summary(timings), err=True)
     if model.head_tuned is not None:
-        click.echo(f"head: {model.head_tuned.head}, as tuned{model.head_tuned.cost()}; --head stored undoes it", err=True)
+        click.echo(model.head_tuned.notice(), err=True)
     if as_json:
         click.echo(json.dumps(record(source, model, stream, timings), allow_nan=False))
     if interrupted:
