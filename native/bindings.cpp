@@ -43,6 +43,8 @@ nb::object new_array(std::initializer_list<size_t> shape, T** data) {
 
 Scheme scheme_named(const std::string& name) {
   if (name == "ternary") return Scheme::ternary;
+  if (name == "ternary_base3") return Scheme::ternary_base3;
+  if (name == "int4") return Scheme::int4;
   if (name == "int8") return Scheme::int8;
   if (name == "f16") return Scheme::f16;
   if (name == "bf16") return Scheme::bf16;
@@ -79,7 +81,7 @@ const Kernels* kernels_named(const std::string& isa) {
 Linear make_integer(const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales) {
   if (scales.shape(0) != codes.shape(0)) throw std::invalid_argument("codes and scales differ in their rows");
   Scheme s = scheme_named(scheme);
-  if (s != Scheme::ternary && s != Scheme::int8) throw std::invalid_argument(scheme + " has no integer codes");
+  if (s >= Scheme::f16) throw std::invalid_argument(scheme + " has no integer codes");
   return repack_integer(s, codes.data(), scales.data(), to_int(codes.shape(0)), to_int(codes.shape(1)), to_int(scales.shape(1)));
 }
 
@@ -160,7 +162,7 @@ NB_MODULE(_native, m) {
              self.model.set_linear(name, repack_dense(s, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
            }, "name"_a, "scheme"_a, "bits"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
-             self.model.set_linear(name, random_linear(scheme_named(scheme), rows, cols, n_groups, seed));
+             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
@@ -172,6 +174,12 @@ NB_MODULE(_native, m) {
                      if (group < 0 || group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
                      self.model.config.activation_group = group;
                    })
+      .def_prop_ro("profile", [](PyModel& self) {  // seconds of all forward passes since reset_profile
+        nb::dict d;
+        d["matmul_s"] = self.model.profile.matmul_s, d["attention_s"] = self.model.profile.attention_s, d["total_s"] = self.model.profile.total_s;
+        return d;
+      })
+      .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
@@ -191,7 +199,7 @@ NB_MODULE(_native, m) {
   }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a, "activation_group"_a = 0);
   m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> values, Matrix<float> x) {
     Scheme s = scheme_named(scheme);
-    if (s == Scheme::ternary || s == Scheme::int8 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
+    if (s < Scheme::f16 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
     Linear w = repack_dense(s, values.data(), to_int(values.shape(0)), to_int(values.shape(1)));
     if (int(x.shape(1)) != w.cols) throw std::invalid_argument("x and the weights differ in their inputs");
     ThreadPool pool(threads);
