@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from bitnet.engine import Engine
 from bitnet.models import open_checkpoint
 from bitnet.transformer import EMBEDDED_MODEL, resolve
 from bitnet.tuning import Choice
-from bitnet.weights import load_engine
+from bitnet.weights import HEADS, load_engine
 
 
 @pytest.fixture(scope="module")
@@ -68,3 +69,11 @@ def test_all_candidates_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     assert tried[6:] == [(fastest(found[:6]).codec, fastest(found[:6]).head, 1)]
     assert all(c.choice.decode_tok_s > 0 and c.allowed == (c.choice.top1_agreement >= tune.LEAST_AGREEMENT) for c in found)
     assert seen[-1] == (7, 7)
+
+
+def test_a_model_without_ternary_layers_has_no_codec_to_choose(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")
+    monkeypatch.setattr(tune, "usable_cores", lambda: 1)
+    monkeypatch.setattr(tune, "MEASURE_S", 0.0)
+    checkpoint = open_checkpoint(random_models.save(random_models.qwen3(seed=1), tmp_path))
+    assert [(c.choice.codec, c.choice.head) for c in tune.candidates(checkpoint, [1, 2, 3])] == [("auto", h) for h in HEADS]

@@ -122,7 +122,7 @@ def benched(
         "outside_matmul_share": speed.outside_matmul_share,
         "head_cost": None,
     }
-    click.echo("\n".join(rows(result, head_tuned=use is not None and use.head_tuned)))
+    click.echo("\n".join(rows(result, use)))
     if engine.head in MODEL_HEADS and engine.head != "stored":
         result["head_cost"] = printed_head_cost(model, shape, engine)
     return result
@@ -160,18 +160,20 @@ def check_cache(engine: Engine, tokens: int) -> None:
     machine.require_memory(what, cache_bytes(engine.config, tokens) + ROOFLINE_BYTES)
 
 
-def rows(found: dict[str, Any], head_tuned: bool) -> list[str]:
+def rows(found: dict[str, Any], use: Settings | None) -> list[str]:
     """What was measured, one row a line."""
     batch, limit = found["batch"], found["roofline_gb_s"]
     steps_per_s = found["decode_tok_s"] / batch
     kv_bytes = found["kv_bytes_per_token"] * batch
     with_kv = (found["weight_bytes_per_token"] + kv_bytes) * steps_per_s / 1e9
-    head = f"head {found['head']}{' (as tuned)' if head_tuned else ''}"
+    tuned_head = use is not None and use.head_tuned and use.head != "stored"
+    head = f"head {found['head']}{' (as tuned)' if tuned_head else ''}"
+    choice = ", as tuned" if use is not None and use.tuned is not None else ""
     after = f" after {found['depth']} tokens" if found["depth"] else ""
     share = f"{found['bandwidth_gb_s']:.1f} GB/s of weights, {found['bandwidth_gb_s'] / limit:.0%} of the {limit:.1f} GB/s"
     lines = [
         ("model", f"{found['model'] or found['shape']}, {head}, {found['weight_bytes_per_token'] / 1e6:,.1f} MB of weights a token"),
-        ("engine", f"{found['isa']}, {found['codec']}, {found['threads']} threads, batch {batch}"),
+        ("engine", f"{found['isa']}, {found['codec']}, {found['threads']} threads{choice}, batch {batch}"),
         ("prefill", f"{found['prefill_tok_s']:,.1f} tokens/s ({found['prompt_tokens']} tokens each)"),
         (
             "decode",
@@ -180,7 +182,8 @@ def rows(found: dict[str, Any], head_tuned: bool) -> list[str]:
         ("bandwidth", f"{share} that reading alone reaches"),
     ]
     if found["depth"]:
-        lines.append(("with KV", f"{with_kv:.1f} GB/s, {with_kv / limit:.0%}; {kv_bytes / 1e6:,.1f} MB of keys and values a step"))
+        cached = ", for caches hold a part" if with_kv > limit else ""
+        lines.append(("with KV", f"{with_kv:.1f} GB/s, {with_kv / limit:.0%}{cached}; {kv_bytes / 1e6:,.1f} MB of keys and values a step"))
     lines.append(("outside", f"{found['outside_matmul_share']:.0%} of the decoding time is outside the matrix products"))
     return [f"{label:<10} {text}" for label, text in lines]
 
