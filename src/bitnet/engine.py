@@ -98,7 +98,7 @@ class Engine:
     def _checked(self, sequence: Sequence, tokens: ListLike[int]) -> NDArray[np.int32]:
         """`tokens` as int32 [tokens], sure to fit the vocabulary and the context."""
         vocab, context = self.config.vocab_size, self.config.max_context
-        if len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocab and len(sequence) < context:
+        if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocab and len(sequence) < context:
             return np.array(tokens, np.int32)  # decoding: at thousands of tokens a second the checks below would show
         ids = np.asarray(tokens)
         if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):

@@ -12,12 +12,8 @@ from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.rope import Rope
 from bitnet.weights import INT4_GROUP, layer_norms, weight_shapes
 
-HEADS = {
-    "f16": 16.0,
-    "int8": 8.0,
-    "int4": 4.5,
-    "ternary": 2.0,
-}  # scheme of embedding and head -> bits per weight, scales of groups included
+# scheme of embedding and head -> bits per weight, with the scales of small groups
+HEADS = {"f16": 16.0, "int8": 8.0, "int4": 4.5, "ternary": 2.0}
 
 
 @dataclass(frozen=True)
