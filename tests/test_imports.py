@@ -21,7 +21,7 @@ LAYERS = {
     "engine": {"_native", "models", "machine"},
     "weights": {"engine", "files", "machine", "models", "ternary"},
     "shapes": {"engine", "models", "weights"},
-    "tuning": {"_native", "engine", "hub", "machine", "weights"},
+    "tuning": {"_native", "engine", "machine", "weights"},
     "sampling": set(),
     "tokenizer": set(),
     "generation": {"engine", "sampling", "tokenizer"},

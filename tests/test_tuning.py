@@ -20,7 +20,7 @@ CHOICE = Choice("b3", "int8", 3, 123.4, 0.9951, 0.0012)
 @pytest.fixture(autouse=True)
 def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where choices are saved; its folder is not there yet."""
-    path = tmp_path / "cache" / "bitnet-tuning.json"
+    path = tmp_path / "cache" / "tuning.json"
     monkeypatch.setattr(tuning, "tuning_file", lambda: path)
     return path
 
@@ -117,4 +117,14 @@ def test_a_damaged_file_is_one_warning(file: Path, model: Path, text: str | None
 def test_a_folder_that_cannot_be_written(file: Path, model: Path) -> None:
     file.parent.write_text("no folder")
     with pytest.warns(UserWarning, match="Not a directory"), pytest.raises(BitNetError, match="the choice cannot be saved"):
+        save(model, CHOICE)
+
+
+def test_a_user_without_a_home(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(tuning, "tuning_file", homeless)
+    assert settle(model) == Settings("auto", "stored", None)
+    with pytest.raises(BitNetError, match="the choice cannot be saved: Could not determine home directory"):
         save(model, CHOICE)

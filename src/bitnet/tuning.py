@@ -1,6 +1,6 @@
 """How a model runs on this machine where nobody says how: what `bitnet bench --tune` found fastest, else as stored on every core.
 
-The choices lie in one JSON file beside the cache of downloaded models, one for each machine (processor, cores, instruction set) and model
+The choices lie in one JSON file in the user's ~/.cache, beside huggingface's, one for each machine (processor, cores, instruction set) and model
 (its place, size and time of change; an embedded one: its name and this version). A choice of another head changes results, so its measured
 cost stands beside it. A file that cannot be read as such costs a warning, never a run.
 """
@@ -18,7 +18,6 @@ from typing import Any
 from bitnet import __version__, _native
 from bitnet.engine import CODECS, MOST_THREADS
 from bitnet.errors import BitNetError
-from bitnet.hub import cache_folder
 from bitnet.machine import cpu_model, usable_cores
 from bitnet.weights import HEADS
 
@@ -90,7 +89,11 @@ def saved_choices() -> list[tuple[str, Choice]]:
 
 def save(path: Path, choice: Choice) -> Path:
     """Makes `choice` the one for the model at `path` on this machine; gives the file that holds it. Raises `BitNetError`."""
-    file, machine, model = tuning_file(), machine_key(), _model(path)
+    try:
+        file = tuning_file()
+    except RuntimeError as error:
+        raise BitNetError(f"the choice cannot be saved: {error}") from None
+    machine, model = machine_key(), _model(path)
     others = [entry for entry in _entries() if (entry["machine"], entry["model"]) != (machine, model)]
     text = json.dumps({"format": FORMAT, "choices": [*others, {"machine": machine, "model": model, **asdict(choice)}]}, indent=1)
     beside = file.with_name(f"{file.name}.{os.getpid()}.tmp")
@@ -102,7 +105,7 @@ def save(path: Path, choice: Choice) -> Path:
             os.fsync(out.fileno())
         os.replace(beside, file)
     except OSError as error:
-        raise BitNetError(f"{file}: the choice cannot be saved ({error.strerror or error}); set HF_HOME to a folder of yours") from None
+        raise BitNetError(f"{file}: the choice cannot be saved ({error.strerror or error}); make its folder writable") from None
     finally:
         with suppress(OSError):
             beside.unlink()
@@ -110,8 +113,8 @@ def save(path: Path, choice: Choice) -> Path:
 
 
 def tuning_file() -> Path:
-    """Beside huggingface_hub's cache of models, and moved with it."""
-    return cache_folder().parent / "bitnet-tuning.json"
+    """Where all choices lie, there or not. Raises `RuntimeError` for a user without a home."""
+    return Path.home() / ".cache" / "bitnet" / "tuning.json"
 
 
 def machine_key() -> str:
@@ -133,7 +136,7 @@ def _entries() -> list[dict[str, Any]]:
     """Everything in the file, checked."""
     try:
         file = tuning_file()
-    except (ImportError, ValueError):  # huggingface_hub refuses the environment: models by name will say so
+    except RuntimeError:
         return []
     try:
         with file.open("rb") as stream:

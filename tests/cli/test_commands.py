@@ -186,9 +186,9 @@ def test_bench_at_a_depth_with_a_quantized_head(bitnet: Bitnet, model_folder: Pa
 @pytest.fixture
 def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty place for choices, and no time to measure them."""
-    monkeypatch.setattr("bitnet.tuning.tuning_file", lambda: tmp_path / "cache" / "bitnet-tuning.json")
+    monkeypatch.setattr("bitnet.tuning.tuning_file", lambda: tmp_path / "cache" / "tuning.json")
     monkeypatch.setattr("bitnet.bench.tune.MEASURE_S", 0.0)
-    return tmp_path / "cache" / "bitnet-tuning.json"
+    return tmp_path / "cache" / "tuning.json"
 
 
 @pytest.mark.usefixtures("known_machine")
