@@ -1,8 +1,8 @@
 """How a model runs on this machine where nobody says how: what `bitnet bench --tune` found fastest, else as stored on every core.
 
-The choices lie in one JSON file in the user's ~/.cache, beside huggingface's, one for each machine (processor, cores, instruction set) and model
-(its place, size and time of change; an embedded one: its name and this version). A choice of another head changes results, so its measured
-cost stands beside it. A file that cannot be read as such costs a warning, never a run.
+The choices lie in one JSON file in the user's ~/.cache, beside huggingface's: one for each machine (processor, cores, instruction set) and
+model (its place, size and time of change; an embedded one: its name and this version). A choice of another head changes results, so its
+measured cost stands beside it. A file that cannot be read as such costs a warning, never a run.
 """
 
 from __future__ import annotations
