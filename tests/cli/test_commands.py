@@ -221,6 +221,14 @@ def test_bench_tune_decides_later_runs(bitnet: Bitnet, model_folder: Path, choic
     assert f"ok      tuning           {model_folder} (" in told and "codec b3, head int8 (same top-1 " in told
 
 
+def test_doctor_on_damaged_choices(bitnet: Bitnet, choices: Path) -> None:
+    choices.parent.mkdir()
+    choices.write_text("{}")
+    done = bitnet("doctor")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert f"warning tuning           {choices}: holds no choices of bench --tune (its format is not 'bitnet tuning 1')" in done.stdout
+
+
 @pytest.mark.usefixtures("known_machine", "choices")
 def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = iter([1.0, 2.0, 3.0, 1.0, 2.0, 3.0, *[0.5] * 99])

@@ -199,13 +199,18 @@ def kernel_findings() -> Iterator[Finding]:
 
 def tuning_findings() -> Iterator[Finding]:
     """What `bitnet bench --tune` chose on this machine."""
-    from bitnet.evaluate.finding import OK, Finding
+    import warnings
+
+    from bitnet.evaluate.finding import OK, WARNING, Finding
     from bitnet.tuning import saved_choices
 
-    choices = saved_choices()
+    with warnings.catch_warnings(record=True) as told:
+        choices = saved_choices()
+    for warning in told:
+        yield Finding("tuning", WARNING, str(warning.message))
     for model, choice in choices:
         yield Finding("tuning", OK, f"{model}: {choice.text()}")
-    if not choices:
+    if not choices and not told:
         yield Finding(
             "tuning", OK, "none on this machine: models run as stored, a thread on each core (bitnet bench --tune [MODEL] measures)"
         )
@@ -215,10 +220,12 @@ def model_findings() -> Iterator[Finding]:
     """One forward of the embedded model."""
     import numpy as np
 
+    from bitnet.engine import DEFAULT_CODEC
     from bitnet.evaluate.finding import FAILED, OK, Finding
+    from bitnet.machine import usable_cores
     from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
 
-    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL)
+    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, codec=DEFAULT_CODEC, head="stored", threads=usable_cores())  # untuned
     logits = model.logits(model.tokenizer.encode("Once upon a time"))
     finite = bool(np.isfinite(logits).all())
     detail = f"{EMBEDDED_MODEL} loaded in {model.load_s:.2f} s and ran on {model.engine.isa}"
