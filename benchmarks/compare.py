@@ -9,7 +9,8 @@ once. A round is one turn of each, one after the other and never at the same tim
 is not timed, a prompt from an empty context, then single tokens from an empty context, as `llama-bench` measures pp and tg. Token ids are
 random and the same for all; nothing is sampled. The bandwidth of plain reading, which limits decoding, is measured in the same run.
 
-Writes OUT/compare-DATE.json (every round's raw number), two pictures beside it, and a report in markdown to standard output.
+Writes OUT/compare-DATE.json (every round's raw number), two pictures beside it, and a report in markdown to standard output, which
+comparison_report.py makes again from the JSON.
 """
 
 from __future__ import annotations
@@ -40,7 +41,6 @@ from bitnet.shapes import SHAPES, random_engine, shape_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("peer_llama_cpp.py")
-DOCUMENT = ROOT / "docs" / "performance.md"
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "amx_int8", "asimddp", "i8mm", "sve")  # those that kernels use
 REST_S = 0.5  # between turns: threads that spin before they sleep do sleep by then
 TOKENS_SEED = 0
@@ -144,18 +144,9 @@ def main() -> None:
     if not record["results"]:
         sys.exit(f"nothing was measured: {record['failed'][0]['reason']}")
     args.out.mkdir(parents=True, exist_ok=True)
-    stem = args.out / f"compare-{record['date'][:10]}"
-    summary = report.summarize(record)
-    stem.with_suffix(".json").write_text(json.dumps(summary, indent=1) + "\n")
-    try:
-        pictures = report.draw(summary, stem)
-    except ImportError as e:
-        say(f"no pictures: {e}")
-        pictures = []
-    print(report.markdown(summary, [str(picture) for picture in pictures]))
-    if args.update_docs:
-        beside = [Path("..") / picture.resolve().relative_to(ROOT) for picture in pictures]
-        report.update(DOCUMENT, report.markdown(summary, [picture.as_posix() for picture in beside]))
+    path = args.out / f"compare-{record['date'][:10]}.json"
+    path.write_text(json.dumps(report.summarize(record), indent=1) + "\n")
+    report.publish(path, args.update_docs)
 
 
 def compare(shape: str, args: argparse.Namespace, record: dict[str, Any]) -> None:
@@ -271,7 +262,7 @@ def arguments() -> argparse.Namespace:
     p.add_argument("--peer-note", default="", help="how llama.cpp was built, for the record: its library does not say")
     p.add_argument("--models", type=Path, default=ROOT / "build" / "compare", help="where GGUF files are kept (default: build/compare)")
     p.add_argument("--out", type=Path, default=ROOT / "benchmarks", help="where results go (default: benchmarks)")
-    p.add_argument("--update-docs", action="store_true", help="put the report into docs/performance.md; results stay in the repository")
+    p.add_argument("--update-docs", action="store_true", help="put the report into docs/performance.md")
     p.add_argument("--quick", action="store_true", help="article-12x512, TQ2_0, two rounds of 64 and 16 tokens, results to build/compare")
     args = p.parse_args()
     if args.quick:
@@ -284,8 +275,6 @@ def arguments() -> argparse.Namespace:
     longest = min((SHAPES[shape].context for shape in args.shapes), default=0)
     if max(args.prompt_tokens, args.new_tokens) > longest:
         p.error(f"prompts and new tokens are at most {longest}, the shape's context")
-    if args.update_docs and not args.out.resolve().is_relative_to(ROOT):
-        p.error("--update-docs links the pictures, so --out must lie in the repository")
     return args
 
 

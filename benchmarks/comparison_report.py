@@ -1,5 +1,7 @@
 """What compare.py measured, in words: medians, ratios, a table per shape, where the peer is faster, and two pictures.
 
+    python benchmarks/comparison_report.py benchmarks/compare-DATE.json --update-docs     # again, without measuring
+
 A ratio is the median over the rounds of bitnet's rate over llama.cpp's in the same round, so that what slows the machine for a while
 slows both. Bytes per token over the read bandwidth is the shortest time a token can take; the share of that limit is
 tokens/s x bytes per token / bandwidth. Keys and values are read as well and not counted.
@@ -7,10 +9,15 @@ tokens/s x bytes per token / bandwidth. Keys and values are read as well and not
 
 from __future__ import annotations
 
+import argparse
+import json
+import os
+import sys
 from pathlib import Path
 from statistics import median
 from typing import Any
 
+DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BITNET, PEER = "bitnet", "llama.cpp"
 RATES = ("prefill_tok_s", "decode_tok_s")
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
@@ -177,10 +184,11 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
     figure.savefig(roofline)
     plt.close(figure)
 
+    heights = [sum(r["shape"] == shape for r in results) + 0.5 for shape in shapes]
+    size = (8, 0.6 * len(shapes) + 0.32 * len(results) + 0.5)
     figure, rows = plt.subplots(
-        len(shapes), 1, figsize=(8, 0.6 * len(shapes) + 0.32 * len(results) + 0.5), dpi=130, layout="constrained", sharex=True, squeeze=False,
-        height_ratios=[sum(r["shape"] == shape for r in results) + 0.5 for shape in shapes],
-    )  # fmt: skip
+        len(shapes), 1, figsize=size, dpi=130, layout="constrained", sharex=True, squeeze=False, height_ratios=heights
+    )
     for axes, shape in zip(rows[:, 0], shapes, strict=True):
         here = [r for r in results if r["shape"] == shape]
         bars = axes.barh([f"{label(r)}, head {r['head']}" for r in here], [100 * r["share_of_limit"] for r in here], height=0.7)
@@ -197,3 +205,23 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
     figure.savefig(share)
     plt.close(figure)
     return [roofline, share]
+
+
+def publish(path: Path, update_docs: bool) -> None:
+    """Draws the pictures beside the JSON, prints the report, and puts it into the document if asked."""
+    summary = json.loads(path.read_text())
+    try:
+        pictures = draw(summary, path.with_suffix(""))
+    except ImportError as e:
+        print(f"no pictures: {e}", file=sys.stderr)
+        pictures = []
+    print(markdown(summary, [str(picture) for picture in pictures]))
+    if update_docs:
+        update(DOCUMENT, markdown(summary, [Path(os.path.relpath(picture, DOCUMENT.parent)).as_posix() for picture in pictures]))
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="The report of a comparison, from its JSON.")
+    parser.add_argument("json", type=Path)
+    parser.add_argument("--update-docs", action="store_true")
+    publish(parser.parse_args().json, parser.parse_args().update_docs)

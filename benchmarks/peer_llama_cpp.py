@@ -39,13 +39,13 @@ class Model:
         start = time.perf_counter()
         self.model = llama_cpp.llama_model_load_from_file(path.encode(), llama_cpp.llama_model_default_params())
         if not self.model:
-            raise SystemExit(f"llama.cpp could not load {path}")
+            raise SystemExit("llama.cpp could not load the file")
         params = llama_cpp.llama_context_default_params()
         params.n_ctx, params.n_batch, params.n_ubatch = context, BATCH, BATCH
         params.n_threads = params.n_threads_batch = threads
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
-            raise SystemExit(f"llama.cpp could not make a context for {path}")
+            raise SystemExit("llama.cpp could not make a context")
         self.load_s = time.perf_counter() - start
         self.vocabulary = llama_cpp.llama_vocab_n_tokens(llama_cpp.llama_model_get_vocab(self.model))
         self.pool = self.attach_pool(threads)
