@@ -153,6 +153,7 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogLocator, NullLocator
 
     results, read = summary["results"], summary["read_gb_s_median"]
     shapes = list(dict.fromkeys(r["shape"] for r in results))
@@ -162,22 +163,22 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
     line = [min(megabytes) / 1.6, max(megabytes) * 1.6]
     axes.plot(line, [read * 1e3 / x for x in line], color="black", linewidth=1, label=f"limit: {read:.1f} GB/s, reading alone")
     for marker, shape in zip(MARKERS, shapes, strict=False):
-        for engine, side in ((BITNET, -1), (PEER, 1)):
+        for engine, color in COLORS.items():
             here = [r for r in results if r["shape"] == shape and r["engine"] == engine]
-            axes.scatter(
-                [r["weight_bytes_per_token"] / 1e6 for r in here], [r["medians"]["decode"] for r in here],
-                color=COLORS[engine], marker=marker, s=42, zorder=3, label=f"{engine}, {shape}",
-            )  # fmt: skip
-            for r in here:
-                axes.annotate(
-                    r["head"] + " head" if engine == BITNET else r["weights"], (r["weight_bytes_per_token"] / 1e6, r["medians"]["decode"]),
-                    xytext=(7, 4) if side < 0 else (-4, -13), textcoords="offset points", fontsize=8, color=COLORS[engine],
-                    horizontalalignment="left" if side < 0 else "right",
-                )  # fmt: skip
+            points = [(r["weight_bytes_per_token"] / 1e6, r["medians"]["decode"]) for r in here]
+            if not here:
+                continue
+            axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=42, zorder=3, label=f"{engine}, {shape}")
+            for r, point in zip(here, points, strict=True):
+                name, at = (f"head {r['head']}", (-4, 7)) if engine == BITNET else (r["weights"], (-8, -3))
+                box = {"color": "white", "pad": 0.5}  # where the line would cross it
+                axes.annotate(name, point, xytext=at, textcoords="offset points", ha="right", fontsize=8, color=color, bbox=box)
     axes.set(xscale="log", yscale="log", xlabel="MB of weights a token", ylabel="tokens/s, decoding")
-    axes.xaxis.set_major_formatter("{x:,.0f}")
-    axes.yaxis.set_major_formatter("{x:,.0f}")
-    axes.grid(which="major", color="#e2e8f0")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.set_major_formatter("{x:,.0f}")
+        axis.set_minor_locator(NullLocator())
+    axes.grid(color="#e2e8f0")
     axes.legend(frameon=False, fontsize=8)
     axes.spines[["top", "right"]].set_visible(False)
     roofline = stem.with_name(stem.name + "-roofline.png")
@@ -191,12 +192,12 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
     )
     for axes, shape in zip(rows[:, 0], shapes, strict=True):
         here = [r for r in results if r["shape"] == shape]
-        bars = axes.barh([f"{label(r)}, head {r['head']}" for r in here], [100 * r["share_of_limit"] for r in here], height=0.7)
-        for bar, r in zip(bars, here, strict=True):
-            bar.set_color(COLORS[r["engine"]])
-        axes.bar_label(bars, [f"{r['share_of_limit']:.0%}, {rate(r['medians']['decode'])} tokens/s" for r in here], padding=4, fontsize=8)
+        names = [f"{label(r)}, head {r['head']}" for r in here]
+        axes.axvline(100, color="black", linewidth=1, zorder=1)
+        bars = axes.barh(names, [100 * r["share_of_limit"] for r in here], height=0.7, color=[COLORS[r["engine"]] for r in here], zorder=2)
+        said = [f"{r['share_of_limit']:.0%}, {rate(r['medians']['decode'])} tokens/s" for r in here]
+        axes.bar_label(bars, said, padding=4, fontsize=8, bbox={"color": "white", "pad": 1}, zorder=3)
         axes.set_title(shape, loc="left", fontsize=10)
-        axes.axvline(100, color="black", linewidth=1)
         axes.invert_yaxis()
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelsize=8)
