@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -43,9 +44,10 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("peer_llama_cpp.py")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "amx_int8", "asimddp", "i8mm", "sve")  # those that kernels use
 REST_S = 0.5  # between turns: threads that spin before they sleep do sleep by then
+CLOCK_TICKS_S = 0.02  # what two cores that count in hundredths may be off by
 TOKENS_SEED = 0
 
-Turn = dict[str, float]  # prefill_s, decode_s
+Turn = dict[str, Any]  # prefill_s, decode_s, cpu_s: processor time of all threads
 
 
 class Bitnet:
@@ -62,8 +64,10 @@ class Bitnet:
         }  # fmt: skip
 
     def measure(self, prompt: list[int], tokens: list[int]) -> Turn:
+        before = time.process_time()
         self.decode(tokens[:1], 1)
-        return {"prefill_s": self.decode(prompt, PREFILL_CHUNK), "decode_s": self.decode(tokens, 1)}
+        turn = {"prefill_s": self.decode(prompt, PREFILL_CHUNK), "decode_s": self.decode(tokens, 1)}
+        return turn | {"cpu_s": time.process_time() - before}
 
     def decode(self, ids: list[int], step: int) -> float:
         """Seconds for the ids from an empty context, `step` at a time."""
@@ -179,15 +183,20 @@ def compare(shape: str, args: argparse.Namespace, record: dict[str, Any]) -> Non
     for done in range(args.repetitions):
         for key, side in list(running.items()):
             time.sleep(REST_S)
+            busy, start = busy_s(), time.perf_counter()
             turn = attempt(key, lambda side=side: side.measure(prompt, tokens))
             if turn is not None:
+                busy = busy_s() - busy - turn["cpu_s"] - CLOCK_TICKS_S
+                turn["others"] = round(max(0.0, busy / (time.perf_counter() - start)), 2)
                 turns[key].append(turn)
                 rates = f"{len(prompt) / turn['prefill_s']:,.1f} and {len(tokens) / turn['decode_s']:,.1f} tokens/s"
-                say(f"{shape}, round {done + 1} of {args.repetitions}, {' '.join(key)}: {rates}")
+                disturbed = f"; other programs used {turn['others']:.1f} cores" if turn["others"] >= 0.1 else ""
+                say(f"{shape}, round {done + 1} of {args.repetitions}, {' '.join(key)}: {rates}{disturbed}")
     for key, side in running.items():
         raw = {
-            "prefill_tok_s": [len(prompt) / t["prefill_s"] for t in turns[key]],
-            "decode_tok_s": [len(tokens) / t["decode_s"] for t in turns[key]],
+            "prefill_tok_s": [len(prompt) / turn["prefill_s"] for turn in turns[key]],
+            "decode_tok_s": [len(tokens) / turn["decode_s"] for turn in turns[key]],
+            "other_programs_cores": [turn["others"] for turn in turns[key]],
         }
         record["results"].append(side.result | raw)
         if key[0] == report.BITNET:
@@ -206,6 +215,15 @@ def reading(threads: int) -> float:
     gb_s = read_bandwidth(threads)
     say(f"reading alone: {gb_s:.1f} GB/s")
     return gb_s
+
+
+def busy_s() -> float:
+    """Processor time of all programs since the machine started; 0 where the system does not tell."""
+    try:
+        user, nice, system, _, _, irq, softirq = (int(ticks) for ticks in Path("/proc/stat").read_text().split()[1:8])
+    except (OSError, ValueError):
+        return 0.0
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
 
 
 def about_machine() -> dict[str, Any]:

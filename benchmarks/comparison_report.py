@@ -97,6 +97,8 @@ def table(summary: dict[str, Any], shape: str) -> str:
 
 def losses(summary: dict[str, Any]) -> str:
     """Every pair in which llama.cpp is the faster one, in a sentence."""
+    if not summary["ratios"]:
+        return "Nothing was measured side by side."
     words = {"prefill": "prompts", "decode": "decoding"}
     found = [
         f"{words[what]} of {p['shape']}, {p['llama_cpp']} against {p['bitnet']}: {1 / p[what]:.2f} x"
@@ -119,11 +121,13 @@ def conditions(summary: dict[str, Any]) -> str:
     if theirs.get("llama_cpp_python"):
         note = f"; {theirs['note']}" if theirs.get("note") else ""
         parts.append(f"llama-cpp-python {theirs['llama_cpp_python']} (its library says {said}{note}): `{theirs['system_info']}`")
+    others = max(cores for r in summary["results"] for cores in r["other_programs_cores"])
     farthest = [f"{spread(summary['results'], name):.0%}" for name in RATES]
     parts += [
         f"`{summary['command']}`",
         f"a prompt of {p['prompt_tokens']} tokens, and {p['new_tokens']} tokens decoded from an empty context; {p['threads']} threads; "
-        f"medians of {p['repetitions']} rounds, of which the farthest is {farthest[0]} (prompts) and {farthest[1]} (decoding) away",
+        f"medians of {p['repetitions']} rounds, of which the farthest is {farthest[0]} (prompts) and {farthest[1]} (decoding) away; "
+        f"other programs used at most {others:.1f} cores during a turn",
         f"reading alone: {summary['read_gb_s_median']:.1f} GB/s, the median of {', '.join(f'{x:.1f}' for x in summary['read_gb_s'])}",
     ]
     return "\n".join(f"- {part}" for part in parts)

@@ -3,8 +3,9 @@
     python benchmarks/peer_llama_cpp.py MODEL THREADS CONTEXT
 
 Prints one line of JSON about itself when the model is loaded. Then, for each line {"prompt": [ids], "tokens": [ids]} on standard input,
-it prints {"prefill_s": ..., "decode_s": ...}: the prompt in batches of 512 from an empty context, then the tokens one by one from an empty
-context, the logits of the last token only. Between lines it waits in read(), its threads paused, and uses no processor.
+it prints {"prefill_s": ..., "decode_s": ..., "cpu_s": ...}: the prompt in batches of 512 from an empty context, then the tokens one by
+one from an empty context, the logits of the last token only; and its processor time. Between lines it waits in read(), its threads
+paused, and uses no processor.
 """
 
 from __future__ import annotations
@@ -95,6 +96,7 @@ class Model:
         return time.perf_counter() - start
 
     def measure(self, prompt: list[int], tokens: list[int]) -> dict[str, float]:
+        before = time.process_time()
         self.pool_call("ggml_threadpool_resume")
         self.decode(tokens[:1], 1)  # after another program's turn: its weights leave the cache, ours come back
         prefill_s, decode_s = self.decode(prompt, BATCH), self.decode(tokens, 1)
@@ -102,7 +104,7 @@ class Model:
         logits = llama_cpp.llama_get_logits_ith(self.context, -1)
         if not all(map(math.isfinite, logits[: self.vocabulary])):
             raise SystemExit("llama.cpp's logits are not finite")
-        return {"prefill_s": prefill_s, "decode_s": decode_s}
+        return {"prefill_s": prefill_s, "decode_s": decode_s, "cpu_s": time.process_time() - before}
 
 
 def main() -> None:

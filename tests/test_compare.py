@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,7 @@ def test_a_row_that_is_not_whole_blocks() -> None:
 def result(engine: str, weights: str, nbytes: int, prefill: list[float], decode: list[float]) -> dict[str, Any]:
     return {
         "shape": "s", "engine": engine, "weights": weights, "head": "int8", "weight_bytes_per_token": nbytes, "prefill_tok_s": prefill,
-        "decode_tok_s": decode,
+        "decode_tok_s": decode, "other_programs_cores": [0.0, 0.25, 0.0],
     }  # fmt: skip
 
 
@@ -108,6 +109,14 @@ def test_report(record: dict[str, Any]) -> None:
     assert "llama.cpp is faster at prompts of s, Q8_0 against t2, head int8: 4.00 x." in text
     assert "- s, llama.cpp Q4_0: llama.cpp crashed (signal 11)" in text
     assert "![](picture.png)" in text and "built here" in text
+    assert "other programs used at most 0.2 cores during a turn" in text
+
+
+def test_busy_is_processor_time_of_all_programs() -> None:
+    before, own = compare.busy_s(), time.process_time()
+    while time.process_time() - own < 0.2:
+        pass
+    assert compare.busy_s() - before >= 0.15  # it counts in hundredths
 
 
 def test_the_document_is_updated_between_its_markers(tmp_path: Path) -> None:
