@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("peer_llama_cpp.py")
 FLAGS = ("avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512vbmi", "amx_int8", "asimddp", "i8mm", "sve")  # those that kernels use
 REST_S = 0.5  # between turns: threads that spin before they sleep do sleep by then
-TRIES = 4  # of a turn that other programs disturb; the last one counts
+TRIES = 4  # where other programs disturb; the last one counts
 DISTURBED_CORES = 0.1
 CLOCK_TICKS_S = 0.02  # what two cores that count in hundredths may be off by
 TOKENS_SEED = 0
@@ -184,7 +184,7 @@ def compare(shape: str, args: argparse.Namespace, record: dict[str, Any]) -> Non
             attempt(key, lambda side=side: side.measure(prompt, tokens[:4]))  # warms up
     for done in range(args.repetitions):
         for key, side in list(running.items()):
-            turn = attempt(key, lambda side=side: one_turn(side, prompt, tokens))
+            turn = attempt(key, lambda side=side: undisturbed(lambda: side.measure(prompt, tokens)))
             if turn is not None:
                 turns[key].append(turn)
                 rates = f"{len(prompt) / turn['prefill_s']:,.1f} and {len(tokens) / turn['decode_s']:,.1f} tokens/s"
@@ -203,18 +203,18 @@ def compare(shape: str, args: argparse.Namespace, record: dict[str, Any]) -> Non
         side.close()
 
 
-def one_turn(side: Any, prompt: list[int], tokens: list[int]) -> Turn:
-    """A turn, again if other programs disturbed it: whether they did is told by the processor time they took, not by the result."""
+def undisturbed(step: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What the step measured, again if other programs disturbed it: that is told by the processor time they took, not by the result."""
     for _ in range(TRIES):
         time.sleep(REST_S)
         busy, start = busy_s(), time.perf_counter()
-        turn = dict(side.measure(prompt, tokens))
-        others_s = busy_s() - busy - turn["cpu_s"] - CLOCK_TICKS_S
-        turn["others"] = round(max(0.0, others_s / (time.perf_counter() - start)), 2)
-        if turn["others"] < DISTURBED_CORES:
+        result = step()
+        others_s = busy_s() - busy - result["cpu_s"] - CLOCK_TICKS_S
+        result["others"] = round(max(0.0, others_s / (time.perf_counter() - start)), 2)
+        if result["others"] < DISTURBED_CORES:
             break
-        say(f"other programs used {turn['others']:.1f} cores")
-    return turn
+        say(f"other programs used {result['others']:.1f} cores")
+    return result
 
 
 def peer(shape: str, kind: str, args: argparse.Namespace) -> LlamaCpp:
@@ -223,7 +223,12 @@ def peer(shape: str, kind: str, args: argparse.Namespace) -> LlamaCpp:
 
 def reading(threads: int) -> float:
     machine.require_memory("memory to measure the bandwidth", ROOFLINE_BYTES)
-    gb_s = read_bandwidth(threads)
+
+    def step() -> dict[str, Any]:
+        before = time.process_time()
+        return {"gb_s": read_bandwidth(threads), "cpu_s": time.process_time() - before}
+
+    gb_s = float(undisturbed(step)["gb_s"])
     say(f"reading alone: {gb_s:.1f} GB/s")
     return gb_s
 

@@ -139,7 +139,7 @@ def markdown(summary: dict[str, Any], pictures: list[str]) -> str:
     parts = [conditions(summary), *(table(summary, shape) for shape in shapes), losses(summary)]
     if failed:
         parts.append("Not measured:\n\n" + "\n".join(failed))
-    return "\n\n".join([*parts, *(f"![]({picture})" for picture in pictures)])
+    return "\n\n".join([*parts, *(f"![decoding, as in the tables]({picture})" for picture in pictures)])
 
 
 def update(document: Path, text: str) -> None:

@@ -108,31 +108,25 @@ def test_report(record: dict[str, Any]) -> None:
     assert "| llama.cpp Q8_0 | int8 | 4.0 | 80.0 | 1,000 | 4.0 | 40% | 0.25 x | 5.00 x |" in text
     assert "llama.cpp is faster at prompts of s, Q8_0 against t2, head int8: 4.00 x." in text
     assert "- s, llama.cpp Q4_0: llama.cpp crashed (signal 11)" in text
-    assert "![](picture.png)" in text and "built here" in text
+    assert "](picture.png)" in text and "built here" in text
     assert "other programs used at most 0.2 cores during a turn" in text
 
 
 @pytest.mark.parametrize(("disturbed", "turns"), [(0, 1), (2, 3), (9, compare.TRIES)])
 def test_a_disturbed_turn_is_repeated(monkeypatch: pytest.MonkeyPatch, disturbed: int, turns: int) -> None:
-    class Side:
-        done = 0
+    done = [0]
 
-        def measure(self, prompt: list[int], tokens: list[int]) -> dict[str, float]:
-            self.done += 1
-            time.sleep(0.01)
-            return {"prefill_s": 1.0, "decode_s": 1.0, "cpu_s": 0.0}
+    def step() -> dict[str, float]:
+        done[0] += 1
+        time.sleep(0.01)
+        return {"cpu_s": 1.0}
 
-    side, clock = Side(), [0.0]
-
-    def busy() -> float:
-        clock[0] += 1.0 if 0 < side.done <= disturbed else 0.0
-        return clock[0]
+    clock = iter([t for turn in range(compare.TRIES) for t in (0.0, 2.0 if turn < disturbed else 1.0)])
 
     monkeypatch.setattr(compare, "REST_S", 0)
-    monkeypatch.setattr(compare, "busy_s", busy)
-    turn = compare.one_turn(side, [1], [1])
-    assert side.done == turns
-    assert (turn["others"] >= compare.DISTURBED_CORES) == (turns == compare.TRIES)
+    monkeypatch.setattr(compare, "busy_s", lambda: next(clock))
+    disturbed_to_the_end = compare.undisturbed(step)["others"] >= compare.DISTURBED_CORES
+    assert done == [turns] and disturbed_to_the_end == (turns == compare.TRIES)
 
 
 def test_busy_is_processor_time_of_all_programs() -> None:
