@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kManyTokens = 8;             // from here on codes are unpacked once for all of them
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
+constexpr int64_t kPieceBytes = 16384;     // of weights, that a thread takes at a time
 constexpr int64_t kCachedBytes = 1 << 20;  // of activations, that stay in a core's L2 while panel after panel meets them
 
 struct FewTokens {
@@ -156,20 +157,15 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
   const bool many = w0.integer() && n_tokens >= kManyTokens && kernels_for(k, w0.scheme).gemm;
-  // Few tokens: memory is the limit, and likes long streams. Each thread takes one, three quarters of its share; the last
-  // quarter goes in small jobs to whoever comes first. Many tokens: arithmetic is the limit, and two panels are a job.
-  const int threads = pool.size();
+  // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
   const bool streams = !many || n_tokens <= kLongStreamTokens;
-  const int large = streams ? n * 3 / (4 * threads) & ~1 : 0, small = streams ? std::max(2, (n - threads * large) / (4 * threads) & ~1) : 2;
-  const int n_large = large ? threads : 0, n_small = (n - n_large * large + small - 1) / small;
+  const int piece = streams ? std::max(2, int(kPieceBytes / std::max<int64_t>(1, bytes / n)) & ~1) : 2;
   // As many tokens at once as stay in the cache.
   const int block = many && !streams ? std::max<int>(kGemmTokens, int(kCachedBytes / round_up(x.cols(), 64)) / kGemmTokens * kGemmTokens) : n_tokens;
   for (int t0 = 0; t0 < n_tokens; t0 += block) {
     const int tokens = std::min(block, n_tokens - t0);
     const QuantizedRows rows = w0.integer() ? x.rows(t0, tokens) : QuantizedRows{};
-    pool.run(n_large + n_small, [&](int job, int) {
-      int first = job < n_large ? job * large : n_large * large + (job - n_large) * small;
-      int end = std::min(n, first + (job < n_large ? large : small));
+    pool.run_ranges(n, piece, [&](int first, int end, int) {
       for (const Product& p : products) {
         const int here = std::min(end, p.w->n_panels());
         if (first < here) {

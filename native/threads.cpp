@@ -22,7 +22,7 @@ void wait_while_equal(std::atomic<T>& value, T old) {
 }
 }  // namespace
 
-ThreadPool::ThreadPool(int n_threads) {
+ThreadPool::ThreadPool(int n_threads) : shares_(n_threads) {
   for (int t = 1; t < n_threads; t++) workers_.emplace_back([this, t] { worker_loop(t); });
 }
 
@@ -58,6 +58,29 @@ void ThreadPool::run(int n_items, const std::function<void(int, int)>& work, boo
   job_.notify_all();
   take_items(0);
   for (int left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_while_equal(unfinished_, left);
+}
+
+bool ThreadPool::take_piece(Share& share, int piece, bool from_front, int* first, int* end) {
+  uint64_t range = share.range.load(std::memory_order_relaxed);
+  for (;;) {
+    const int b = int(range >> 32), e = int(uint32_t(range));
+    if (b >= e) return false;
+    const int n = std::min(piece, e - b);
+    *first = from_front ? b : e - n, *end = from_front ? b + n : e;
+    const uint64_t left = from_front ? uint64_t(b + n) << 32 | uint32_t(e) : uint64_t(b) << 32 | uint32_t(e - n);
+    if (share.range.compare_exchange_weak(range, left, std::memory_order_relaxed)) return true;
+  }
+}
+
+void ThreadPool::run_ranges(int n, int piece, const std::function<void(int, int, int)>& work, bool worth_sharing) {
+  if (workers_.empty() || n <= piece || !worth_sharing) return work(0, n, 0);
+  for (int t = 0; t < size(); t++)
+    shares_[t].range.store(uint64_t(share_begin(n, piece, t)) << 32 | uint32_t(share_begin(n, piece, t + 1)), std::memory_order_relaxed);
+  run(size(), [&](int, int thread) {
+    int first, end;
+    for (int i = 0; i < size(); i++)
+      while (take_piece(shares_[(thread + i) % size()], piece, i == 0, &first, &end)) work(first, end, thread);
+  });
 }
 
 void ThreadPool::worker_loop(int thread) {
