@@ -24,18 +24,48 @@ void Rotation::apply(const Kernels& k, float* x, int n_heads, bool interleaved) 
     }
 }
 
-void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values) {
-  const int dim = token.cache->padded_dim(), page = token.position / KvCache::kPagePositions, slot = token.position % KvCache::kPagePositions;
-  std::vector<float> row(dim);
-  std::vector<uint16_t> halves(dim);
-  for (int h = 0; h < c.n_kv_heads; h++) {
-    std::memcpy(row.data(), keys + h * c.head_dim, c.head_dim * sizeof(float));
-    k.store_f16(row.data(), dim, halves.data());
-    uint16_t* block = token.cache->keys(page, layer, h) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;
-    for (int d = 0; d < dim; d++) block[d * kKeyBlock] = halves[d];
-    std::memcpy(row.data(), values + h * c.head_dim, c.head_dim * sizeof(float));
-    k.store_f16(row.data(), dim, token.cache->values(page, layer, h) + slot * dim);
+namespace {
+// First tokens of the runs of up to `most` tokens of one sequence that follow one another without crossing a multiple of `block`
+// positions; n_tokens at the end.
+std::vector<int> runs_of(const std::vector<Token>& tokens, int most, int block) {
+  std::vector<int> starts;
+  for (int t = 0; t < int(tokens.size()); t++) {
+    const bool follows = t > 0 && tokens[t].cache == tokens[t - 1].cache && tokens[t].position == tokens[t - 1].position + 1;
+    if (!follows || t - starts.back() == most || tokens[t].position % block == 0) starts.push_back(t);
   }
+  starts.push_back(int(tokens.size()));
+  return starts;
+}
+}  // namespace
+
+void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* keys,
+              const float* values) {
+  const int dim = tokens[0].cache->padded_dim(), kv_width = c.n_kv_heads * c.head_dim;
+  const std::vector<int> starts = runs_of(tokens, kKeyBlock, kKeyBlock);
+  pool.run_ranges(int(starts.size()) - 1, 1, [&](int begin, int end, int) {
+    std::vector<float> row(dim);
+    std::vector<uint16_t> halves(size_t(kKeyBlock) * dim);
+    auto to_halves = [&](const float* from, uint16_t* to) {  // padded with zeros
+      if (c.head_dim == dim) return k.store_f16(from, dim, to);
+      std::memcpy(row.data(), from, c.head_dim * sizeof(float));
+      k.store_f16(row.data(), dim, to);
+    };
+    for (int run = begin; run < end; run++) {
+      const int first = starts[run], n = starts[run + 1] - first;
+      KvCache& cache = *tokens[first].cache;
+      const int page = tokens[first].position / KvCache::kPagePositions, slot = tokens[first].position % KvCache::kPagePositions;
+      for (int h = 0; h < c.n_kv_heads; h++) {
+        for (int i = 0; i < n; i++) {
+          const int64_t at = int64_t{first + i} * kv_width + h * c.head_dim;
+          to_halves(values + at, cache.values(page, layer, h) + (slot + i) * dim);
+          to_halves(keys + at, &halves[size_t(i) * dim]);
+        }
+        uint16_t* block = cache.keys(page, layer, h) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;  // [dim, 16 positions]
+        for (int d = 0; d < dim; d++)
+          for (int i = 0; i < n; i++) block[d * kKeyBlock + i] = halves[size_t(i) * dim + d];
+      }
+    }
+  });
 }
 
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
@@ -43,14 +73,9 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
   constexpr int kPage = KvCache::kPagePositions, kTokens = 12;
   const int dim = tokens[0].cache->padded_dim(), group = c.n_heads / c.n_kv_heads, n_tokens = int(tokens.size());
   // Up to twelve tokens of one sequence that follow one another go together: each key and value is read once for all their heads.
-  std::vector<int> starts;
+  const std::vector<int> starts = runs_of(tokens, kTokens, 1 << 30);
   int longest = 0;
-  for (int t = 0; t < n_tokens; t++) {
-    const bool follows = t > 0 && tokens[t].cache == tokens[t - 1].cache && tokens[t].position == tokens[t - 1].position + 1;
-    if (!follows || t - starts.back() == kTokens) starts.push_back(t);
-    longest = std::max(longest, tokens[t].position + 1);
-  }
-  starts.push_back(n_tokens);
+  for (const Token& t : tokens) longest = std::max(longest, t.position + 1);
   const int blocks = int(starts.size()) - 1;
   // Too few items to share out evenly: the heads of one key/value head in two halves.
   const int halves = group % 2 == 0 && blocks * c.n_kv_heads % pool.size() && blocks * c.n_kv_heads < 8 * pool.size() ? 2 : 1;

@@ -23,8 +23,9 @@ struct Rotation {
   void apply(const Kernels& k, float* x, int n_heads, bool interleaved) const;
 };
 
-// Writes k, v [n_kv_heads, head_dim] of one token into its cache at its position.
-void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values);
+// Writes keys, values [n_tokens, n_kv_heads * head_dim] into the tokens' caches at their positions.
+void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* keys,
+              const float* values);
 
 // q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions; with a
 // window of more than 0, only that many positions, its own included. scratch: memory to work in.

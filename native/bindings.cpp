@@ -215,7 +215,8 @@ NB_MODULE(_native, m) {
     int8_t* q = nullptr;
     float* step = nullptr;
     nb::object codes = new_array<int8_t>({x.shape(0), x.shape(1)}, &q), steps = new_array<float>({x.shape(0)}, &step);
-    for (size_t t = 0; t < x.shape(0); t++) step[t] = k->quantize(x.data() + t * x.shape(1), to_int(x.shape(1)), q + t * x.shape(1));
+    int32_t sum;
+    for (size_t t = 0; t < x.shape(0); t++) step[t] = k->quantize(x.data() + t * x.shape(1), to_int(x.shape(1)), q + t * x.shape(1), &sum);
     return nb::make_tuple(codes, steps);
   }, "isa"_a, "x"_a);
   m.def("self_test", [] {

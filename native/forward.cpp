@@ -51,9 +51,15 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     const Stopwatch watch(profile.matmul_s);
     matmul(k, pool, products, in);
   };
+  // Once per token, in pieces that are worth claiming.
+  auto for_tokens = [&](const std::function<void(int)>& work) {
+    pool.run_ranges(n, 4, [&](int first, int end, int) {
+      for (int t = first; t < end; t++) work(t);
+    });
+  };
   // h's rows through a norm (null: as they are) into the residual stream, and the stream through the next norm into h.
   auto add_and_norm = [&](const Buffer<float>& of_h, const Buffer<float>* next) {
-    pool.run(n, [&](int t, int) {
+    for_tokens([&](int t) {
       float *row = x + int64_t{t} * width, *out = h + int64_t{t} * width;
       if (c.post_norms) k.rms_norm(out, of_h.data(), width, c.norm_eps, out);
       k.add(row, out, width);
@@ -67,7 +73,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     rotations[0].emplace_back(model.rope_inverse.data(), c.head_dim, t.position, c.rope_scale);
     if (model.rope_inverse_local.size()) rotations[1].emplace_back(model.rope_inverse_local.data(), c.head_dim, t.position, 1.0f);
   }
-  pool.run(n, [&](int t, int) {
+  for_tokens([&](int t) {
     float* row = x + int64_t{t} * width;
     dequantize_row(k, model.embedding, ids[t], row);
     if (c.embedding_scale != 1)
@@ -81,7 +87,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     in.set(h, n, width);
     multiply({{&layer.q, q}, {&layer.k, keys}, {&layer.v, values}});
     if (interrupted()) return false;
-    pool.run(n, [&](int t, int) {
+    for_tokens([&](int t) {
       float *queries = q + int64_t{t} * q_width, *key = keys + int64_t{t} * kv_width;
       if (c.qk_norms) {
         for (int i = 0; i < q_width; i += c.head_dim) k.rms_norm(queries + i, layer.q_norm.data(), c.head_dim, c.norm_eps, queries + i);
@@ -90,14 +96,14 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       const Rotation& rotation = rotations[layer.windowed][t];
       rotation.apply(k, queries, c.n_heads, c.rope_interleaved);
       rotation.apply(k, key, c.n_kv_heads, c.rope_interleaved);
-      store_kv(k, c, l, tokens[t], key, values + int64_t{t} * kv_width);
     });
+    store_kv(k, pool, c, l, tokens, keys, values);
     {
       const Stopwatch watch(profile.attention_s);
       attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q, m.scores, mixed);
     }
     if (c.sub_norms)
-      pool.run(n, [&](int t, int) {
+      for_tokens([&](int t) {
         float* row = mixed + int64_t{t} * q_width;
         k.rms_norm(row, layer.attn_sub_norm.data(), q_width, c.norm_eps, row);
       });
@@ -110,7 +116,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     in.set(h, n, width);
     multiply({{&layer.gate, gate}, {&layer.up, up}});
     if (interrupted()) return false;
-    pool.run(n, [&](int t, int) {
+    for_tokens([&](int t) {
       float* g = gate + int64_t{t} * c.ffn_size;
       gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
       if (c.sub_norms) k.rms_norm(g, layer.ffn_sub_norm.data(), c.ffn_size, c.norm_eps, g);

@@ -10,6 +10,7 @@ namespace {
 
 constexpr int kManyTokens = 8;             // from here on codes are unpacked once for all of them
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
+constexpr int kTokenPiece = 4;              // of tokens, that a thread quantizes at a time
 constexpr int64_t kPieceBytes = 16384;     // of weights, that a thread takes at a time
 constexpr int64_t kCachedBytes = 1 << 20;  // of activations, that stay in a core's L2 while panel after panel meets them
 
@@ -60,6 +61,11 @@ void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, in
     }
     for (int t0 = 0; t0 < x.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x.n_tokens - t0);
+      if (x.n_runs == 1 && !x.grouped) {
+        f.gemm(codes, panel_bytes, n_panels, inputs(0), x.q + t0 * x.stride, x.stride, n, dots);
+        for (int p = 0; p < n_panels; p++) k.write_run(matrix, x, panel + p, t0, n, dots + p * kGemmTokens * kPanelRows, y);
+        continue;
+      }
       std::fill_n(sums, 2 * kGemmTokens * kPanelRows, 0.0f);
       for (int r = 0; r < x.n_runs; r++) {
         const Run& run = x.runs[r];
@@ -103,12 +109,14 @@ void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) 
     stride_ = round_up(cols_, 64) | 64;  // an odd number of cache lines, so that rows do not all fall into the same sets
     n_steps_ = (cols_ + step_group - 1) / step_group;
     q_.reserve(size_t(round_up(n_, kGemmTokens)) * stride_ + kSlack);
-    step_.reserve(size_t(n_) * n_steps_);
-    pool.run(n_, [&](int t, int) {
-      int8_t* row = q_.data() + t * stride_;
-      for (int s = 0, c = 0; c < cols_; s++, c += step_group)
-        step_[size_t(t) * n_steps_ + s] = k.quantize(x_ + int64_t{t} * cols_ + c, std::min(step_group, cols_ - c), row + c);
-      std::memset(row + cols_, 0, stride_ - cols_);
+    step_.reserve(size_t(n_) * n_steps_), step_sums_.reserve(size_t(n_) * n_steps_);
+    pool.run_ranges(n_, kTokenPiece, [&](int from, int to, int) {
+      for (int64_t t = from; t < to; t++) {
+        int8_t* row = q_.data() + t * stride_;
+        for (int s = 0, c = 0; c < cols_; s++, c += step_group)
+          step_[t * n_steps_ + s] = k.quantize(x_ + t * cols_ + c, std::min(step_group, cols_ - c), row + c, &step_sums_[t * n_steps_ + s]);
+        std::memset(row + cols_, 0, stride_ - cols_);
+      }
     });
     group_ = 0;
   }
@@ -123,12 +131,12 @@ void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) 
     next = std::min({(weights + 1) * w.group, (steps + 1) * step_group, cols_});
     runs_.push_back({first, next - first, weights * w.group_vectors + within / per_vector, (next - first + per_vector - 1) / per_vector, weights, steps});
   }
-  if (same_inputs) return;
+  if (same_inputs || int(runs_.size()) == n_steps_) return;  // as many runs as steps: their sums are known
   sums_.reserve(size_t(n_) * runs_.size());
-  pool.run(n_, [&](int t, int) {
-    const int8_t* row = q_.data() + t * stride_;
-    for (size_t r = 0; r < runs_.size(); r++) sums_[t * runs_.size() + r] = k.sum_i8(row + runs_[r].first, runs_[r].inputs);
-  }, n_ >= 8);
+  pool.run_ranges(n_, kTokenPiece, [&](int from, int to, int) {
+    for (int64_t t = from; t < to; t++)
+      for (size_t r = 0; r < runs_.size(); r++) sums_[t * runs_.size() + r] = k.sum_i8(q_.data() + t * stride_ + runs_[r].first, runs_[r].inputs);
+  });
 }
 
 const float* Activations::dense(int padded) {

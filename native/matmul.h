@@ -23,7 +23,8 @@ class Activations {
 
   // As the matrix that last asked needs them, of tokens [first, first + n).
   QuantizedRows rows(int first, int n) const {
-    return {q_.data() + first * stride_, stride_, runs_.data(), int(runs_.size()), sums_.data() + int64_t{first} * runs_.size(),
+    const int n_runs = int(runs_.size());
+    return {q_.data() + first * stride_, stride_, runs_.data(), n_runs, (n_runs == n_steps_ ? step_sums_ : sums_).data() + int64_t{first} * n_runs,
             step_.data() + int64_t{first} * n_steps_, n_steps_, step_group_ > 0, n};
   }
 
@@ -35,7 +36,7 @@ class Activations {
   int64_t stride_ = 0;
   Buffer<int8_t> q_;           // [n, stride], zero-padded
   Buffer<float> step_, padded_;
-  Buffer<int32_t> sums_;       // [n, runs]
+  Buffer<int32_t> step_sums_, sums_;  // [n, n_steps], [n, runs]: sums of q
   std::vector<Run> runs_;
 };
 

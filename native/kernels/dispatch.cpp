@@ -121,6 +121,8 @@ const char* first_difference(const Kernels& k) {
           for (int i = 0; i < tokens * 16; i++) dots[i] = (int32_t)(next_random(state) % 99999);
           k.add_run(w, rows, 1, 1, 0, tokens, dots, y1), kScalar.add_run(w, rows, 1, 1, 0, tokens, dots, y2);
           if (memcmp(y1, y2, sizeof y1)) return "add_run";
+          k.write_run(w, rows, 1, 0, tokens, dots, y1), kScalar.write_run(w, rows, 1, 0, tokens, dots, y2);
+          if (memcmp(y1, y2, sizeof y1)) return "write_run";
         }
       if (c.unpack) {
         c.unpack(panel, vectors, tiles1), c.scalar_unpack(panel, vectors, tiles2);
@@ -160,8 +162,9 @@ const char* first_difference(const Kernels& k) {
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "rms_norm";
-      float s1 = k.quantize(f, n, q1), s2 = kScalar.quantize(f, n, q2);
-      if (s1 != s2 || memcmp(q1, q2, n)) return "quantize";
+      int32_t q1_sum, q2_sum;
+      float s1 = k.quantize(f, n, q1, &q1_sum), s2 = kScalar.quantize(f, n, q2, &q2_sum);
+      if (s1 != s2 || q1_sum != q2_sum || memcmp(q1, q2, n)) return "quantize";
       k.silu_gate(f, g, n, f1), kScalar.silu_gate(f, g, n, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "silu_gate";
       k.relu2_gate(f, g, n, f1), kScalar.relu2_gate(f, g, n, f2);

@@ -104,23 +104,27 @@ static void rms_norm(const float* x, const float* weight, int n, float eps, floa
   for (; i < n; i++) out[i] = x[i] * scale * weight[i];
 }
 
-static float quantize(const float* x, int n, int8_t* q) {
+static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
   v16 most = splat(1e-5f);
   int i = 0;
   for (; i + 16 <= n; i += 16) most = vmax(vabs(load(x + i)), most);
   if (i < n) most = vmax(vabs(load_tail(x + i, n - i, 0.0f)), most);
   float absmax = max_lanes(most);
   float scale = 127.0f / absmax;
+  i16x sums = {};
   for (i = 0; i < n; i += 16) {
     v16 y = (i + 16 <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f)) * scale + 12582912.0f;  // rounds half to even
     i16x codes = (i16x)y - 0x4b400000;
     codes = codes < -128 ? i16x{} - 128 : codes;
     codes = codes > 127 ? i16x{} + 127 : codes;
+    sums += codes;
     b16 bytes = __builtin_convertvector(codes, b16);
     if (i + 16 <= n) *reinterpret_cast<b16*>(q + i) = bytes;
     else
       for (int j = 0; j < n - i; j++) q[i + j] = bytes[j];
   }
+  *sum = 0;
+  for (int l = 0; l < 16; l++) *sum += sums[l];
   return absmax / 127.0f;
 }
 

@@ -64,6 +64,18 @@ static void add_run(const IntegerMatrix& w, const QuantizedRows& x, int r, int p
   }
 }
 
+static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, int n_tokens, const int32_t* dots, float* y) {
+  const v16 scale = load_scales(w, panel, 0);
+  const int rows = w.rows - 16 * panel;
+  for (int t = 0; t < n_tokens; t++) {
+    const i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - w.bias * x.run_sums[t0 + t];
+    const v16 result = __builtin_convertvector(exact, v16) * scale * x.steps[t0 + t];
+    float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
+    if (rows >= 16) store(to, result);
+    else store_tail(to, rows, result);
+  }
+}
+
 typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
 
@@ -129,7 +141,7 @@ static int32_t sum_i8(const int8_t* q, int n) {
 #define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_i8)                                                               \
   {                                                                                                                                \
     name, multiply<TwoBit>, multiply<Base3>, multiply<Int4>, multiply<Int8>, gemm_ternary, gemm_i4, gemm_i8, nullptr, nullptr,     \
-        unpack_t2, unpack_b3, unpack_i4, add_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
+        unpack_t2, unpack_b3, unpack_i4, add_run, write_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
         dot_dense<load_dense_f32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate,       \
         to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                                                               \
   }

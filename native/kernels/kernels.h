@@ -83,13 +83,15 @@ struct Kernels {
   Unpack unpack_t2, unpack_b3, unpack_i4;
   // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
   void (*add_run)(const IntegerMatrix& w, const QuantizedRows& x, int run, int panel, int t0, int n_tokens, const int32_t* dots, float* sums);
+  // y [n_tokens, rows] of the panel for tokens t0.., where there is one run, given its dots [n_tokens, 16]
+  void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
   DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
-  // int8 per token; returns the step, x is about q * step. Rounds half to even.
-  float (*quantize)(const float* x, int n, int8_t* q);
+  // int8 per token; returns the step, x is about q * step. Rounds half to even. sum: that of q.
+  float (*quantize)(const float* x, int n, int8_t* q, int32_t* sum);
   // out = act(gate) * up
   void (*silu_gate)(const float* gate, const float* up, int n, float* out);
   void (*relu2_gate)(const float* gate, const float* up, int n, float* out);
