@@ -77,6 +77,8 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
   return w;
 }
 
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups) { return shaped(scheme, rows, cols, n_groups); }
+
 Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed) {
   Linear w = shaped(scheme, rows, cols, n_groups);
   uint64_t state = seed * 2 + 1;

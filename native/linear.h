@@ -33,6 +33,8 @@ struct Linear {
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
+// A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups);
 // Random trits or codes and scales near 1 / sqrt(cols), made in place: shapes for benchmarks without a file.
 Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed);
 

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
 from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
-from bitnet.packing import BLOCKS, CODECS
+from bitnet.packing import BLOCKS, CODECS, TwoBitBlocks
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -74,6 +74,30 @@ class Tensor:
             return np.empty(shape, dtype)
         values = np.frombuffer(self.data, dtype, prod(shape), self.offset)
         return np.require(values, requirements="A").reshape(shape)
+
+    def row_bytes(self, first: int, last: int) -> NDArray[np.uint8]:
+        """raw()[first:last] as bytes, [last - first, bytes of a row], without a copy; of a block format whose rows are whole blocks."""
+        size = self._row_size()
+        return np.frombuffer(self.data, np.uint8, (last - first) * size, self.offset + first * size).reshape(last - first, size)
+
+    def forget_rows(self, first: int, last: int) -> None:
+        """Give the memory of these mapped rows back to the system, which keeps the file in its cache: for walking a large matrix."""
+        if not hasattr(self.data, "madvise"):  # not on this system, or bytes that are no file
+            return
+        size = self._row_size()
+        begin = (self.offset + first * size) // mmap.PAGESIZE * mmap.PAGESIZE
+        self.data.madvise(mmap.MADV_DONTNEED, begin, min(len(self.data), self.offset + last * size) - begin)
+
+    def two_bit_blocks(self) -> TwoBitBlocks | None:
+        """How two-bit codes lie in row_bytes(); None where they are none, and where a block holds more than one row."""
+        if self.kind is None or not self.codec or prod(self.shape[1:]) % self.kind.block:
+            return None
+        return BLOCKS[self.codec].two_bit()
+
+    def _row_size(self) -> int:
+        """Bytes of a stored row."""
+        columns = prod(self.shape[1:])
+        return columns // self.kind.block * self.kind.nbytes if self.kind is not None else columns * DTYPES[self.dtype].itemsize
 
     def dense(self) -> NDArray[np.float32]:
         """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""

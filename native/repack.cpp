@@ -1,0 +1,338 @@
+#include "repack.h"
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <stdexcept>
+
+namespace bitnet {
+namespace {
+
+typedef uint32_t Words __attribute__((vector_size(16), may_alias));
+typedef uint16_t Halves __attribute__((vector_size(16), may_alias));
+typedef uint64_t Pairs __attribute__((vector_size(16), may_alias));
+
+constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, and of 20
+
+template <typename V>
+V load(const void* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+template <typename V>
+void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
+
+inline Words low(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
+inline Words high(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
+inline Halves low(Halves a, Halves b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+inline Halves high(Halves a, Halves b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline Words low_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 0, 2); }
+inline Words high_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 1, 3); }
+
+// The words of four rows: out[s] holds word s of each.
+inline void transpose_words(const uint8_t* from, int64_t stride, Words out[4]) {
+  const Words a = load<Words>(from), b = load<Words>(from + stride), c = load<Words>(from + 2 * stride), d = load<Words>(from + 3 * stride);
+  const Words ab0 = low(a, b), ab1 = high(a, b), cd0 = low(c, d), cd1 = high(c, d);
+  out[0] = low_pair(ab0, cd0), out[1] = high_pair(ab0, cd0), out[2] = low_pair(ab1, cd1), out[3] = high_pair(ab1, cd1);
+}
+
+// Codes [16, kBlock], n columns, zero up to a multiple of 16, into the vectors of a panel from `to` on.
+void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
+  Words t[4];
+  if (scheme == Scheme::ternary) {
+    for (int c = 0; c < n; c += kTwoBitInputs, to += 64)
+      for (int g = 0; g < 4; g++) {
+        transpose_words(codes + 4 * g * kBlock + c, kBlock, t);
+        store(to + 16 * g, t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6);
+      }
+    return;
+  }
+  for (int c = 0; c < n; c += 16, to += 256)
+    for (int g = 0; g < 4; g++) {
+      transpose_words(codes + 4 * g * kBlock + c, kBlock, t);
+      for (int s = 0; s < std::min(4, (n - c + 3) / 4); s++) store(to + 64 * s + 16 * g, t[s]);
+    }
+}
+
+// decode(row, first, n, out) gives n codes of a row from column `first` on, a multiple of kBlock.
+template <typename Decode>
+void fill_panel(Linear& w, int panel, const Decode& decode) {
+  alignas(64) uint8_t codes[kPanelRows * kBlock];
+  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+  if (n_rows < kPanelRows) std::memset(codes + n_rows * kBlock, 0, (kPanelRows - n_rows) * kBlock);
+  uint8_t* to = w.panels.data() + panel * w.panel_bytes;
+  for (int first = 0; first < w.cols; first += kBlock) {
+    const int n = std::min(kBlock, w.cols - first), padded = round_up(n, 16);
+    for (int r = 0; r < n_rows; r++) {
+      decode(row0 + r, first, n, codes + r * kBlock);
+      std::memset(codes + r * kBlock + n, 0, padded - n);
+    }
+    pack(w.scheme, codes, n, to + int64_t{64} * (first / inputs_per_vector(w.scheme)));
+  }
+}
+
+bool worth_sharing(const Linear& w, int n_panels) { return int64_t{n_panels} * w.cols >= 4096; }
+
+template <typename Decode>
+void fill_panels(ThreadPool& pool, Linear& w, int first_row, int n_rows, const Decode& decode) {
+  const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows;
+  pool.run(n, [&](int i, int) { fill_panel(w, first + i, decode); }, worth_sharing(w, n));
+}
+
+// Set by any thread, read after all are done.
+class Flag {
+ public:
+  void set_if(bool raised) {
+    if (raised) raised_.store(true, std::memory_order_relaxed);
+  }
+  bool raised() const { return raised_.load(std::memory_order_relaxed); }
+
+ private:
+  std::atomic<bool> raised_{false};
+};
+
+bool any_three(const uint8_t* bytes, int n) {
+  uint8_t threes = 0;
+  for (int i = 0; i < n; i++) threes = uint8_t(threes | (bytes[i] & bytes[i] >> 1));
+  return threes & 0x55;  // the low bit of each pair is left where both are set
+}
+
+template <int kShift>
+void shift_down(const uint8_t* bytes, int n, uint8_t* out) {
+  for (int i = 0; i < n; i++) out[i] = bytes[i] >> kShift & 3;
+}
+void take_field(const uint8_t* bytes, int n, int shift, uint8_t* out) {
+  switch (shift) {
+    case 0: return shift_down<0>(bytes, n, out);
+    case 2: return shift_down<2>(bytes, n, out);
+    case 4: return shift_down<4>(bytes, n, out);
+    default: return shift_down<6>(bytes, n, out);
+  }
+}
+
+// ---- values
+struct F32 {
+  using Bits = uint32_t;
+  static constexpr Bits kInfinity = 0x7f800000;
+  static float widen(Bits b) { return std::bit_cast<float>(b); }
+};
+struct Bf16 {
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7f80;
+  static float widen(Bits b) { return std::bit_cast<float>(uint32_t{b} << 16); }
+};
+struct F16 {
+  using Bits = uint16_t;
+  static constexpr Bits kInfinity = 0x7c00;
+  static float widen(Bits b) {  // of finite ones
+    const uint32_t sign = uint32_t(b & 0x8000) << 16, magnitude = b & 0x7fff;
+    const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
+    const uint32_t normal = (magnitude << 13) + ((127u - 15u) << 23);
+    return std::bit_cast<float>(sign | (magnitude < 0x400 ? std::bit_cast<uint32_t>(subnormal) : normal));
+  }
+};
+
+template <typename Type>
+typename Type::Bits bits_at(const uint8_t* values, int64_t i) { return load<typename Type::Bits>(values + i * sizeof(typename Type::Bits)); }
+
+// The bits of the largest magnitude; not below kInfinity if one is not finite.
+template <typename Type>
+typename Type::Bits absmax_bits(const uint8_t* values, int n) {
+  using Bits = typename Type::Bits;
+  using Signed = std::make_signed_t<Bits>;
+  Signed most = 0;
+  for (int i = 0; i < n; i++) most = std::max(most, Signed(bits_at<Type>(values, i) & Bits(Bits(~Bits{0}) >> 1)));
+  return Bits(most);
+}
+
+// out = clip(round half to even(value * inverse), -top, top) + bias
+template <typename Type>
+void quantize_run(const uint8_t* values, int n, float inverse, float top, int bias, uint8_t* out) {
+  if (!std::isfinite(inverse)) {  // a scale below 2^-128: every value but zero is beyond the top
+    for (int i = 0; i < n; i++) {
+      const float v = Type::widen(bits_at<Type>(values, i));
+      out[i] = uint8_t((v > 0 ? int(top) : v < 0 ? -int(top) : 0) + bias);
+    }
+    return;
+  }
+  constexpr float kMagic = 0x1.8p23f;  // x + magic has no bits for a fraction, and the sum rounds half to even
+  const int32_t base = std::bit_cast<int32_t>(kMagic) - bias;
+  for (int i = 0; i < n; i++) {
+    float x = Type::widen(bits_at<Type>(values, i)) * inverse;
+    x = x < top ? x : top;
+    x = x > -top ? x : -top;
+    out[i] = uint8_t(std::bit_cast<int32_t>(x + kMagic) - base);
+  }
+}
+
+template <typename Type>
+bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
+  constexpr float kTop = 127;
+  const int64_t row_bytes = int64_t{w.cols} * sizeof(typename Type::Bits);
+  const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows, bias = code_bias(w.scheme);
+  Flag infinite;
+  pool.run(n, [&](int i, int) {
+    const int panel = first + i;
+    float* scales = &w.scales[size_t(panel) * w.n_groups * kPanelRows];  // [n_groups, 16]
+    for (int r = panel * kPanelRows; r < std::min(w.rows, (panel + 1) * kPanelRows); r++)
+      for (int g = 0; g < w.n_groups; g++) {
+        const int from = g * w.group;
+        const auto most = absmax_bits<Type>(values + (r - first_row) * row_bytes + from * sizeof(typename Type::Bits), std::min(w.group, w.cols - from));
+        if (most >= Type::kInfinity) return infinite.set_if(true);
+        scales[g * kPanelRows + r % kPanelRows] = Type::widen(most) / kTop;
+      }
+    fill_panel(w, panel, [&](int r, int from, int count, uint8_t* out) {
+      const uint8_t* row = values + (r - first_row) * row_bytes;
+      for (int c = from, next; c < from + count; c = next) {
+        next = std::min(from + count, (c / w.group + 1) * w.group);
+        const float scale = scales[c / w.group * kPanelRows + r % kPanelRows];
+        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale > 0 ? 1 / scale : 0.0f, kTop, bias, out + c - from);
+      }
+    });
+  }, worth_sharing(w, n));
+  return !infinite.raised();
+}
+
+// 16 rows of as many columns as a vector of 16 bytes holds, into [columns][16 rows]; adds to `infinite` where a value is none.
+inline void transpose_values(const uint8_t* from, int64_t stride, uint8_t* to, Words& infinite) {  // of 32 bits
+  Words t[4];
+  const Words mask = {F32::kInfinity, F32::kInfinity, F32::kInfinity, F32::kInfinity};
+  for (int g = 0; g < 4; g++) {
+    transpose_words(from + 4 * g * stride, stride, t);
+    for (int s = 0; s < 4; s++) store(to + 64 * s + 16 * g, t[s]), infinite |= (Words)((t[s] & mask) == mask);
+  }
+}
+inline void transpose_values(const uint8_t* from, int64_t stride, uint8_t* to, Halves& infinite, uint16_t exponent) {  // of 16 bits
+  const Halves mask = Halves{} + exponent;
+  for (int g = 0; g < 2; g++) {
+    Halves r[8];
+    for (int i = 0; i < 8; i++) {
+      r[i] = load<Halves>(from + (8 * g + i) * stride);
+      infinite |= (Halves)((r[i] & mask) == mask);
+    }
+    for (int h = 0; h < 2; h++) {  // columns 4h..4h+3
+      Words t[4];
+      for (int i = 0; i < 4; i++) t[i] = (Words)(h ? high(r[2 * i], r[2 * i + 1]) : low(r[2 * i], r[2 * i + 1]));
+      const Words a = low(t[0], t[1]), b = high(t[0], t[1]), c = low(t[2], t[3]), d = high(t[2], t[3]);
+      uint8_t* at = to + 128 * h + 16 * g;
+      store(at, low_pair(a, c)), store(at + 32, high_pair(a, c)), store(at + 64, low_pair(b, d)), store(at + 96, high_pair(b, d));
+    }
+  }
+}
+
+template <typename Type>
+bool copy_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
+  using Bits = typename Type::Bits;
+  constexpr int kSize = sizeof(Bits), kColumns = 16 / kSize;
+  const int64_t row_bytes = int64_t{w.cols} * kSize;
+  const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows;
+  Flag infinite;
+  pool.run(n, [&](int i, int) {
+    const uint8_t* from = values + int64_t{i} * kPanelRows * row_bytes;
+    uint8_t* to = w.panels.data() + (first + i) * w.panel_bytes;
+    const int rows = std::min(kPanelRows, w.rows - (first + i) * kPanelRows);
+    int c = 0;
+    if (rows == kPanelRows) {
+      if constexpr (kSize == 4) {
+        Words bad{};
+        for (; c + kColumns <= w.cols; c += kColumns) transpose_values(from + c * kSize, row_bytes, to + c * kSize * kPanelRows, bad);
+        infinite.set_if(bad[0] | bad[1] | bad[2] | bad[3]);
+      } else {
+        Halves bad{};
+        for (; c + kColumns <= w.cols; c += kColumns)
+          transpose_values(from + c * kSize, row_bytes, to + c * kSize * kPanelRows, bad, Type::kInfinity);
+        for (int k = 0; k < 8; k++) infinite.set_if(bad[k]);
+      }
+    }
+    for (; c < w.cols; c++)
+      for (int r = 0; r < rows; r++) {
+        const Bits bits = bits_at<Type>(from + r * row_bytes, c);
+        infinite.set_if((bits & Type::kInfinity) == Type::kInfinity);
+        store(to + (c * kPanelRows + r) * kSize, bits);
+      }
+  }, worth_sharing(w, n));
+  return !infinite.raised();
+}
+
+template <typename Type>
+bool fill_typed(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
+  return w.scheme == Scheme::int8 ? quantize_rows<Type>(pool, w, first_row, n_rows, values) : copy_rows<Type>(pool, w, first_row, n_rows, values);
+}
+}  // namespace
+
+void prefault(ThreadPool& pool, Linear& w) {
+  constexpr size_t kHuge = 2 << 20;
+  const size_t bytes = w.panels.size();
+  if (bytes < kHuge) return;  // small memory was written when it was made
+  volatile uint8_t* p = w.panels.data();
+  pool.run(int((bytes + kHuge - 1) / kHuge), [&](int i, int) {
+    const size_t end = std::min(bytes, (size_t(i) + 1) * kHuge);
+    for (size_t at = i * kHuge; at < end; at += 4096) p[at] = 0;
+  });
+}
+
+void set_scales(Linear& w, int first_row, int n_rows, const float* scales) {
+  for (int r = first_row; r < first_row + n_rows; r++)
+    for (int g = 0; g < w.n_groups; g++) w.scales[(size_t(r / kPanelRows) * w.n_groups + g) * kPanelRows + r % kPanelRows] = *scales++;
+}
+
+void fill_codes(ThreadPool& pool, Linear& w, int first_row, int n_rows, const int8_t* codes) {
+  const unsigned bias = code_bias(w.scheme);
+  Flag wrong;
+  fill_panels(pool, w, first_row, n_rows, [&](int row, int first, int n, uint8_t* out) {
+    const int8_t* from = codes + int64_t{row - first_row} * w.cols + first;
+    uint8_t most = 0;
+    for (int i = 0; i < n; i++) out[i] = uint8_t(from[i] + bias), most = std::max(most, out[i]);  // below -bias wraps to a large one
+    wrong.set_if(w.scheme == Scheme::ternary && most > 2);
+  });
+  if (wrong.raised()) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
+}
+
+bool fill_banded(ThreadPool& pool, Linear& w, const uint8_t* bytes) {
+  const int band = (w.rows + 3) / 4, quarter = (w.n_panels() + 3) / 4;
+  Flag threes;
+  const auto decode = [&](int row, int first, int n, uint8_t* out) {
+    const uint8_t* from = bytes + int64_t{row % band} * w.cols + first;
+    if (row < band) threes.set_if(any_three(from, n));
+    take_field(from, n, 2 * (row / band), out);
+  };
+  pool.run(quarter, [&](int i, int) {  // four panels of the same bytes, as long as bands are whole panels
+    for (int panel = i; panel < w.n_panels(); panel += quarter) fill_panel(w, panel, decode);
+  }, worth_sharing(w, w.n_panels()));
+  return !threes.raised();
+}
+
+bool fill_two_bit(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* blocks, const TwoBitBlocks& layout) {
+  const int64_t row_bytes = int64_t{w.cols / layout.codes} * layout.bytes;
+  Flag threes;
+  fill_panels(pool, w, first_row, n_rows, [&](int row, int first, int n, uint8_t* out) {
+    const uint8_t* block = blocks + (row - first_row) * row_bytes + int64_t{first / layout.codes} * layout.bytes;
+    for (int c = 0; c < n; c += layout.codes, block += layout.bytes) {
+      const uint8_t* from = block + layout.first_byte;
+      threes.set_if(any_three(from, layout.codes / 4));
+      if (layout.run == 1) {
+        for (int i = 0; i < layout.codes / 4; i++) {
+          const uint32_t b = from[i];
+          store(out + c + 4 * i, (b | b << 6 | b << 12 | b << 18) & 0x03030303);
+        }
+        continue;
+      }
+      for (int at = 0; at < layout.codes; at += 4 * layout.run)
+        for (int k = 0; k < 4; k++)
+          take_field(from + at / 4, layout.run, layout.descending ? 6 - 2 * k : 2 * k, out + c + at + k * layout.run);
+    }
+  });
+  return !threes.raised();
+}
+
+bool fill_values(ThreadPool& pool, Linear& w, int first_row, int n_rows, DenseType type, const void* values) {
+  const uint8_t* bytes = static_cast<const uint8_t*>(values);
+  if (type == DenseType::f32) return fill_typed<F32>(pool, w, first_row, n_rows, bytes);
+  if (type == DenseType::bf16) return fill_typed<Bf16>(pool, w, first_row, n_rows, bytes);
+  return fill_typed<F16>(pool, w, first_row, n_rows, bytes);
+}
+
+}  // namespace bitnet
