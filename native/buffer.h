@@ -42,11 +42,12 @@ class Buffer {
 
 #if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // the sanitizer watches what malloc gave
   // Large memory comes from the system, which zeroes each page as it is first touched: no second pass, and threads share the work.
-  static bool mapped(size_t bytes) { return bytes >= kHuge; }
+  static bool mapped(size_t bytes) { return bytes >= kMapped; }
   static void* map(size_t bytes) {
-    const size_t length = whole_pages(bytes);
-    char* p = static_cast<char*>(mmap(nullptr, length + kHuge, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
+    const size_t length = whole_pages(bytes), spare = bytes >= kHuge ? kHuge : 0;
+    char* p = static_cast<char*>(mmap(nullptr, length + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
     if (p == MAP_FAILED) throw std::bad_alloc();
+    if (!spare) return p;
     const size_t before = (kHuge - reinterpret_cast<size_t>(p) % kHuge) % kHuge;  // what lies before and after the aligned part goes back
     if (before) munmap(p, before);
     if (before < kHuge) munmap(p + before + length, kHuge - before);
@@ -55,6 +56,7 @@ class Buffer {
   }
   static void unmap(void* p, size_t bytes) { munmap(p, whole_pages(bytes)); }
   static size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  static constexpr size_t kMapped = 256 << 10;
   static constexpr size_t kPage = 64 << 10;  // a multiple of the system's pages, whatever they are
 #else
   static bool mapped(size_t) { return false; }

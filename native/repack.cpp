@@ -266,7 +266,7 @@ bool fill_typed(ThreadPool& pool, Linear& w, int first_row, int n_rows, const ui
 void prefault(ThreadPool& pool, Linear& w) {
   constexpr size_t kHuge = 2 << 20;
   const size_t bytes = w.panels.size();
-  if (bytes < kHuge) return;  // small memory was written when it was made
+  if (bytes < kHuge) return;
   volatile uint8_t* p = w.panels.data();
   pool.run(int((bytes + kHuge - 1) / kHuge), [&](int i, int) {
     const size_t end = std::min(bytes, (size_t(i) + 1) * kHuge);

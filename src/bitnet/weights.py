@@ -32,6 +32,7 @@ _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
 _CHUNK = 1 << 20  # values of a tensor worked on at once
+_MAPPED_BYTES = 32 << 20  # of files, after which their pages are given back
 
 F = TypeVar("F", bound=NDArray[Any])
 
@@ -180,6 +181,7 @@ class _Loader:
     def __init__(self, native: Any, model: Canonical, checkpoint: Checkpoint, weights: str, pool: ThreadPoolExecutor) -> None:
         self.native, self.quantization, self.weights, self.pool = native, model.quantization, weights, pool
         self.layout, self.tensors = checkpoint.layout, checkpoint.tensors
+        self.mapped_bytes = 0  # of files, since they were last given back
 
     def table(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str) -> None:
         """The embedding or the head."""
@@ -244,14 +246,15 @@ class _Loader:
         if tensor.codec == "hf":
             stored = tensor.stored_shape[0]
             found = matrix.fill_banded(tensor.row_bytes(0, stored))
-            tensor.forget_rows(0, stored)
+            self._was_read(tensor, tensor.nbytes)
             return found
         layout = tensor.two_bit_blocks()
         if layout is None:
             return False
         for first, last in _spans(tensor.shape):
-            found = matrix.fill_two_bit(first, tensor.row_bytes(first, last), **layout._asdict())
-            tensor.forget_rows(first, last)
+            blocks = tensor.row_bytes(first, last)
+            found = matrix.fill_two_bit(first, blocks, **layout._asdict())
+            self._was_read(tensor, blocks.nbytes)
             if not found:
                 return False
         return True
@@ -287,8 +290,9 @@ class _Loader:
         finite = True
         if tensor.scheme in ("f32", "f16", "bf16"):
             for first, last in _spans(shape):
-                finite = finite and matrix.fill_values(first, tensor.scheme, tensor.row_bytes(first, last))
-                tensor.forget_rows(first, last)
+                stored = tensor.row_bytes(first, last)
+                finite = finite and matrix.fill_values(first, tensor.scheme, stored)
+                self._was_read(tensor, stored.nbytes)
         else:
             for first, values in self._made(tensor, shape, lambda values: values):
                 finite = finite and matrix.fill_values(first, "f32", values.view(np.uint8))
@@ -321,10 +325,7 @@ class _Loader:
         whole = tensor.dense() if tensor.codec == "hf" else None  # its bytes hold rows that lie far apart
 
         def work(first: int, last: int) -> F:
-            rows = whole[first:last] if whole is not None else tensor.dense_rows(first, last)
-            made = np.ascontiguousarray(make(rows))
-            tensor.forget_rows(first, last)
-            return made
+            return np.ascontiguousarray(make(whole[first:last] if whole is not None else tensor.dense_rows(first, last)))
 
         ahead: deque[tuple[int, Future[F]]] = deque()
         for first, last in _spans(shape):
@@ -332,8 +333,16 @@ class _Loader:
             if len(ahead) > self.native.threads:
                 at, future = ahead.popleft()
                 yield at, future.result()
+            self._was_read(tensor, tensor.nbytes * (last - first) // shape[0])
         for at, future in ahead:
             yield at, future.result()
+
+    def _was_read(self, tensor: Tensor, nbytes: int) -> None:
+        """Mapped pages count as this process's memory: they are given back in time, but not so often that it costs."""
+        self.mapped_bytes += nbytes
+        if self.mapped_bytes >= _MAPPED_BYTES:
+            tensor.forget_pages()
+            self.mapped_bytes = 0
 
 
 def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:

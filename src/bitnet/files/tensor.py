@@ -80,13 +80,10 @@ class Tensor:
         size = self._row_size()
         return np.frombuffer(self.data, np.uint8, (last - first) * size, self.offset + first * size).reshape(last - first, size)
 
-    def forget_rows(self, first: int, last: int) -> None:
-        """Give the memory of these mapped rows back to the system, which keeps the file in its cache: for walking a large matrix."""
-        if not hasattr(self.data, "madvise"):  # not on this system, or bytes that are no file
-            return
-        size = self._row_size()
-        begin = (self.offset + first * size) // mmap.PAGESIZE * mmap.PAGESIZE
-        self.data.madvise(mmap.MADV_DONTNEED, begin, min(len(self.data), self.offset + last * size) - begin)
+    def forget_pages(self) -> None:
+        """Give the memory of the whole file's mapped pages back to the system, which keeps the file in its cache."""
+        if hasattr(self.data, "madvise"):  # not on every system, nor of bytes that are no file
+            self.data.madvise(mmap.MADV_DONTNEED)
 
     def two_bit_blocks(self) -> TwoBitBlocks | None:
         """How two-bit codes lie in row_bytes(); None where they are none, and where a block holds more than one row."""
