@@ -231,17 +231,6 @@ NB_MODULE(_native, m) {
              if (&matrix.pool != &self.model.pool || !matrix.w.rows) throw std::invalid_argument("a matrix of another model, or given away");
              self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
            }, "name"_a, "matrix"_a)
-      .def("set_integer", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<int8_t> codes,
-                             Matrix<float> scales) { self.model.set_linear(name, make_integer(scheme, codes, scales)); },
-           "name"_a, "scheme"_a, "codes"_a, "scales"_a)
-      .def("set_dense_f32", [](PyModel& self, const std::string& name, Matrix<float> w) {
-             self.model.set_linear(name, repack_dense(Scheme::f32, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
-           }, "name"_a, "values"_a)
-      .def("set_dense_16", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<uint16_t> w) {
-             Scheme s = scheme_named(scheme);
-             if (s != Scheme::f16 && s != Scheme::bf16) throw std::invalid_argument(scheme + " is not of 16 bits");
-             self.model.set_linear(name, repack_dense(s, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
-           }, "name"_a, "scheme"_a, "bits"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
              self.model.set_linear(name, random_linear(scheme_named(scheme), rows, cols, n_groups, seed));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)

@@ -39,6 +39,7 @@ inline void transpose_words(const uint8_t* from, int64_t stride, Words out[4]) {
   out[0] = low_pair(ab0, cd0), out[1] = high_pair(ab0, cd0), out[2] = low_pair(ab1, cd1), out[3] = high_pair(ab1, cd1);
 }
 
+// The one place that knows how a scheme lays out its codes; to a new one belong a case here and its inputs a divisor of kBlock.
 // Codes [16, kBlock], n columns, zero up to a multiple of 16, into the vectors of a panel from `to` on.
 void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
   Words t[4];
@@ -148,6 +149,8 @@ typename Type::Bits absmax_bits(const uint8_t* values, int n) {
   return Bits(most);
 }
 
+float largest_code(Scheme) { return 127; }  // of the one scheme that values are quantized into
+
 // out = clip(round half to even(value * inverse), -top, top) + bias
 template <typename Type>
 void quantize_run(const uint8_t* values, int n, float inverse, float top, int bias, uint8_t* out) {
@@ -170,7 +173,7 @@ void quantize_run(const uint8_t* values, int n, float inverse, float top, int bi
 
 template <typename Type>
 bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
-  constexpr float kTop = 127;
+  const float top = largest_code(w.scheme);
   const int64_t row_bytes = int64_t{w.cols} * sizeof(typename Type::Bits);
   const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows, bias = code_bias(w.scheme);
   Flag infinite;
@@ -182,14 +185,14 @@ bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const
         const int from = g * w.group;
         const auto most = absmax_bits<Type>(values + (r - first_row) * row_bytes + from * sizeof(typename Type::Bits), std::min(w.group, w.cols - from));
         if (most >= Type::kInfinity) return infinite.set_if(true);
-        scales[g * kPanelRows + r % kPanelRows] = Type::widen(most) / kTop;
+        scales[g * kPanelRows + r % kPanelRows] = Type::widen(most) / top;
       }
     fill_panel(w, panel, [&](int r, int from, int count, uint8_t* out) {
       const uint8_t* row = values + (r - first_row) * row_bytes;
       for (int c = from, next; c < from + count; c = next) {
         next = std::min(from + count, (c / w.group + 1) * w.group);
         const float scale = scales[c / w.group * kPanelRows + r % kPanelRows];
-        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale > 0 ? 1 / scale : 0.0f, kTop, bias, out + c - from);
+        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale > 0 ? 1 / scale : 0.0f, top, bias, out + c - from);
       }
     });
   }, worth_sharing(w, n));

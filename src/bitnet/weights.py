@@ -12,7 +12,7 @@ import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,8 +33,6 @@ INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a st
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
 _CHUNK = 1 << 20  # values of a tensor worked on at once
 _MAPPED_BYTES = 32 << 20  # of files, after which their pages are given back
-
-F = TypeVar("F", bound=NDArray[Any])
 
 
 def check_weights(weights: str, activation_group: int | None, head: str) -> None:
@@ -320,14 +318,16 @@ class _Loader:
     def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
         return Matrix(self.native, scheme, shape[0], shape[1], n_groups)
 
-    def _made(self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], F]) -> Iterator[tuple[int, F]]:
+    def _made(
+        self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
         """(first row, what `make` gives of the dense rows), in order; other threads are some runs ahead, and no more."""
         whole = tensor.dense() if tensor.codec == "hf" else None  # its bytes hold rows that lie far apart
 
-        def work(first: int, last: int) -> F:
+        def work(first: int, last: int) -> NDArray[Any]:
             return np.ascontiguousarray(make(whole[first:last] if whole is not None else tensor.dense_rows(first, last)))
 
-        ahead: deque[tuple[int, Future[F]]] = deque()
+        ahead: deque[tuple[int, Future[NDArray[Any]]]] = deque()
         for first, last in _spans(shape):
             ahead.append((first, self.pool.submit(work, first, last)))
             if len(ahead) > self.native.threads:
