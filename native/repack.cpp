@@ -12,6 +12,7 @@ namespace {
 
 typedef uint32_t Words __attribute__((vector_size(16), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(16), may_alias));
+typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
 typedef uint64_t Pairs __attribute__((vector_size(16), may_alias));
 
 constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, and of 20
@@ -29,6 +30,8 @@ inline Words low(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 4, 
 inline Words high(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
 inline Halves low(Halves a, Halves b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
 inline Halves high(Halves a, Halves b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+inline Bytes low(Bytes a, Bytes b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
+inline Bytes high(Bytes a, Bytes b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
 inline Words low_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 0, 2); }
 inline Words high_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 1, 3); }
 
@@ -313,20 +316,25 @@ bool fill_two_bit(ThreadPool& pool, Linear& w, int first_row, int n_rows, const 
   Flag threes;
   fill_panels(pool, w, first_row, n_rows, [&](int row, int first, int n, uint8_t* out) {
     const uint8_t* block = blocks + (row - first_row) * row_bytes + int64_t{first / layout.codes} * layout.bytes;
-    for (int c = 0; c < n; c += layout.codes, block += layout.bytes) {
-      const uint8_t* from = block + layout.first_byte;
-      threes.set_if(any_three(from, layout.codes / 4));
-      if (layout.run == 1) {
-        for (int i = 0; i < layout.codes / 4; i++) {
-          const uint32_t b = from[i];
-          store(out + c + 4 * i, (b | b << 6 | b << 12 | b << 18) & 0x03030303);
+    Words bad{};
+    for (int c = 0; c < n; c += layout.codes, block += layout.bytes)
+      for (int at = 0; at < layout.codes / 4; at += 16) {  // a block of 64 has no more
+        const Words bytes = load<Words>(block + layout.first_byte + at);
+        bad |= bytes & bytes >> 1;
+        Words fields[4];
+        for (int k = 0; k < 4; k++) fields[k] = bytes >> (layout.descending ? 6 - 2 * k : 2 * k) & 0x03030303;
+        uint8_t* to = out + c + 4 * at;
+        if (layout.run == 1) {  // the four codes of a byte are neighbours
+          const Bytes even = low((Bytes)fields[0], (Bytes)fields[1]), odd = low((Bytes)fields[2], (Bytes)fields[3]);
+          const Bytes even1 = high((Bytes)fields[0], (Bytes)fields[1]), odd1 = high((Bytes)fields[2], (Bytes)fields[3]);
+          store(to, low((Halves)even, (Halves)odd)), store(to + 16, high((Halves)even, (Halves)odd));
+          store(to + 32, low((Halves)even1, (Halves)odd1)), store(to + 48, high((Halves)even1, (Halves)odd1));
+        } else {
+          to += at % layout.run - 4 * (at % layout.run);  // from the beginning of the stretch
+          for (int k = 0; k < 4; k++) store(to + k * layout.run, fields[k]);
         }
-        continue;
       }
-      for (int at = 0; at < layout.codes; at += 4 * layout.run)
-        for (int k = 0; k < 4; k++)
-          take_field(from + at / 4, layout.run, layout.descending ? 6 - 2 * k : 2 * k, out + c + at + k * layout.run);
-    }
+    threes.set_if((bad[0] | bad[1] | bad[2] | bad[3]) & 0x55555555);
   });
   return !threes.raised();
 }
