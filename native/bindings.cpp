@@ -9,6 +9,9 @@
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
+#if __has_include(<malloc.h>)
+#include <malloc.h>
+#endif
 
 #include "forward.h"
 #include "repack.h"
@@ -247,6 +250,12 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
+
+  m.def("release_freed_memory", [] {  // what was freed goes back to the system, where the C library can do that
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
 
   // ---- for tests, benchmarks and `bitnet doctor`
   m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x, int activation_group) {

@@ -74,7 +74,7 @@ class TernaryTransformer:
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
-        from bitnet.models import open_checkpoint
+        from bitnet.models import canonical, open_checkpoint
         from bitnet.weights import check_weights, load_engine
 
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
@@ -82,8 +82,9 @@ class TernaryTransformer:
         path = resolve(source, revision, file)
         start = time.perf_counter()
         checkpoint = open_checkpoint(path, i2_s)
-        engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group)
-        loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
+        model = canonical(checkpoint)
+        loaded = load_tokenizer(checkpoint, model.config.vocab_size, tokenizer)  # first: the memory of its making is given back
+        engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group, model=model)
         return cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
 
     def generate(

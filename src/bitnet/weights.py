@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet import ternary
-from bitnet._native import Matrix
+from bitnet._native import Matrix, release_freed_memory
 from bitnet.engine import Engine, new_native
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
@@ -32,7 +32,7 @@ _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
 _CHUNK = 1 << 20  # values of a tensor worked on at once
-_MAPPED_BYTES = 32 << 20  # of files, after which their pages are given back
+_MAPPED_BYTES = 16 << 20  # of files, after which their pages are given back
 
 
 def check_weights(weights: str, activation_group: int | None, head: str) -> None:
@@ -81,6 +81,7 @@ def load_engine(
     if activation_group is None:
         int8 = model.quantization is None and any(_becomes_int8(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS)
         activation_group = INT8_GROUP if int8 else 0
+    release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
     native = new_native(config, threads, activation_group)
     schemes = set()
     with ThreadPoolExecutor(native.threads) as pool:
