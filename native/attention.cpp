@@ -13,15 +13,14 @@ Rotation::Rotation(const float* inverse, int head_dim, int position, float scale
   }
 }
 
-void Rotation::apply(float* x, int n_heads, bool interleaved) const {
-  const int half = int(cosine.size()), step = interleaved ? 2 : 1, partner = interleaved ? 1 : half;
+void Rotation::apply(const Kernels& k, float* x, int n_heads, bool interleaved) const {
+  const int half = int(cosine.size());
+  if (!interleaved) return k.rotate(x, n_heads, half, cosine.data(), sine.data());
   for (int h = 0; h < n_heads; h++, x += 2 * half)
     for (int i = 0; i < half; i++) {
-      float& a = x[i * step];
-      float& b = x[i * step + partner];
-      const float a0 = a, b0 = b;
-      a = a0 * cosine[i] - b0 * sine[i];
-      b = b0 * cosine[i] + a0 * sine[i];
+      const float a = x[2 * i], b = x[2 * i + 1];
+      x[2 * i] = a * cosine[i] - b * sine[i];
+      x[2 * i + 1] = b * cosine[i] + a * sine[i];
     }
 }
 
@@ -40,10 +39,10 @@ void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, 
 }
 
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
-            float* out) {
-  constexpr int kPage = KvCache::kPagePositions, kTokens = 4;
+            Buffer<float>& scratch, float* out) {
+  constexpr int kPage = KvCache::kPagePositions, kTokens = 12;
   const int dim = tokens[0].cache->padded_dim(), group = c.n_heads / c.n_kv_heads, n_tokens = int(tokens.size());
-  // Up to four tokens of one sequence that follow one another go together: each key and value is read once for all their heads.
+  // Up to twelve tokens of one sequence that follow one another go together: each key and value is read once for all their heads.
   std::vector<int> starts;
   int longest = 0;
   for (int t = 0; t < n_tokens; t++) {
@@ -52,22 +51,27 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
     longest = std::max(longest, tokens[t].position + 1);
   }
   starts.push_back(n_tokens);
-  const int64_t stride = (longest + 63) / 16 * 16, per_query = stride + 2 * dim;
-  Buffer<float> scratch(size_t(per_query) * kTokens * group * pool.size());  // per thread and query: scores, query, result
   const int blocks = int(starts.size()) - 1;
-  pool.run(blocks * c.n_kv_heads, [&](int item, int thread) {
-    const int first = starts[item / c.n_kv_heads], n = starts[item / c.n_kv_heads + 1] - first, kv = item % c.n_kv_heads, n_queries = n * group;
+  // Too few items to share out evenly: the heads of one key/value head in two halves.
+  const int halves = group % 2 == 0 && blocks * c.n_kv_heads % pool.size() && blocks * c.n_kv_heads < 8 * pool.size() ? 2 : 1;
+  const int heads = group / halves, n_items = blocks * c.n_kv_heads * halves;
+  const int64_t stride = (longest + 63) / 16 * 16, per_query = stride + 2 * dim;
+  scratch.reserve(size_t(per_query) * kTokens * heads * pool.size());  // per thread and query: scores, query, result
+  pool.run(n_items, [&](int item, int thread) {
+    const int block = blocks - 1 - item / (c.n_kv_heads * halves);  // the longest first
+    const int first = starts[block], n = starts[block + 1] - first, n_queries = n * heads;
+    const int kv = item / halves % c.n_kv_heads, first_head = kv * group + item % halves * heads;
     KvCache& cache = *tokens[first].cache;
-    float* scores = scratch.data() + size_t(per_query) * kTokens * group * thread;
+    float* scores = scratch.data() + size_t(per_query) * kTokens * heads * thread;
     float *queries = scores + stride * n_queries, *sums = queries + int64_t{n_queries} * dim;
-    auto at = [&](int i) { return (size_t(first + i / group) * c.n_heads + kv * group + i % group) * c.head_dim; };  // query i in q and out
+    auto at = [&](int i) { return (size_t(first + i / heads) * c.n_heads + first_head + i % heads) * c.head_dim; };  // query i in q and out
     for (int i = 0; i < n_queries; i++) {
       std::memcpy(queries + i * dim, q + at(i), c.head_dim * sizeof(float));
       std::fill_n(queries + i * dim + c.head_dim, dim - c.head_dim, 0.0f);
     }
     std::fill_n(sums, int64_t{n_queries} * dim, 0.0f);
     // Positions that query i sees, [begin(i), end(i)); all queries together see [from, to), from being the start of a block.
-    auto end = [&](int i) { return tokens[first + i / group].position + 1; };
+    auto end = [&](int i) { return tokens[first + i / heads].position + 1; };
     auto begin = [&](int i) { return window ? std::max(0, end(i) - window) : 0; };
     const int from = begin(0) / kKeyBlock * kKeyBlock, to = end(n_queries - 1);
     for (int j = from, next; j < to; j = next) {

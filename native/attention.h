@@ -4,6 +4,7 @@
 
 #include "config.h"
 #include "kernels/kernels.h"
+#include "kernels/kernels.h"
 #include "kv_cache.h"
 #include "threads.h"
 
@@ -19,15 +20,15 @@ struct Token {
 struct Rotation {
   std::vector<float> cosine, sine;  // [head_dim / 2], times scale
   Rotation(const float* inverse, int head_dim, int position, float scale);
-  void apply(float* x, int n_heads, bool interleaved) const;
+  void apply(const Kernels& k, float* x, int n_heads, bool interleaved) const;
 };
 
 // Writes k, v [n_kv_heads, head_dim] of one token into its cache at its position.
 void store_kv(const Kernels& k, const Config& c, int layer, const Token& token, const float* keys, const float* values);
 
 // q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions; with a
-// window of more than 0, only that many positions, its own included.
+// window of more than 0, only that many positions, its own included. scratch: memory to work in.
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
-            float* out);
+            Buffer<float>& scratch, float* out);
 
 }  // namespace bitnet

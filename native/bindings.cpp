@@ -47,6 +47,8 @@ nb::object new_array(std::initializer_list<size_t> shape, T** data) {
 
 Scheme scheme_named(const std::string& name) {
   if (name == "ternary") return Scheme::ternary;
+  if (name == "ternary_base3") return Scheme::ternary_base3;
+  if (name == "int4") return Scheme::int4;
   if (name == "int8") return Scheme::int8;
   if (name == "f16") return Scheme::f16;
   if (name == "bf16") return Scheme::bf16;
@@ -94,6 +96,10 @@ struct PyMatrix {
     if (w.scheme != s) throw std::invalid_argument("the matrix is of another scheme");
   }
 
+  void check_ternary() const {
+    if (!w.ternary()) throw std::invalid_argument("the matrix is of another scheme");
+  }
+
   void set_scales(int first_row, Matrix<float> scales) {
     const int n = check_rows(first_row, scales.shape(0));
     if (!w.integer()) throw std::invalid_argument("the matrix is of another scheme");
@@ -109,16 +115,16 @@ struct PyMatrix {
     bitnet::fill_codes(pool, w, first_row, n, codes.data());
   }
   bool fill_banded(Matrix<uint8_t> bytes) {
-    check_rows(0, w.rows), check_scheme(Scheme::ternary), check_cols(bytes.shape(1), w.cols);
+    check_rows(0, w.rows), check_ternary(), check_cols(bytes.shape(1), w.cols);
     if (int64_t(bytes.shape(0)) != (w.rows + 3) / 4) throw std::invalid_argument("a byte holds one row in four");
     nb::gil_scoped_release release;
     return bitnet::fill_banded(pool, w, bytes.data());
   }
   bool fill_two_bit(int first_row, Matrix<uint8_t> blocks, int codes, int bytes, int first_byte, int run, bool descending) {
     const int n = check_rows(first_row, blocks.shape(0));
-    check_scheme(Scheme::ternary);
+    check_ternary();
     const bool known = codes >= 64 && codes <= 256 && !(codes & (codes - 1)) && (run == 1 || run == 16 || run == 32) && codes % (4 * run) == 0 &&
-                       first_byte >= 0 && bytes <= 256 && first_byte + codes / 4 <= bytes && w.cols % codes == 0 && !(run == 1 && descending);
+                       first_byte >= 0 && bytes <= 256 && first_byte + codes / 4 <= bytes && w.cols % codes == 0 && (w.n_groups == 1 || w.group % codes == 0) && !(run == 1 && descending);
     if (!known) throw std::invalid_argument("no such blocks of two bits");
     check_cols(blocks.shape(1), int64_t{w.cols / codes} * bytes);
     nb::gil_scoped_release release;
@@ -128,7 +134,7 @@ struct PyMatrix {
     const int n = check_rows(first_row, bytes.shape(0));
     const Scheme s = scheme_named(type);
     if (s != Scheme::f16 && s != Scheme::bf16 && s != Scheme::f32) throw std::invalid_argument(type + " has no values");
-    if (w.scheme != Scheme::int8) check_scheme(s);
+    if (w.scheme != Scheme::int8 && w.scheme != Scheme::int4) check_scheme(s);
     check_cols(bytes.shape(1), int64_t{w.cols} * (s == Scheme::f32 ? 4 : 2));
     nb::gil_scoped_release release;
     return bitnet::fill_values(pool, w, first_row, n, s == Scheme::f32 ? DenseType::f32 : s == Scheme::f16 ? DenseType::f16 : DenseType::bf16, bytes.data());
@@ -148,7 +154,7 @@ const Kernels* kernels_named(const std::string& isa) {
 Linear make_integer(const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales) {
   if (scales.shape(0) != codes.shape(0)) throw std::invalid_argument("codes and scales differ in their rows");
   Scheme s = scheme_named(scheme);
-  if (s != Scheme::ternary && s != Scheme::int8) throw std::invalid_argument(scheme + " has no integer codes");
+  if (s >= Scheme::f16) throw std::invalid_argument(scheme + " has no integer codes");
   return repack_integer(s, codes.data(), scales.data(), to_int(codes.shape(0)), to_int(codes.shape(1)), to_int(scales.shape(1)));
 }
 
@@ -232,10 +238,11 @@ NB_MODULE(_native, m) {
            "windowed"_a, "activation_group"_a, "sub_norms"_a, "post_norms"_a, "qk_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
       .def("set_matrix", [](PyModel& self, const std::string& name, PyMatrix& matrix) {
              if (&matrix.pool != &self.model.pool || !matrix.w.rows) throw std::invalid_argument("a matrix of another model, or given away");
+             halve_scales(matrix.w);
              self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
            }, "name"_a, "matrix"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
-             self.model.set_linear(name, random_linear(scheme_named(scheme), rows, cols, n_groups, seed));
+             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
@@ -247,6 +254,12 @@ NB_MODULE(_native, m) {
                      if (group < 0 || group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
                      self.model.config.activation_group = group;
                    })
+      .def_prop_ro("profile", [](PyModel& self) {  // seconds of all forward passes since reset_profile
+        nb::dict d;
+        d["matmul_s"] = self.model.profile.matmul_s, d["attention_s"] = self.model.profile.attention_s, d["total_s"] = self.model.profile.total_s;
+        return d;
+      })
+      .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
@@ -272,7 +285,7 @@ NB_MODULE(_native, m) {
   }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a, "activation_group"_a = 0);
   m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> values, Matrix<float> x) {
     Scheme s = scheme_named(scheme);
-    if (s == Scheme::ternary || s == Scheme::int8 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
+    if (s < Scheme::f16 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
     Linear w = repack_dense(s, values.data(), to_int(values.shape(0)), to_int(values.shape(1)));
     if (int(x.shape(1)) != w.cols) throw std::invalid_argument("x and the weights differ in their inputs");
     ThreadPool pool(threads);

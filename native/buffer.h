@@ -24,11 +24,12 @@ class Buffer {
   }
 
   // At least n elements; what was there is lost and zeroed when it has to grow.
-  void reserve(size_t n) {
+  T* reserve(size_t n) {
     if (n > size_) {
       release();
       allocate(n);
     }
+    return data_;
   }
   T* data() { return data_; }
   const T* data() const { return data_; }

@@ -1,10 +1,24 @@
 #include "forward.h"
 
-#include <cstring>
+#include <chrono>
 
 namespace bitnet {
+namespace {
+// Adds the time that it lives to `seconds`.
+class Stopwatch {
+ public:
+  explicit Stopwatch(double& seconds) : seconds_(seconds), start_(std::chrono::steady_clock::now()) {}
+  ~Stopwatch() { seconds_ += std::chrono::duration<double>(std::chrono::steady_clock::now() - start_).count(); }
+  Stopwatch(const Stopwatch&) = delete;
+
+ private:
+  double& seconds_;
+  std::chrono::steady_clock::time_point start_;
+};
+}  // namespace
 
 bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, float* logits, const std::function<bool()>& interrupted) {
+  const std::lock_guard<std::mutex> alone(model.busy);  // the pool and the workspace serve one pass at a time
   const Config& c = model.config;
   const Kernels& k = *model.kernels;
   ThreadPool& pool = model.pool;
@@ -22,16 +36,31 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
   }
   const int n = int(tokens.size()), width = c.hidden_size, q_width = c.n_heads * c.head_dim, kv_width = c.n_kv_heads * c.head_dim;
 
-  Buffer<float> x(size_t(n) * width), h(size_t(n) * width);              // residual stream; its norm, or a layer's output
-  Buffer<float> q(size_t(n) * q_width), mixed(size_t(n) * q_width);      // queries; attention's result
-  Buffer<float> keys(size_t(n) * kv_width), values(size_t(n) * kv_width);
-  Buffer<float> gate(size_t(n) * c.ffn_size), up(size_t(n) * c.ffn_size);
-  Activations in(c.activation_group);
+  Workspace& m = model.workspace;
+  float *x = m.x.reserve(size_t(n) * width), *h = m.h.reserve(size_t(n) * width);
+  float *q = m.q.reserve(size_t(n) * q_width), *mixed = m.mixed.reserve(size_t(n) * q_width);
+  float *keys = m.keys.reserve(size_t(n) * kv_width), *values = m.values.reserve(size_t(n) * kv_width);
+  float *gate = m.gate.reserve(size_t(n) * c.ffn_size), *up = m.up.reserve(size_t(n) * c.ffn_size);
+  Activations& in = m.in;
+  in.set_step_group(c.activation_group);
 
-  auto norm_rows = [&](const float* from, const Buffer<float>& weight, int cols, float* to) {
-    pool.run(n, [&](int t, int) { k.rms_norm(from + int64_t{t} * cols, weight.data(), cols, c.norm_eps, to + int64_t{t} * cols); });
+  Profile& profile = model.profile;
+  const Stopwatch whole(profile.total_s);
+  auto multiply = [&](std::initializer_list<Product> products) {
+    if (products.begin()->w->integer()) in.quantize(k, pool, *products.begin()->w);
+    const Stopwatch watch(profile.matmul_s);
+    matmul(k, pool, products, in);
   };
-  auto add_to_stream = [&] { k.add(x.data(), h.data(), n * width); };
+  // h's rows through a norm (null: as they are) into the residual stream, and the stream through the next norm into h.
+  auto add_and_norm = [&](const Buffer<float>& of_h, const Buffer<float>* next) {
+    pool.run(n, [&](int t, int) {
+      float *row = x + int64_t{t} * width, *out = h + int64_t{t} * width;
+      if (c.post_norms) k.rms_norm(out, of_h.data(), width, c.norm_eps, out);
+      k.add(row, out, width);
+      if (next) k.rms_norm(row, next->data(), width, c.norm_eps, out);
+    });
+  };
+  const auto gated = c.activation == Activation::relu2 ? k.relu2_gate : c.activation == Activation::silu ? k.silu_gate : k.gelu_tanh_gate;
 
   std::vector<Rotation> rotations[2];  // of full and of windowed layers
   for (const Token& t : tokens) {
@@ -39,62 +68,64 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     if (model.rope_inverse_local.size()) rotations[1].emplace_back(model.rope_inverse_local.data(), c.head_dim, t.position, 1.0f);
   }
   pool.run(n, [&](int t, int) {
-    float* row = &x[size_t(t) * width];
+    float* row = x + int64_t{t} * width;
     dequantize_row(k, model.embedding, ids[t], row);
     if (c.embedding_scale != 1)
       for (int i = 0; i < width; i++) row[i] *= c.embedding_scale;
+    k.rms_norm(row, model.layers[0].attn_norm.data(), width, c.norm_eps, h + int64_t{t} * width);
   });
 
   for (int l = 0; l < c.n_layers; l++) {
     const Layer& layer = model.layers[l];
     // Attention
-    norm_rows(x.data(), layer.attn_norm, width, h.data());
-    in.set(h.data(), n, width);
-    matmul(k, pool, {{&layer.q, q.data()}, {&layer.k, keys.data()}, {&layer.v, values.data()}}, in);
+    in.set(h, n, width);
+    multiply({{&layer.q, q}, {&layer.k, keys}, {&layer.v, values}});
     if (interrupted()) return false;
     pool.run(n, [&](int t, int) {
+      float *queries = q + int64_t{t} * q_width, *key = keys + int64_t{t} * kv_width;
       if (c.qk_norms) {
-        for (float *head = &q[size_t(t) * q_width], *end = head + q_width; head < end; head += c.head_dim)
-          k.rms_norm(head, layer.q_norm.data(), c.head_dim, c.norm_eps, head);
-        for (float *head = &keys[size_t(t) * kv_width], *end = head + kv_width; head < end; head += c.head_dim)
-          k.rms_norm(head, layer.k_norm.data(), c.head_dim, c.norm_eps, head);
+        for (int i = 0; i < q_width; i += c.head_dim) k.rms_norm(queries + i, layer.q_norm.data(), c.head_dim, c.norm_eps, queries + i);
+        for (int i = 0; i < kv_width; i += c.head_dim) k.rms_norm(key + i, layer.k_norm.data(), c.head_dim, c.norm_eps, key + i);
       }
       const Rotation& rotation = rotations[layer.windowed][t];
-      rotation.apply(&q[size_t(t) * q_width], c.n_heads, c.rope_interleaved);
-      rotation.apply(&keys[size_t(t) * kv_width], c.n_kv_heads, c.rope_interleaved);
-      store_kv(k, c, l, tokens[t], &keys[size_t(t) * kv_width], &values[size_t(t) * kv_width]);
+      rotation.apply(k, queries, c.n_heads, c.rope_interleaved);
+      rotation.apply(k, key, c.n_kv_heads, c.rope_interleaved);
+      store_kv(k, c, l, tokens[t], key, values + int64_t{t} * kv_width);
     });
-    attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q.data(), mixed.data());
-    if (c.sub_norms) norm_rows(mixed.data(), layer.attn_sub_norm, q_width, mixed.data());
-    in.set(mixed.data(), n, q_width);
-    matmul(k, pool, layer.o, in, h.data());
-    if (c.post_norms) norm_rows(h.data(), layer.post_attn_norm, width, h.data());
-    add_to_stream();
+    {
+      const Stopwatch watch(profile.attention_s);
+      attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q, m.scores, mixed);
+    }
+    if (c.sub_norms)
+      pool.run(n, [&](int t, int) {
+        float* row = mixed + int64_t{t} * q_width;
+        k.rms_norm(row, layer.attn_sub_norm.data(), q_width, c.norm_eps, row);
+      });
+    in.set(mixed, n, q_width);
+    multiply({{&layer.o, h}});
+    add_and_norm(layer.post_attn_norm, &layer.ffn_norm);
     if (interrupted()) return false;
 
     // Feed-forward
-    norm_rows(x.data(), layer.ffn_norm, width, h.data());
-    in.set(h.data(), n, width);
-    matmul(k, pool, {{&layer.gate, gate.data()}, {&layer.up, up.data()}}, in);
+    in.set(h, n, width);
+    multiply({{&layer.gate, gate}, {&layer.up, up}});
     if (interrupted()) return false;
-    const auto gated = c.activation == Activation::relu2 ? k.relu2_gate : c.activation == Activation::silu ? k.silu_gate : k.gelu_tanh_gate;
     pool.run(n, [&](int t, int) {
-      float* g = &gate[size_t(t) * c.ffn_size];
-      gated(g, &up[size_t(t) * c.ffn_size], c.ffn_size, g);
+      float* g = gate + int64_t{t} * c.ffn_size;
+      gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
+      if (c.sub_norms) k.rms_norm(g, layer.ffn_sub_norm.data(), c.ffn_size, c.norm_eps, g);
     });
-    if (c.sub_norms) norm_rows(gate.data(), layer.ffn_sub_norm, c.ffn_size, gate.data());
-    in.set(gate.data(), n, c.ffn_size);
-    matmul(k, pool, layer.down, in, h.data());
-    if (c.post_norms) norm_rows(h.data(), layer.post_ffn_norm, width, h.data());
-    add_to_stream();
+    in.set(gate, n, c.ffn_size);
+    multiply({{&layer.down, h}});
+    add_and_norm(layer.post_ffn_norm, l + 1 < c.n_layers ? &model.layers[l + 1].attn_norm : nullptr);
     if (interrupted()) return false;
   }
 
   const int n_wanted = int(wanted.size());
   for (int i = 0; i < n_wanted; i++)
-    k.rms_norm(&x[size_t(wanted[i]) * width], model.final_norm.data(), width, c.norm_eps, &h[size_t(i) * width]);
-  in.set(h.data(), n_wanted, width);
-  matmul(k, pool, model.output(), in, logits);
+    k.rms_norm(x + int64_t{wanted[i]} * width, model.final_norm.data(), width, c.norm_eps, h + int64_t{i} * width);
+  in.set(h, n_wanted, width);
+  multiply({{&model.output(), logits}});
   for (const Span& span : batch) span.cache->set_length(span.cache->length() + span.n_tokens);
   return true;
 }

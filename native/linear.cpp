@@ -10,19 +10,21 @@ namespace bitnet {
 namespace {
 
 constexpr int kMaxCols = 65536;  // the bound of the int32 accumulators, see kernels.h
-constexpr int kSlack = 1024;  // bytes after the last panel that a step of 64 inputs may read, and multiply by zero
 
 Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
   if (rows < 1 || cols < 1 || cols > kMaxCols) throw std::invalid_argument("a matrix needs 1 or more rows and 1 to 65536 columns");
   Linear w;
   w.scheme = scheme, w.rows = rows, w.cols = cols;
   if (w.integer()) {
-    w.padded_cols = round_up(cols, inputs_per_vector(scheme));
-    w.group = n_groups == 1 ? w.padded_cols : round_up((cols + n_groups - 1) / n_groups, 16);
+    const int per_vector = layout(scheme).inputs();
+    w.group = n_groups == 1 ? cols : round_up((cols + n_groups - 1) / n_groups, 16);
     if (n_groups < 1 || (cols + w.group - 1) / w.group != n_groups)
       throw std::invalid_argument("groups must be equal runs of inputs, a multiple of 16 long");
     w.n_groups = n_groups;
-    w.panel_bytes = int64_t{64} * (w.padded_cols / inputs_per_vector(scheme));
+    w.group_vectors = (w.group + per_vector - 1) / per_vector;
+    const int last = cols - (n_groups - 1) * w.group, last_vectors = (last + per_vector - 1) / per_vector;
+    w.padded_cols = (n_groups - 1) * w.group + last_vectors * per_vector;
+    w.panel_bytes = int64_t{64} * ((n_groups - 1) * w.group_vectors + last_vectors);
     w.scales = Buffer<float>(size_t(w.n_panels()) * n_groups * kPanelRows);
   } else {
     w.padded_cols = round_up(cols, 4);
@@ -32,37 +34,54 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
   return w;
 }
 
-// Calls visit(col, byte, shift) for every fourth column of a row of an integer matrix: the codes of col..col+3 lie in the
-// four bytes from `byte`, at bits shift and up.
+// Calls visit(col, byte, factor) for every fourth column of a row of an integer matrix: the codes of col..col+3 lie in the four bytes
+// from `byte`, each as code * factor.
 template <typename Visit>
 void for_each_quad(const Linear& w, int row, Visit visit) {
+  const CodeLayout codes = layout(w.scheme);
   int64_t byte = row / kPanelRows * w.panel_bytes + 4 * (row % kPanelRows);
-  if (w.scheme == Scheme::int8) {
-    for (int col = 0; col < w.cols; col += 4, byte += 64) visit(col, byte, 0);
-  } else {
-    for (int col = 0; col < w.cols; col += 4) visit(col, byte + 64 * int64_t(col / kTwoBitInputs), col / 2 % 8);
+  for (int first = 0; first < w.cols; first += w.group, byte += int64_t{64} * w.group_vectors) {
+    int64_t at = byte;
+    for (int col = first, end = std::min(w.cols, first + w.group); col < end; at += 64)
+      for (int s = 0, factor = 1; s < codes.tiles && col < end; s++, factor *= codes.base, col += 4) visit(col, at, factor);
   }
 }
 }  // namespace
 
+void halve_scales(Linear& w) {
+  if (w.n_groups == 1) return;
+  const int n = int(std::min<size_t>(w.scales.size(), 1 << 20));  // pieces: the kernels count in int
+  Buffer<uint16_t> halves(w.scales.size());
+  std::vector<float> back(n);
+  for (size_t at = 0; at < w.scales.size(); at += n) {
+    const int here = int(std::min<size_t>(n, w.scales.size() - at));
+    kScalar.store_f16(&w.scales[at], here, &halves[at]);
+    kScalar.load_f16(&halves[at], here, back.data());
+    if (std::memcmp(back.data(), &w.scales[at], here * sizeof(float))) return;
+  }
+  w.half_scales = std::move(halves);
+  w.scales = Buffer<float>();
+}
+
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
   Linear w = shaped(scheme, rows, cols, n_groups);
-  const unsigned bias = code_bias(scheme), top = scheme == Scheme::ternary ? 2 : 255;
+  const unsigned bias = layout(scheme).bias, top = layout(scheme).top;
   uint8_t* packed = w.panels.data();
   for (int r = 0; r < rows; r++) {
     const int8_t* row = codes + int64_t{r} * cols;
     unsigned largest = 0;
-    for_each_quad(w, r, [&](int col, int64_t byte, int shift) {
+    for_each_quad(w, r, [&](int col, int64_t byte, int factor) {
       for (int i = 0; i < std::min(4, cols - col); i++) {
         const unsigned code = unsigned(row[col + i]) + bias;  // below -bias wraps to a large one
         largest = std::max(largest, code);
-        packed[byte + i] = uint8_t(packed[byte + i] | code << shift);
+        packed[byte + i] = uint8_t(packed[byte + i] + code * factor);
       }
     });
-    if (largest > top) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
+    if (largest > top) throw std::invalid_argument(w.ternary() ? "a ternary weight is none of -1, 0, +1" : "an int4 weight is not in -8 to 7");
     for (int g = 0; g < n_groups; g++)
       w.scales[(size_t(r / kPanelRows) * n_groups + g) * kPanelRows + r % kPanelRows] = scales[int64_t{r} * n_groups + g];
   }
+  halve_scales(w);
   return w;
 }
 
@@ -79,12 +98,38 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
 
 Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups) { return shaped(scheme, rows, cols, n_groups); }
 
-Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed) {
+Linear repack_base3(const Kernels& k, Linear two_bit) {
+  Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups);
+  const int most_tiles = std::max(two_bit.group_vectors * 4, w.group_vectors * 5);
+  Buffer<uint8_t> tiles(size_t(most_tiles) * 64);
+  const int64_t last = two_bit.panel_bytes / 64 - int64_t{two_bit.n_groups - 1} * two_bit.group_vectors;
+  const int64_t last3 = w.panel_bytes / 64 - int64_t{w.n_groups - 1} * w.group_vectors;
+  for (int p = 0; p < w.n_panels(); p++)
+    for (int g = 0; g < w.n_groups; g++) {
+      const bool ends = g + 1 == w.n_groups;
+      const int64_t n2 = ends ? last : two_bit.group_vectors, n3 = ends ? last3 : w.group_vectors;
+      std::memset(tiles.data(), 0, tiles.size());
+      k.unpack_t2(two_bit.panels.data() + p * two_bit.panel_bytes + int64_t{64} * g * two_bit.group_vectors, n2, tiles.data());
+      uint8_t* to = w.panels.data() + p * w.panel_bytes + int64_t{64} * g * w.group_vectors;
+      for (int64_t v = 0; v < n3; v++, to += 64) {
+        const uint8_t* from = tiles.data() + 320 * v;
+        for (int i = 0; i < 64; i++) to[i] = uint8_t(from[i] + 3 * from[64 + i] + 9 * from[128 + i] + 27 * from[192 + i] + 81 * from[256 + i]);
+      }
+    }
+  w.scales = std::move(two_bit.scales), w.half_scales = std::move(two_bit.half_scales), w.bias = std::move(two_bit.bias);
+  return w;
+}
+
+Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed) {
+  if (scheme == Scheme::ternary_base3) return repack_base3(k, random_linear(k, Scheme::ternary, rows, cols, n_groups, seed));
   Linear w = shaped(scheme, rows, cols, n_groups);
   uint64_t state = seed * 2 + 1;
   auto next = [&state] { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 32; };
-  const float scale = 1.0f / std::sqrt(float(cols));
-  for (size_t i = 0; i < w.scales.size(); i++) w.scales[i] = scheme == Scheme::ternary ? scale : scale / 64;
+  float scale = 1.0f / std::sqrt(float(cols));
+  if (scheme == Scheme::int4) scale /= 4;
+  if (scheme == Scheme::int8) scale /= 64;
+  if (n_groups > 1) scale = std::ldexp(1.0f, std::ilogb(scale));  // one of f16's
+  for (size_t i = 0; i < w.scales.size(); i++) w.scales[i] = scale;
   const size_t bytes = w.panels.size();
   if (scheme == Scheme::ternary) {
     for (size_t i = 0; i < bytes; i += 4) {  // four codes of 0..2 a byte: the low bit of each pair only where the high one is clear
@@ -92,7 +137,7 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
       r = high | low;
       std::memcpy(w.panels.data() + i, &r, 4);
     }
-  } else if (scheme == Scheme::int8) {
+  } else if (w.integer()) {
     for (size_t i = 0; i < bytes; i += 4) {
       const uint32_t r = uint32_t(next());
       std::memcpy(w.panels.data() + i, &r, 4);
@@ -107,16 +152,27 @@ Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t s
       std::memcpy(w.panels.data() + i, &r, 4);
     }
   }
+  halve_scales(w);
   return w;
 }
 
 void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
   if (w.integer()) {
-    const int bias = code_bias(w.scheme), mask = w.scheme == Scheme::ternary ? 3 : 255;
-    const float* scales = &w.scales[size_t(row / kPanelRows) * w.n_groups * kPanelRows + row % kPanelRows];
-    for_each_quad(w, row, [&](int col, int64_t byte, int shift) {
-      const float scale = scales[col / w.group * kPanelRows];
-      for (int i = 0; i < std::min(4, w.cols - col); i++) out[col + i] = float((w.panels[byte + i] >> shift & mask) - bias) * scale;
+    const CodeLayout codes = layout(w.scheme);
+    const int64_t scales = int64_t{row / kPanelRows} * w.n_groups * kPanelRows + row % kPanelRows;
+    std::vector<float> scale(w.n_groups);
+    for (int g = 0; g < w.n_groups; g++) {
+      if (w.scales.size()) {
+        scale[g] = w.scales[scales + int64_t{g} * kPanelRows];
+      } else {
+        float wide[kPanelRows];
+        k.load_f16(&w.half_scales[scales - row % kPanelRows + int64_t{g} * kPanelRows], kPanelRows, wide);
+        scale[g] = wide[row % kPanelRows];
+      }
+    }
+    for_each_quad(w, row, [&](int col, int64_t byte, int factor) {
+      for (int i = 0; i < std::min(4, w.cols - col); i++)
+        out[col + i] = float(w.panels[byte + i] / factor % codes.base - codes.bias) * scale[col / w.group];
     });
     return;
   }
@@ -127,8 +183,7 @@ void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
     std::vector<uint16_t> halves(padded);
     std::vector<float> wide(padded);
     for (int c = 0; c < w.cols; c++) std::memcpy(&halves[c], from + c * kPanelRows * size, size);
-    const float one = 1;
-    k.weigh_f16(&one, 1, 1, halves.data(), 1, padded, wide.data());  // 0 + 1 * half
+    k.load_f16(halves.data(), padded, wide.data());
     std::copy_n(wide.begin(), w.cols, out);
     return;
   }

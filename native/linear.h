@@ -7,36 +7,59 @@
 
 namespace bitnet {
 
-enum class Scheme { ternary, int8, f16, bf16, f32 };
+// ternary and ternary_base3 hold the same weights, in 2 and in 1.6 bits.
+enum class Scheme { ternary, ternary_base3, int4, int8, f16, bf16, f32 };
 
 inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
-inline int inputs_per_vector(Scheme s) { return s == Scheme::ternary ? kTwoBitInputs : kInt8Inputs; }
-inline int code_bias(Scheme s) { return s == Scheme::ternary ? 1 : 128; }  // code = weight + bias
+
+// How the codes of a scheme lie in a vector of 64 bytes (kernels.h).
+struct CodeLayout {
+  int tiles;  // of 4 inputs, per vector
+  int base;   // byte = sum of code_s * base^s over the tiles s
+  int bias;   // code = weight + bias
+  int top;    // largest code
+  int inputs() const { return 4 * tiles; }
+};
+inline CodeLayout layout(Scheme s) {
+  if (s == Scheme::ternary) return {4, 4, 1, 2};
+  if (s == Scheme::ternary_base3) return {5, 3, 1, 2};
+  if (s == Scheme::int4) return {2, 16, 8, 15};
+  return {1, 256, 128, 255};
+}
 
 struct Linear {
   Scheme scheme = Scheme::f32;
-  int rows = 0, cols = 0;      // outputs, inputs
-  int padded_cols = 0;         // a multiple of the inputs in one vector of the scheme
-  int group = 0;               // inputs that share a scale: a multiple of 16, or padded_cols
-  int n_groups = 0;
+  int rows = 0, cols = 0;        // outputs, inputs
+  int padded_cols = 0;           // dense: a multiple of 4; integer: as many inputs as all vectors of all groups hold, less those between groups
+  int group = 0;                 // inputs that share a scale: a multiple of 16, or cols
+  int n_groups = 0, group_vectors = 0;  // vectors per group
   int64_t panel_bytes = 0;
-  Buffer<uint8_t> panels;      // [ceil(rows/16), panel_bytes]
-  Buffer<float> scales;        // [ceil(rows/16), n_groups, 16], integer schemes only
-  Buffer<float> bias;          // [rows], added to the product; usually empty
+  Buffer<uint8_t> panels;        // [ceil(rows/16), panel_bytes]
+  Buffer<float> scales;          // [ceil(rows/16), n_groups, 16], integer schemes only;
+  Buffer<uint16_t> half_scales;  // instead, if there are several groups and every scale is one of f16
+  Buffer<float> bias;            // [rows], added to the product; usually empty
 
-  bool integer() const { return scheme == Scheme::ternary || scheme == Scheme::int8; }
+  bool integer() const { return scheme < Scheme::f16; }
+  bool ternary() const { return scheme == Scheme::ternary || scheme == Scheme::ternary_base3; }
   int n_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
-  int64_t bytes() const { return n_panels() * (panel_bytes + (integer() ? int64_t{64} * n_groups : 0)); }
+  int64_t bytes() const { return n_panels() * (panel_bytes + (integer() ? int64_t{scales.size() ? 64 : 32} * n_groups : 0)); }
+  IntegerMatrix view() const {
+    return {panels.data(), panel_bytes, scales.size() ? scales.data() : nullptr, half_scales.data(), n_groups, rows, layout(scheme).bias};
+  }
 };
 
-// codes [rows, cols]: trits in {-1, 0, 1}, or int8; scales [rows, n_groups]. Throws std::invalid_argument.
+// codes [rows, cols]: trits in {-1, 0, 1}, or int4 in [-8, 7], or int8; scales [rows, n_groups]. Throws std::invalid_argument.
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
 // A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
 Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups);
+// Several scales a row take half the memory wherever f16 holds them exactly: to be called when all are there.
+void halve_scales(Linear& w);
+// The same weights from two-bit codes to base-3.
+Linear repack_base3(const Kernels& k, Linear two_bit);
 // Random trits or codes and scales near 1 / sqrt(cols), made in place: shapes for benchmarks without a file.
-Linear random_linear(Scheme scheme, int rows, int cols, int n_groups, uint64_t seed);
+Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed);
 
 // Row `row` as float32 [cols].
 void dequantize_row(const Kernels& k, const Linear& w, int row, float* out);

@@ -9,37 +9,33 @@
 
 namespace bitnet {
 
-// A run of inputs over which both the weights' scale and the activations' step are constant.
-struct Run {
-  int first, inputs;  // inputs: a multiple of 16, or up to the padded end
-  int weight_group, step_group;
-};
-
 // A batch of rows, quantized when the first integer matrix asks and then kept for the next one.
 class Activations {
  public:
-  explicit Activations(int step_group = 0) : step_group_(step_group) {}  // inputs that share a step; 0: all of a token's
-  void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, padded_cols_ = 0; }
+  // step_group: inputs that share a step; 0: all of a token's.
+  explicit Activations(int step_group = 0) : step_group_(step_group) {}
+  void set_step_group(int inputs) { step_group_ = inputs, stride_ = 0; }
+  void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, group_ = 0; }
   int n_tokens() const { return n_; }
   int cols() const { return cols_; }
   void quantize(const Kernels& k, ThreadPool& pool, const Linear& w);
   const float* dense(int padded);  // rows of `padded` floats
 
-  const int8_t* q() const { return q_.data(); }           // [n, stride]
-  int64_t stride() const { return stride_; }              // a multiple of 64, zero-padded
-  bool grouped() const { return step_group_ > 0; }
-  int n_steps() const { return n_steps_; }                // per token
-  const float* step() const { return step_.data(); }      // [n, n_steps]
-  const std::vector<Run>& runs() const { return runs_; }  // of the matrix that last asked
-  const int32_t* run_sums() const { return sums_.data(); }  // [n, runs], sums of q
+  // As the matrix that last asked needs them, of tokens [first, first + n).
+  QuantizedRows rows(int first, int n) const {
+    return {q_.data() + first * stride_, stride_, runs_.data(), int(runs_.size()), sums_.data() + int64_t{first} * runs_.size(),
+            step_.data() + int64_t{first} * n_steps_, n_steps_, step_group_ > 0, n};
+  }
 
  private:
   const float* x_ = nullptr;
-  int n_ = 0, cols_ = 0, step_group_ = 0, n_steps_ = 1, weight_group_ = 0, padded_cols_ = 0;
+  int n_ = 0, cols_ = 0, step_group_ = 0, n_steps_ = 1;
+  int group_ = 0;  // of the weights that runs_ are for, with their group_vectors_
+  int group_vectors_ = 0, inputs_per_vector_ = 0;
   int64_t stride_ = 0;
-  Buffer<int8_t> q_;
+  Buffer<int8_t> q_;           // [n, stride], zero-padded
   Buffer<float> step_, padded_;
-  Buffer<int32_t> sums_;
+  Buffer<int32_t> sums_;       // [n, runs]
   std::vector<Run> runs_;
 };
 

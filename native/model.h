@@ -1,6 +1,7 @@
 // The weights of one model and what runs them. Filled by name, then checked once, before the first forward.
 #pragma once
 #include <map>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -18,6 +19,21 @@ struct Layer {
   bool windowed = false;                      // sees config.sliding_window positions, and rotates by rope_inverse_local
 };
 
+// What a forward pass works in; kept, because the system clears fresh memory.
+struct Workspace {
+  Buffer<float> x, h;           // [n, hidden_size]: residual stream; its norm, or a layer's output
+  Buffer<float> q, mixed;       // [n, n_heads * head_dim]: queries; attention's result
+  Buffer<float> keys, values;   // [n, n_kv_heads * head_dim]
+  Buffer<float> gate, up;       // [n, ffn_size]
+  Buffer<float> scores;         // attention's
+  Activations in;
+};
+
+// Where the time of all forward passes went, in seconds.
+struct Profile {
+  double matmul_s = 0, attention_s = 0, total_s = 0;
+};
+
 struct Model {
   // windowed [n_layers]: which layers see only config.sliding_window positions.
   Model(const Config& config, const std::vector<bool>& windowed, int n_threads, const Kernels* kernels);
@@ -30,6 +46,9 @@ struct Model {
   Buffer<float> final_norm;   // [hidden_size]
   Buffer<float> rope_inverse, rope_inverse_local;  // [head_dim / 2], radians per position; of full and of windowed layers
   std::vector<Layer> layers;
+  Workspace workspace;
+  Profile profile;
+  std::mutex busy;
 
   // Names: embedding, head, and layers.N.{q,k,v,o,gate,up,down}; for vectors final_norm, rope_inverse, rope_inverse_local,
   // layers.N.{attn,ffn,attn_sub,ffn_sub,post_attn,post_ffn,q,k}_norm, and layers.N.{q,k,v,o,gate,up,down}_bias, which may

@@ -42,39 +42,53 @@ inline void transpose_words(const uint8_t* from, int64_t stride, Words out[4]) {
   out[0] = low_pair(ab0, cd0), out[1] = high_pair(ab0, cd0), out[2] = low_pair(ab1, cd1), out[3] = high_pair(ab1, cd1);
 }
 
-// The one place that knows how a scheme lays out its codes; to a new one belong a case here and its inputs a divisor of kBlock.
-// Codes [16, kBlock], n columns, zero up to a multiple of 16, into the vectors of a panel from `to` on.
-void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
-  Words t[4];
-  if (scheme == Scheme::ternary) {
-    for (int c = 0; c < n; c += kTwoBitInputs, to += 64)
-      for (int g = 0; g < 4; g++) {
-        transpose_words(codes + 4 * g * kBlock + c, kBlock, t);
-        store(to + 16 * g, t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6);
-      }
-    return;
-  }
-  for (int c = 0; c < n; c += 16, to += 256)
+// Codes [16, kBlock], n columns from the first of a vector on, into the vectors of a panel from `to` on.
+template <int kTiles, int kBase>
+void pack(const uint8_t* codes, int n, uint8_t* to) {
+  constexpr int kInputs = 4 * kTiles, kColumns = kTiles == 5 ? 80 : 16, kVectors = kColumns / kInputs;
+  for (int c = 0; c < n; c += kColumns, to += 64 * kVectors)
     for (int g = 0; g < 4; g++) {
-      transpose_words(codes + 4 * g * kBlock + c, kBlock, t);
-      for (int s = 0; s < std::min(4, (n - c + 3) / 4); s++) store(to + 64 * s + 16 * g, t[s]);
+      Words t[kColumns / 4];
+      for (int i = 0; i < kColumns / 16; i++) transpose_words(codes + 4 * g * kBlock + c + 16 * i, kBlock, t + 4 * i);
+      for (int v = 0; v < std::min(kVectors, (n - c + kInputs - 1) / kInputs); v++) {
+        Bytes sum = (Bytes)t[v * kTiles + kTiles - 1];
+        for (int s = kTiles - 2; s >= 0; s--) {
+          if constexpr (kBase == 3) sum = sum + sum + sum;
+          else sum = (Bytes)((Words)sum * kBase);  // no code reaches into its neighbour's byte
+          sum += (Bytes)t[v * kTiles + s];
+        }
+        store(to + 64 * v + 16 * g, sum);
+      }
     }
 }
+constexpr int kPackColumns = 80;  // a multiple of every kColumns
 
-// decode(row, first, n, out) gives n codes of a row from column `first` on, a multiple of kBlock.
+void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
+  if (scheme == Scheme::ternary) pack<4, 4>(codes, n, to);
+  else if (scheme == Scheme::ternary_base3) pack<5, 3>(codes, n, to);
+  else if (scheme == Scheme::int4) pack<2, 16>(codes, n, to);
+  else pack<1, 256>(codes, n, to);
+}
+
+// decode(row, first, n, out) gives n codes of a row from column `first` on, a multiple of kBlock after the beginning of a group.
 template <typename Decode>
 void fill_panel(Linear& w, int panel, const Decode& decode) {
   alignas(64) uint8_t codes[kPanelRows * kBlock];
-  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0), inputs = layout(w.scheme).inputs();
   if (n_rows < kPanelRows) std::memset(codes + n_rows * kBlock, 0, (kPanelRows - n_rows) * kBlock);
   uint8_t* to = w.panels.data() + panel * w.panel_bytes;
-  for (int first = 0; first < w.cols; first += kBlock) {
-    const int n = std::min(kBlock, w.cols - first), padded = round_up(n, 16);
-    for (int r = 0; r < n_rows; r++) {
-      decode(row0 + r, first, n, codes + r * kBlock);
-      std::memset(codes + r * kBlock + n, 0, padded - n);
+  const bool in_one = w.group % inputs == 0;  // no group leaves a part of its last vector empty
+  const int run = in_one ? w.cols : w.group;
+  for (int begin = 0; begin < w.cols; begin += run, to += int64_t{64} * w.group_vectors) {
+    const int end = std::min(w.cols, begin + run);
+    for (int first = begin; first < end; first += kBlock) {
+      const int n = std::min(kBlock, end - first), padded = std::min(kBlock, round_up(n, kPackColumns));
+      for (int r = 0; r < n_rows; r++) {
+        decode(row0 + r, first, n, codes + r * kBlock);
+        std::memset(codes + r * kBlock + n, 0, padded - n);
+      }
+      pack(w.scheme, codes, n, to + int64_t{64} * ((first - begin) / inputs));
     }
-    pack(w.scheme, codes, n, to + int64_t{64} * (first / inputs_per_vector(w.scheme)));
   }
 }
 
@@ -152,14 +166,13 @@ typename Type::Bits absmax_bits(const uint8_t* values, int n) {
   return Bits(most);
 }
 
-float largest_code(Scheme) { return 127; }  // of the one scheme that values are quantized into
-
-// out = clip(round half to even(value * inverse), -top, top) + bias
-template <typename Type>
-void quantize_run(const uint8_t* values, int n, float inverse, float top, int bias, uint8_t* out) {
-  if (!std::isfinite(inverse)) {  // a scale below 2^-128: every value but zero is beyond the top
+// out = clip(round half to even(value / scale), -top, top) + bias, 0 for a scale of 0; int8 multiplies by the reciprocal instead.
+template <typename Type, bool kReciprocal>
+void quantize_run(const uint8_t* values, int n, float scale, float top, int bias, uint8_t* out) {
+  const float inverse = scale > 0 ? 1 / scale : 0.0f;
+  if (scale == 0 || (kReciprocal && !std::isfinite(inverse))) {  // below 2^-128: every value but zero is beyond the top
     for (int i = 0; i < n; i++) {
-      const float v = Type::widen(bits_at<Type>(values, i));
+      const float v = scale == 0 ? 0.0f : Type::widen(bits_at<Type>(values, i));
       out[i] = uint8_t((v > 0 ? int(top) : v < 0 ? -int(top) : 0) + bias);
     }
     return;
@@ -167,18 +180,31 @@ void quantize_run(const uint8_t* values, int n, float inverse, float top, int bi
   constexpr float kMagic = 0x1.8p23f;  // x + magic has no bits for a fraction, and the sum rounds half to even
   const int32_t base = std::bit_cast<int32_t>(kMagic) - bias;
   for (int i = 0; i < n; i++) {
-    float x = Type::widen(bits_at<Type>(values, i)) * inverse;
+    const float v = Type::widen(bits_at<Type>(values, i));
+    float x = kReciprocal ? v * inverse : v / scale;
     x = x < top ? x : top;
     x = x > -top ? x : -top;
     out[i] = uint8_t(std::bit_cast<int32_t>(x + kMagic) - base);
   }
 }
 
+// To the nearest that f16 holds; false where that is infinity. n is a multiple of 16.
+bool round_to_f16(float* scales, int n) {
+  uint16_t halves[kPanelRows];
+  bool finite = true;
+  for (int i = 0; i < n; i += kPanelRows) {
+    kScalar.store_f16(scales + i, kPanelRows, halves);
+    kScalar.load_f16(halves, kPanelRows, scales + i);
+    for (int r = 0; r < kPanelRows; r++) finite &= halves[r] < F16::kInfinity;
+  }
+  return finite;
+}
+
 template <typename Type>
 bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
-  const float top = largest_code(w.scheme);
+  const float top = float(layout(w.scheme).top - layout(w.scheme).bias);
   const int64_t row_bytes = int64_t{w.cols} * sizeof(typename Type::Bits);
-  const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows, bias = code_bias(w.scheme);
+  const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows, bias = layout(w.scheme).bias;
   Flag infinite;
   pool.run(n, [&](int i, int) {
     const int panel = first + i;
@@ -190,12 +216,14 @@ bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const
         if (most >= Type::kInfinity) return infinite.set_if(true);
         scales[g * kPanelRows + r % kPanelRows] = Type::widen(most) / top;
       }
+    if (w.scheme == Scheme::int4 && !round_to_f16(scales, w.n_groups * kPanelRows)) return infinite.set_if(true);
     fill_panel(w, panel, [&](int r, int from, int count, uint8_t* out) {
       const uint8_t* row = values + (r - first_row) * row_bytes;
       for (int c = from, next; c < from + count; c = next) {
         next = std::min(from + count, (c / w.group + 1) * w.group);
         const float scale = scales[c / w.group * kPanelRows + r % kPanelRows];
-        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale > 0 ? 1 / scale : 0.0f, top, bias, out + c - from);
+        const auto quantize = w.scheme == Scheme::int8 ? quantize_run<Type, true> : quantize_run<Type, false>;
+        quantize(row + c * sizeof(typename Type::Bits), next - c, scale, top, bias, out + c - from);
       }
     });
   }, worth_sharing(w, n));
@@ -265,7 +293,7 @@ bool copy_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uin
 
 template <typename Type>
 bool fill_typed(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
-  return w.scheme == Scheme::int8 ? quantize_rows<Type>(pool, w, first_row, n_rows, values) : copy_rows<Type>(pool, w, first_row, n_rows, values);
+  return w.integer() ? quantize_rows<Type>(pool, w, first_row, n_rows, values) : copy_rows<Type>(pool, w, first_row, n_rows, values);
 }
 }  // namespace
 
@@ -286,15 +314,16 @@ void set_scales(Linear& w, int first_row, int n_rows, const float* scales) {
 }
 
 void fill_codes(ThreadPool& pool, Linear& w, int first_row, int n_rows, const int8_t* codes) {
-  const unsigned bias = code_bias(w.scheme);
+  const CodeLayout code = layout(w.scheme);
+  const unsigned bias = code.bias;
   Flag wrong;
   fill_panels(pool, w, first_row, n_rows, [&](int row, int first, int n, uint8_t* out) {
     const int8_t* from = codes + int64_t{row - first_row} * w.cols + first;
     uint8_t most = 0;
     for (int i = 0; i < n; i++) out[i] = uint8_t(from[i] + bias), most = std::max(most, out[i]);  // below -bias wraps to a large one
-    wrong.set_if(w.scheme == Scheme::ternary && most > 2);
+    wrong.set_if(most > code.top);
   });
-  if (wrong.raised()) throw std::invalid_argument("a ternary weight is none of -1, 0, +1");
+  if (wrong.raised()) throw std::invalid_argument(w.ternary() ? "a ternary weight is none of -1, 0, +1" : "an int4 weight is not in -8 to 7");
 }
 
 bool fill_banded(ThreadPool& pool, Linear& w, const uint8_t* bytes) {

@@ -1,4 +1,4 @@
-// AVX2 and F16C: most x86 machines since 2013.
+// AVX2, FMA and F16C: most x86 machines since 2013.
 #include <immintrin.h>
 
 #include "kernels.h"
@@ -17,64 +17,121 @@ static inline __attribute__((always_inline)) void store_f16(v16 v, uint16_t* p) 
   _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.half[0], _MM_FROUND_TO_NEAREST_INT));
   _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.half[1], _MM_FROUND_TO_NEAREST_INT));
 }
+static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
+  union U { v16 all; __m256 half[2]; } x = {a}, y = {b}, z = {c};
+  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
+  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
+  return z.all;
+}
+constexpr int kSums = 4;  // of two registers each
 
 static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
 
-// maddubs adds two products of at most 2 * 128 into an int16, four of those are added before widening: at most 2,048.
-template <int T>
-static inline void t2_block(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int32_t* out) {
-  const __m256i three = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
-  for (int half = 0; half < 2; half++) {
-    __m256i acc[T];
-    for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_si256();
-    for (int64_t v = 0; v < n_vectors; v++) {
-      __m256i packed = _mm256_loadu_si256((const __m256i*)(panel + 64 * v + 32 * half));
-      __m256i c0 = _mm256_and_si256(packed, three), c1 = _mm256_and_si256(_mm256_srli_epi16(packed, 2), three);
-      __m256i c2 = _mm256_and_si256(_mm256_srli_epi16(packed, 4), three), c3 = _mm256_and_si256(_mm256_srli_epi16(packed, 6), three);
-      for (int t = 0; t < T; t++) {
-        const int8_t* xt = x + t * x_stride + 16 * v;
-        __m256i low = _mm256_add_epi16(_mm256_maddubs_epi16(c0, broadcast4(xt)), _mm256_maddubs_epi16(c1, broadcast4(xt + 4)));
-        __m256i high = _mm256_add_epi16(_mm256_maddubs_epi16(c2, broadcast4(xt + 8)), _mm256_maddubs_epi16(c3, broadcast4(xt + 12)));
-        acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(_mm256_add_epi16(low, high), ones));
-      }
-    }
-    for (int t = 0; t < T; t++) _mm256_storeu_si256((__m256i*)(out + 16 * t + 8 * half), acc[t]);
-  }
-}
-
-// Codes up to 255 would saturate maddubs, so both sides are widened to int16: row r's four products are in one 64-bit lane.
-template <int T>
-static inline void i8_block(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int32_t* out) {
-  for (int quarter = 0; quarter < 4; quarter++) {
-    __m256i acc[T];
-    for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_si256();
-    for (int64_t v = 0; v < n_vectors; v++) {
-      __m256i w = _mm256_cvtepu8_epi16(_mm_loadu_si128((const __m128i*)(panel + 64 * v + 16 * quarter)));
-      for (int t = 0; t < T; t++) {
-        __m128i x4 = _mm_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)(x + t * x_stride + 4 * v));
-        acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(w, _mm256_cvtepi8_epi16(x4)));
-      }
-    }
-    for (int t = 0; t < T; t++) {
-      __m128i pairs = _mm_hadd_epi32(_mm256_castsi256_si128(acc[t]), _mm256_extracti128_si256(acc[t], 1));
-      _mm_storeu_si128((__m128i*)(out + 16 * t + 4 * quarter), pairs);
-    }
-  }
-}
-
-#define BITNET_TOKEN_BLOCKS(function, block)                                                                                       \
-  static void function(const uint8_t* panel, int64_t n, const int8_t* x, int64_t stride, int n_tokens, int32_t* out) {             \
-    int t = 0;                                                                                                                     \
-    for (; t + 4 <= n_tokens; t += 4) block<4>(panel, n, x + t * stride, stride, out + 16 * t);                                    \
-    for (; t < n_tokens; t++) block<1>(panel, n, x + t * stride, stride, out + 16 * t);                                            \
-  }
-BITNET_TOKEN_BLOCKS(dot_t2_i8, t2_block)
-BITNET_TOKEN_BLOCKS(dot_i8_i8, i8_block)
-constexpr bitnet::GemmInteger gemm_u8_i8 = nullptr;  // many tokens go through dot_* in blocks
 }  // namespace
 
-#include "float_ops.h"
+#include "integer_ops.h"
+
+namespace {
+static inline __m256i and_shifted(__m256i packed, int by, int mask) { return _mm256_and_si256(_mm256_srli_epi16(packed, by), _mm256_set1_epi8((char)mask)); }
+// Sums of neighbours' products, in 16 bits: a pair is at most 2 * code * 128.
+static inline __m256i pairs(__m256i codes, const int8_t* x) { return _mm256_maddubs_epi16(codes, broadcast4(x)); }
+static inline __m256i widen(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
+
+// One half (8 rows) of a vector of codes, unpacked once and multiplied by the activations of one token after another.
+struct TwoBitHalf {
+  static constexpr int kInputs = 16;
+  __m256i c[4];
+  explicit TwoBitHalf(const uint8_t* at) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i*)at);
+    for (int s = 0; s < 4; s++) c[s] = and_shifted(packed, 2 * s, 3);
+  }
+  __m256i products(const int8_t* x) const {  // four pairs of at most 2 * 2 * 128 in 16 bits
+    return widen(_mm256_add_epi16(_mm256_add_epi16(pairs(c[0], x), pairs(c[1], x + 4)), _mm256_add_epi16(pairs(c[2], x + 8), pairs(c[3], x + 12))));
+  }
+};
+struct Int4Half {
+  static constexpr int kInputs = 8;
+  __m256i c[2];
+  explicit Int4Half(const uint8_t* at) {
+    const __m256i packed = _mm256_loadu_si256((const __m256i*)at);
+    for (int s = 0; s < 2; s++) c[s] = and_shifted(packed, 4 * s, 15);
+  }
+  __m256i products(const int8_t* x) const { return widen(_mm256_add_epi16(pairs(c[0], x), pairs(c[1], x + 4))); }  // two pairs of at most 2 * 15 * 128
+};
+struct TileHalf {  // unpacked codes up to 15
+  static constexpr int kInputs = 4;
+  __m256i c;
+  explicit TileHalf(const uint8_t* at) : c(_mm256_loadu_si256((const __m256i*)at)) {}
+  __m256i products(const int8_t* x) const { return widen(pairs(c, x)); }
+};
+struct Int8Half {  // a pair of products of up to 255 * 128 does not fit into 16 bits: the code's halves apart, each up to 15
+  static constexpr int kInputs = 4;
+  __m256i low, high;
+  explicit Int8Half(const uint8_t* at) {
+    const __m256i codes = _mm256_loadu_si256((const __m256i*)at);
+    low = and_shifted(codes, 0, 15), high = and_shifted(codes, 4, 15);
+  }
+  __m256i products(const int8_t* x) const {
+    return _mm256_add_epi32(widen(pairs(low, x)), _mm256_slli_epi32(widen(pairs(high, x)), 4));
+  }
+};
+template <class Half>
+struct Halves {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    for (int half = 0; half < 2; half++) {
+      __m256i acc[T];
+      for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_si256();
+      for (int64_t v = 0; v < n_vectors; v++) {
+        const uint8_t* at = codes + 64 * v + 32 * half;
+        if (half == 0) _mm_prefetch((const char*)at + 4096, _MM_HINT_T1);
+        const Half weights(at);
+        for (int t = 0; t < T; t++) acc[t] = _mm256_add_epi32(acc[t], weights.products(x + t * x_stride + Half::kInputs * v));
+      }
+      for (int t = 0; t < T; t++) _mm256_storeu_si256((__m256i*)(dots + t) + half, acc[t]);
+    }
+  }
+};
+using TwoBit = Halves<TwoBitHalf>;
+using Int4 = Halves<Int4Half>;
+using Int8 = Halves<Int8Half>;
+using Base3 = UnpackedBase3<Halves<TileHalf>>;
+
+// T tokens x 16 rows in 16-bit sums, widened every Steps steps of 4 inputs: Steps * 2 * code * 128 < 2^15.
+template <int T, int Steps>
+static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t* x, int64_t x_stride, int32_t* out) {
+  __m256i wide[T][2];
+  for (int t = 0; t < T; t++) wide[t][0] = wide[t][1] = _mm256_setzero_si256();
+  for (int64_t k0 = 0; k0 < inputs; k0 += 4 * Steps) {
+    const int64_t end = k0 + 4 * Steps < inputs ? k0 + 4 * Steps : inputs;
+    __m256i acc[T][2];
+    for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm256_setzero_si256();
+    for (int64_t k = k0; k < end; k += 4) {
+      const __m256i c0 = _mm256_loadu_si256((const __m256i*)(codes + 16 * k)), c1 = _mm256_loadu_si256((const __m256i*)(codes + 16 * k + 32));
+      for (int t = 0; t < T; t++) {
+        acc[t][0] = _mm256_add_epi16(acc[t][0], pairs(c0, x + t * x_stride + k));
+        acc[t][1] = _mm256_add_epi16(acc[t][1], pairs(c1, x + t * x_stride + k));
+      }
+    }
+    for (int t = 0; t < T; t++)
+      for (int h = 0; h < 2; h++) wide[t][h] = _mm256_add_epi32(wide[t][h], widen(acc[t][h]));
+  }
+  for (int t = 0; t < T; t++)
+    for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i*)(out + 16 * t) + h, wide[t][h]);
+}
+template <int Steps>
+static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
+                 int32_t* out) {
+  for (int p = 0; p < n_panels; p++) {
+    int32_t* to = out + p * bitnet::kGemmTokens * 16;
+    int t = 0;
+    for (; t + 4 <= n_tokens; t += 4) gemm_block<4, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
+    for (; t < n_tokens; t++) gemm_block<1, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
+  }
+}
+constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_i8 in blocks
+}  // namespace
 
 namespace bitnet {
-const Kernels kAvx2 = BITNET_KERNELS("avx2");
+const Kernels kAvx2 = BITNET_KERNELS("avx2", unpack_b3, gemm<60>, gemm<8>, no_gemm);
 }

@@ -12,73 +12,164 @@ static inline __attribute__((always_inline)) v16 load_f16(const uint16_t* p) {
 static inline __attribute__((always_inline)) void store_f16(v16 x, uint16_t* p) {
   _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
 }
+static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) { return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+constexpr int kSums = 24;
 
 static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
 
-// One token: the codes stay where they are in their bytes, and the factors 1, 4, 16, 64 leave with the accumulators.
-static void t2_one(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int32_t* out) {
-  const __m512i m0 = _mm512_set1_epi8(0x03), m1 = _mm512_set1_epi8(0x0c), m2 = _mm512_set1_epi8(0x30), m3 = _mm512_set1_epi8((char)0xc0);
-  __m512i a0 = _mm512_setzero_si512(), a1 = a0, a2 = a0, a3 = a0;
-  for (int64_t v = 0; v < n_vectors; v++, panel += 64, x += 16) {
-    _mm_prefetch((const char*)panel + 6144, _MM_HINT_T1);  // memory -> L2: without it 17 GB/s instead of 29 on two cores
-    _mm_prefetch((const char*)panel + 1024, _MM_HINT_T0);  // L2 -> L1
-    __m512i packed = _mm512_loadu_si512(panel);
-    a0 = _mm512_dpbusd_epi32(a0, _mm512_and_si512(packed, m0), broadcast4(x));
-    a1 = _mm512_dpbusd_epi32(a1, _mm512_and_si512(packed, m1), broadcast4(x + 4));
-    a2 = _mm512_dpbusd_epi32(a2, _mm512_and_si512(packed, m2), broadcast4(x + 8));
-    a3 = _mm512_dpbusd_epi32(a3, _mm512_and_si512(packed, m3), broadcast4(x + 12));
+// Sums of T tokens in N chains each, so that no chain waits for its own last sum.
+template <int T, int N>
+struct Sums {
+  __m512i chain[T][N];
+  Sums() {
+    for (int t = 0; t < T; t++)
+      for (int n = 0; n < N; n++) chain[t][n] = _mm512_setzero_si512();
   }
-  __m512i low = _mm512_add_epi32(a0, _mm512_srai_epi32(a1, 2));
-  __m512i high = _mm512_add_epi32(_mm512_srai_epi32(a2, 4), _mm512_srai_epi32(a3, 6));
-  _mm512_storeu_si512(out, _mm512_add_epi32(low, high));
+  void add(int n, __m512i codes, const int8_t* x, int64_t x_stride) {
+    for (int t = 0; t < T; t++) chain[t][n] = _mm512_dpbusd_epi32(chain[t][n], codes, broadcast4(x + t * x_stride));
+  }
+};
+}  // namespace
+
+#include "integer_ops.h"
+
+namespace {
+// memory -> L2, and L2 -> L1: without the first 17 GB/s instead of 29 on two cores
+static inline void prefetch(const uint8_t* at) {
+  _mm_prefetch((const char*)at + 6144, _MM_HINT_T1);
+  _mm_prefetch((const char*)at + 1024, _MM_HINT_T0);
 }
 
-template <int T>
-static inline void t2_block(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int32_t* out) {
-  const __m512i three = _mm512_set1_epi8(3);
-  __m512i acc[T];
-  for (int t = 0; t < T; t++) acc[t] = _mm512_setzero_si512();
-  for (int64_t v = 0; v < n_vectors; v++) {
-    __m512i packed = _mm512_loadu_si512(panel + 64 * v);
-    __m512i codes[4] = {_mm512_and_si512(packed, three), _mm512_and_si512(_mm512_srli_epi16(packed, 2), three),
-                        _mm512_and_si512(_mm512_srli_epi16(packed, 4), three), _mm512_and_si512(_mm512_srli_epi16(packed, 6), three)};
-    for (int s = 0; s < 4; s++)
-      for (int t = 0; t < T; t++) acc[t] = _mm512_dpbusd_epi32(acc[t], codes[s], broadcast4(x + t * x_stride + 16 * v + 4 * s));
-  }
-  for (int t = 0; t < T; t++) _mm512_storeu_si512(out + 16 * t, acc[t]);
-}
-
-template <int T>
-static inline void i8_block(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int32_t* out) {
-  __m512i acc[T], odd[T];  // two chains per token hide the latency of the accumulation
-  for (int t = 0; t < T; t++) acc[t] = odd[t] = _mm512_setzero_si512();
-  int64_t v = 0;
-  for (; v + 2 <= n_vectors; v += 2) {
-    _mm_prefetch((const char*)panel + 64 * v + 4096, _MM_HINT_T1);
-    _mm_prefetch((const char*)panel + 64 * v + 4160, _MM_HINT_T1);
-    __m512i w0 = _mm512_loadu_si512(panel + 64 * v), w1 = _mm512_loadu_si512(panel + 64 * v + 64);
-    for (int t = 0; t < T; t++) {
-      acc[t] = _mm512_dpbusd_epi32(acc[t], w0, broadcast4(x + t * x_stride + 4 * v));
-      odd[t] = _mm512_dpbusd_epi32(odd[t], w1, broadcast4(x + t * x_stride + 4 * v + 4));
+// Up to four tokens: the codes stay where they are in their bytes, and the factors 1, 4, 16, 64 leave with the sums.
+struct TwoBit {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    if constexpr (T <= 4) {
+      const __m512i m0 = _mm512_set1_epi8(0x03), m1 = _mm512_set1_epi8(0x0c), m2 = _mm512_set1_epi8(0x30), m3 = _mm512_set1_epi8((char)0xc0);
+      Sums<T, 4> sums;
+      for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 16) {
+        prefetch(codes);
+        const __m512i packed = _mm512_loadu_si512(codes);
+        sums.add(0, _mm512_and_si512(packed, m0), x, x_stride);
+        sums.add(1, _mm512_and_si512(packed, m1), x + 4, x_stride);
+        sums.add(2, _mm512_and_si512(packed, m2), x + 8, x_stride);
+        sums.add(3, _mm512_and_si512(packed, m3), x + 12, x_stride);
+      }
+      for (int t = 0; t < T; t++) {
+        const __m512i* c = sums.chain[t];
+        dots[t] = (i16x)_mm512_add_epi32(_mm512_add_epi32(c[0], _mm512_srai_epi32(c[1], 2)), _mm512_add_epi32(_mm512_srai_epi32(c[2], 4), _mm512_srai_epi32(c[3], 6)));
+      }
+    } else {
+      const __m512i three = _mm512_set1_epi8(3);
+      Sums<T, 1> sums;
+      for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 16) {
+        prefetch(codes);
+        const __m512i packed = _mm512_loadu_si512(codes);
+        sums.add(0, _mm512_and_si512(packed, three), x, x_stride);
+        sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, 2), three), x + 4, x_stride);
+        sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, 4), three), x + 8, x_stride);
+        sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, 6), three), x + 12, x_stride);
+      }
+      for (int t = 0; t < T; t++) dots[t] = (i16x)sums.chain[t][0];
     }
   }
-  if (v < n_vectors)
-    for (int t = 0; t < T; t++)
-      acc[t] = _mm512_dpbusd_epi32(acc[t], _mm512_loadu_si512(panel + 64 * v), broadcast4(x + t * x_stride + 4 * v));
-  for (int t = 0; t < T; t++) _mm512_storeu_si512(out + 16 * t, _mm512_add_epi32(acc[t], odd[t]));
-}
+};
 
-static void dot_t2_i8(const uint8_t* panel, int64_t n, const int8_t* x, int64_t stride, int n_tokens, int32_t* out) {
-  int t = 0;
-  for (; t + 8 <= n_tokens; t += 8) t2_block<8>(panel, n, x + t * stride, stride, out + 16 * t);
-  for (; t + 4 <= n_tokens; t += 4) t2_block<4>(panel, n, x + t * stride, stride, out + 16 * t);
-  for (; t < n_tokens; t++) t2_one(panel, n, x + t * stride, out + 16 * t);
+struct Int4 {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    const __m512i low = _mm512_set1_epi8(15), high = _mm512_set1_epi8((char)0xf0);
+    Sums<T, 2> sums;
+    for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 8) {
+      prefetch(codes);
+      const __m512i packed = _mm512_loadu_si512(codes);
+      sums.add(0, _mm512_and_si512(packed, low), x, x_stride);
+      sums.add(1, _mm512_and_si512(packed, high), x + 4, x_stride);
+    }
+    for (int t = 0; t < T; t++) dots[t] = (i16x)_mm512_add_epi32(sums.chain[t][0], _mm512_srai_epi32(sums.chain[t][1], 4));
+  }
+};
+
+struct Int8 {  // also codes of any kind, unpacked
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    constexpr int N = T == 1 ? 4 : T <= 4 ? 2 : 1;
+    Sums<T, N> sums;
+    int64_t v = 0;
+    for (; v + 4 <= n_vectors; v += 4, codes += 256, x += 16)
+      for (int s = 0; s < 4; s++) {
+        prefetch(codes + 64 * s);
+        sums.add(s % N, _mm512_loadu_si512(codes + 64 * s), x + 4 * s, x_stride);
+      }
+    for (; v < n_vectors; v++, codes += 64, x += 4) sums.add(0, _mm512_loadu_si512(codes), x, x_stride);
+    for (int t = 0; t < T; t++) {
+      __m512i sum = sums.chain[t][0];
+      for (int n = 1; n < N; n++) sum = _mm512_add_epi32(sum, sums.chain[t][n]);
+      dots[t] = (i16x)sum;
+    }
+  }
+};
+#ifdef __AVX512VBMI__
+// Base-3: a byte 9h + l gives two digits from l and three from h, by byte permutations, which are tables of 64 entries.
+struct Digits {  // of l < 9 at index 16 n + l; of h < 27 at index 32 n + h
+  __m512i table[5];
+  Digits() {
+    alignas(64) uint8_t t[5][64];
+    for (int i = 0; i < 64; i++) {
+      const int l = i % 16, h = i % 32;
+      t[0][i] = (uint8_t)(l % 3), t[1][i] = (uint8_t)(l / 3 % 3);
+      t[2][i] = (uint8_t)(h % 3), t[3][i] = (uint8_t)(h / 3 % 3), t[4][i] = (uint8_t)(h / 9 % 3);
+    }
+    for (int s = 0; s < 5; s++) table[s] = _mm512_load_si512(t[s]);
+  }
+  // h of both bytes of a 16-bit word by multiplying with 7282 / 2^16, a little above 1/9. Of the whole word the high byte is right:
+  // the low byte adds less than what is missing to the next h; of the low byte alone the low one is.
+  void split(__m512i packed, __m512i* l, __m512i* h) const {
+    const __m512i ninth = _mm512_set1_epi16(7282);
+    const __m512i of_word = _mm512_mulhi_epu16(packed, ninth), of_low = _mm512_mulhi_epu16(_mm512_and_si512(packed, _mm512_set1_epi16(0xff)), ninth);
+    *h = _mm512_mask_blend_epi8(0xaaaaaaaaaaaaaaaaull, of_low, of_word);
+    *l = _mm512_sub_epi8(packed, _mm512_mullo_epi16(*h, _mm512_set1_epi16(9)));  // 9 h < 256: no carry between the bytes
+  }
+  __m512i operator()(int s, __m512i l, __m512i h) const { return _mm512_permutexvar_epi8(s < 2 ? l : h, table[s]); }
+};
+
+struct Base3 {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    constexpr int N = T == 1 ? 5 : T == 2 ? 2 : 1;
+    const Digits digits;
+    __m512i sums[T][N];
+    for (int t = 0; t < T; t++)
+      for (int n = 0; n < N; n++) sums[t][n] = _mm512_setzero_si512();
+    for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 20) {
+      _mm_prefetch((const char*)codes + 4096, _MM_HINT_T1);
+      _mm_prefetch((const char*)codes + 1024, _MM_HINT_T0);
+      __m512i l, h;
+      digits.split(_mm512_loadu_si512(codes), &l, &h);
+      for (int s = 0; s < 5; s++) {
+        const __m512i tile = digits(s, l, h);
+        for (int t = 0; t < T; t++) sums[t][s % N] = _mm512_dpbusd_epi32(sums[t][s % N], tile, broadcast4(x + t * x_stride + 4 * s));
+      }
+    }
+    for (int t = 0; t < T; t++) {
+      __m512i sum = sums[t][0];
+      for (int n = 1; n < N; n++) sum = _mm512_add_epi32(sum, sums[t][n]);
+      dots[t] = (i16x)sum;
+    }
+  }
+};
+static void unpack_b3_by_tables(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+  const Digits digits;
+  for (int64_t v = 0; v < n_vectors; v++) {
+    _mm_prefetch((const char*)panel + 64 * v + 4096, _MM_HINT_T1);
+    __m512i l, h;
+    digits.split(_mm512_loadu_si512(panel + 64 * v), &l, &h);
+    for (int s = 0; s < 5; s++) _mm512_storeu_si512(codes + 320 * v + 64 * s, digits(s, l, h));
+  }
 }
-static void dot_i8_i8(const uint8_t* panel, int64_t n, const int8_t* x, int64_t stride, int n_tokens, int32_t* out) {
-  int t = 0;
-  for (; t + 8 <= n_tokens; t += 8) i8_block<8>(panel, n, x + t * stride, stride, out + 16 * t);
-  for (; t < n_tokens; t++) i8_block<1>(panel, n, x + t * stride, stride, out + 16 * t);
-}
+#else
+using Base3 = UnpackedBase3<Int8>;
+#endif
 
 // P panels x T tokens in registers: each vector of codes meets T broadcasts of four activations.
 template <int P, int T>
@@ -104,15 +195,17 @@ static void gemm_panels(const uint8_t* codes, int64_t panel_bytes, int64_t input
   for (; t + 4 <= n_tokens; t += 4) gemm_block<P, 4>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
   for (; t < n_tokens; t++) gemm_block<P, 1>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
 }
-static void gemm_u8_i8(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
-                       int n_tokens, int32_t* out) {
+static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
+                 int32_t* out) {
   if (n_panels == 2) gemm_panels<2>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
   else gemm_panels<1>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
 }
 }  // namespace
 
-#include "float_ops.h"
-
 namespace bitnet {
-const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni");
+#ifdef __AVX512VBMI__
+const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", unpack_b3_by_tables, gemm, gemm, gemm);
+#else
+const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", unpack_b3, gemm, gemm, gemm);
+#endif
 }

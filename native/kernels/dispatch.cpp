@@ -32,8 +32,9 @@ bool amx_permitted() {
 
 const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   static const Kernels k = [] {
-    Kernels made = kAvx512Vnni;
-    made.name = "amx", made.gemm_u8_i8 = kGemmAmx;
+    Kernels made = kAvx512Vbmi;
+    made.name = "amx", made.gemm_ternary = made.gemm_i4 = made.gemm_i8 = kGemmAmx;
+    made.begin_gemm = kBeginAmx, made.end_gemm = kEndAmx;
     return made;
   }();
   return k;
@@ -44,11 +45,13 @@ int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // the feature bits of gcc include the operating system's permission for the registers
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
-  static const bool amx = avx512 && amx_permitted();
+  bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
+  static const bool amx = vbmi && amx_permitted();
   out[n++] = {&amx_kernels(), amx};
+  out[n++] = {&kAvx512Vbmi, vbmi};
   out[n++] = {&kAvx512Vnni, avx512};
   out[n++] = {&kAvx2, avx2};
 #endif
@@ -63,57 +66,91 @@ uint32_t next_random(uint32_t& state) {  // xorshift32
 
 // Runs every kernel of `k` on small random and extreme inputs; returns the name of the first whose bits are not those of kScalar.
 const char* first_difference(const Kernels& k) {
-  constexpr int kInputs = 160, kTokens = 9, kVectors = kInputs / kTwoBitInputs;
-  alignas(64) uint8_t panel[kInputs * 16], codes[kVectors * 64];
-  alignas(64) int8_t x[kTokens * kInputs], q1[kInputs], q2[kInputs];
-  alignas(64) int32_t i1[kTokens * 16], i2[kTokens * 16], g1[2 * kGemmTokens * 16];
-  alignas(64) uint8_t unpacked[kVectors * 256], panel2[kVectors * 256];
+  constexpr int kInputs = 160, kTokens = 19, kCodes = kInputs * 16;  // kCodes: of a panel of int8
+  alignas(64) uint8_t panel[2 * kCodes + kSlack] = {}, tiles1[kCodes], tiles2[kCodes];
+  alignas(64) int8_t x[32 * kInputs + kSlack] = {}, q1[kInputs], q2[kInputs];
+  alignas(64) int32_t dots[2 * kGemmTokens * 16], sums[kTokens * 2];
   alignas(64) float f[kTokens * kInputs], g[kInputs + 16], f1[kInputs + 16], f2[kInputs + 16];
-  alignas(64) float s1[7 * 144], s2[7 * 144];
+  alignas(64) float s1[13 * 144], s2[13 * 144], y1[kTokens * 32], y2[kTokens * 32];
   alignas(64) uint16_t h1[kInputs], h2[kInputs], halves[kTokens * kInputs], brains[kTokens * kInputs];
   uint32_t state = 2463534242u;
   for (int round = 0; round < 3; round++) {
-    for (uint8_t& b : codes) {  // four codes of 0..2
-      b = 0;
-      for (int s = 0; s < 8; s += 2) b = (uint8_t)(b | (round == 0 ? 2 : next_random(state) % 3) << s);
-    }
     for (int8_t& b : x) b = round == 0 ? 127 : round == 1 ? -128 : (int8_t)next_random(state);
     for (float& v : f) v = ((int32_t)next_random(state) >> 8) * (1.0f / (1 << 21));
     for (int i = 0; i < kInputs; i++) g[i] = ((int32_t)next_random(state) >> 8) * (1.0f / (1 << 20));
+    kScalar.store_f16(f, kTokens * kInputs, halves);
+    for (int t = 0; t < kTokens; t++) {
+      sums[2 * t] = k.sum_i8(x + t * kInputs, 80), sums[2 * t + 1] = k.sum_i8(x + t * kInputs + 80, 77);
+      if (sums[2 * t] != kScalar.sum_i8(x + t * kInputs, 80) || sums[2 * t + 1] != kScalar.sum_i8(x + t * kInputs + 80, 77)) return "sum_i8";
+    }
 
-    k.dot_t2_i8(codes, kVectors, x, kInputs, kTokens, i1), kScalar.dot_t2_i8(codes, kVectors, x, kInputs, kTokens, i2);
-    if (memcmp(i1, i2, sizeof i1)) return "dot_t2_i8";
-    for (uint8_t& b : panel) b = round == 0 ? 255 : (uint8_t)next_random(state);
-    k.dot_i8_i8(panel, kInputs / 4, x, kInputs, kTokens, i1), kScalar.dot_i8_i8(panel, kInputs / 4, x, kInputs, kTokens, i2);
-    if (memcmp(i1, i2, sizeof i1)) return "dot_i8_i8";
-
-    constexpr int kGemmInputs[] = {160, 128, 48};  // in steps of 32, 64 and 16
-    if (k.gemm_u8_i8)
-      for (int inputs : kGemmInputs)
-        for (int tokens = 1; tokens <= kTokens; tokens += 4) {
-          k.gemm_u8_i8(panel, 16 * inputs, 1, inputs, x, kInputs, tokens, g1);
-          kScalar.dot_i8_i8(panel, inputs / 4, x, kInputs, tokens, i2);
-          if (memcmp(g1, i2, size_t(tokens) * 64)) return "gemm_u8_i8";
-          k.gemm_u8_i8(panel, 0, 2, inputs, x, kInputs, tokens, g1);
-          if (memcmp(g1, i2, size_t(tokens) * 64) || memcmp(g1 + kGemmTokens * 16, i2, size_t(tokens) * 64)) return "gemm_u8_i8";
+    // Two groups of 80 inputs, 30 rows in two panels, with the largest codes or random ones.
+    struct Codec {
+      MultiplyInteger mine, scalar;
+      GemmInteger gemm;
+      Unpack unpack, scalar_unpack;
+      int tiles, top, bias;
+      const char* name;
+    };
+    const Codec codecs[] = {{k.multiply_t2, kScalar.multiply_t2, k.gemm_ternary, k.unpack_t2, kScalar.unpack_t2, 4, 2, 1, "multiply_t2"},
+                            {k.multiply_b3, kScalar.multiply_b3, k.gemm_ternary, k.unpack_b3, kScalar.unpack_b3, 5, 2, 1, "multiply_b3"},
+                            {k.multiply_i4, kScalar.multiply_i4, k.gemm_i4, k.unpack_i4, kScalar.unpack_i4, 2, 15, 8, "multiply_i4"},
+                            {k.multiply_i8, kScalar.multiply_i8, k.gemm_i8, nullptr, nullptr, 1, 255, 128, "multiply_i8"}};
+    for (const Codec& c : codecs) {
+      const int vectors = kInputs / 4 / c.tiles, base = c.tiles == 5 ? 3 : c.tiles == 4 ? 4 : c.tiles == 2 ? 16 : 256;
+      for (int i = 0; i < 2 * 64 * vectors; i++) {
+        int byte = 0;
+        for (int s = 0; s < c.tiles; s++) byte = byte * base + (round < 2 ? c.top : (int)(next_random(state) % (unsigned)(c.top + 1)));
+        panel[i] = (uint8_t)byte;
+      }
+      Run runs[2];
+      for (int r = 0; r < 2; r++) runs[r] = {80 * r, 80, r * vectors / 2, vectors / 2, r, r};
+      for (int half = 0; half < 2; half++)
+        for (int tokens = 1; tokens <= kTokens; tokens += tokens < 9 ? 1 : 10) {
+          const IntegerMatrix w{panel, 64 * vectors, half ? nullptr : f, half ? halves : nullptr, 2, 30, c.bias};
+          const QuantizedRows rows{x, kInputs, runs, 2, sums, g, 2, half == 0, tokens};
+          for (float& v : y1) v = 0.5f;
+          memcpy(y2, y1, sizeof y1);
+          c.mine(w, rows, 0, 2, y1), c.scalar(w, rows, 0, 2, y2);
+          if (memcmp(y1, y2, sizeof y1)) return c.name;
+          for (int i = 0; i < tokens * 16; i++) dots[i] = (int32_t)(next_random(state) % 99999);
+          k.add_run(w, rows, 1, 1, 0, tokens, dots, y1), kScalar.add_run(w, rows, 1, 1, 0, tokens, dots, y2);
+          if (memcmp(y1, y2, sizeof y1)) return "add_run";
         }
-    k.unpack_t2(codes, kVectors, unpacked), kScalar.unpack_t2(codes, kVectors, panel2);
-    if (memcmp(unpacked, panel2, sizeof unpacked)) return "unpack_t2";
-    for (float& v : f1) v = 0.5f;
-    memcpy(f2, f1, sizeof f1);
-    k.scale_sums(i1, i2, 1, 128, f, g, 1, kTokens, f1), kScalar.scale_sums(i1, i2, 1, 128, f, g, 1, kTokens, f2);
-    k.scale_sums(i2, i1, 1, 1, f, nullptr, 0, kTokens, f1), kScalar.scale_sums(i2, i1, 1, 1, f, nullptr, 0, kTokens, f2);
-    if (memcmp(f1, f2, kTokens * 16 * sizeof(float))) return "scale_sums";
+      if (c.unpack) {
+        c.unpack(panel, vectors, tiles1), c.scalar_unpack(panel, vectors, tiles2);
+        if (memcmp(tiles1, tiles2, sizeof tiles1)) return "unpack";
+      } else {
+        memcpy(tiles1, panel, sizeof tiles1);
+      }
+      if (!c.gemm) continue;
+      constexpr int kGemmInputs[] = {160, 128, 48};  // in steps of 32, 64 and 16
+      for (int inputs : kGemmInputs) {
+        if (k.begin_gemm) k.begin_gemm(inputs);
+        const char* wrong = nullptr;
+        for (int tokens = 1; tokens <= kTokens; tokens += 6)
+          for (int panels = 1; panels <= 2; panels++) {
+            c.gemm(tiles1, 0, panels, inputs, x, kInputs, tokens, dots);
+            for (int p = 0; p < panels; p++)
+              for (int t = 0; t < tokens; t++)
+                for (int row = 0; row < 16; row++) {
+                  int32_t dot = 0;
+                  for (int i = 0; i < inputs; i++) dot += tiles1[16 * (i / 4 * 4) + 4 * row + i % 4] * x[t * kInputs + i];
+                  if (dot != dots[(p * kGemmTokens + t) * 16 + row]) wrong = "gemm";
+                }
+          }
+        if (k.end_gemm) k.end_gemm();
+        if (wrong) return wrong;
+      }
+    }
 
     constexpr int kDense = 80;  // inputs whose 16 rows fit into f
-    kScalar.store_f16(f, kDense * 16, halves);
     for (int i = 0; i < kDense * 16; i++) memcpy(&brains[i], reinterpret_cast<const char*>(f + i) + 2, 2);  // bf16: the upper half
     const DotDense dense[3][2] = {{k.dot_f16_f32, kScalar.dot_f16_f32}, {k.dot_bf16_f32, kScalar.dot_bf16_f32}, {k.dot_f32_f32, kScalar.dot_f32_f32}};
     const void* weights[3] = {halves, brains, f};
-    float y1[kTokens * 16], y2[kTokens * 16];
     for (int d = 0; d < 3; d++) {
       dense[d][0](weights[d], kDense, f, kInputs, kTokens, y1), dense[d][1](weights[d], kDense, f, kInputs, kTokens, y2);
-      if (memcmp(y1, y2, sizeof y1)) return "dot_dense";
+      if (memcmp(y1, y2, kTokens * 16 * sizeof(float))) return "dot_dense";
     }
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);
@@ -134,14 +171,20 @@ const char* first_difference(const Kernels& k) {
     }
     k.store_f16(f, kInputs, h1), kScalar.store_f16(f, kInputs, h2);
     if (memcmp(h1, h2, sizeof h1)) return "store_f16";
-    for (int queries = 1; queries <= 7; queries += 3) {
-      k.scores_f16(f, queries, halves, 5, 16, 0.125f, s1, 80), kScalar.scores_f16(f, queries, halves, 5, 16, 0.125f, s2, 80);
-      if (memcmp(s1, s2, size_t(queries) * 80 * sizeof(float))) return "scores_f16";
-      for (int n = 0; n < 7 * 144; n++) s1[n] = s2[n] = 0.25f;
+    k.load_f16(halves, kInputs, f1), kScalar.load_f16(halves, kInputs, f2);
+    if (memcmp(f1, f2, kInputs * sizeof(float))) return "load_f16";
+    memcpy(f1, f, sizeof f1), memcpy(f2, f, sizeof f2);
+    k.rotate(f1, 2, 37, g, g + 40), kScalar.rotate(f2, 2, 37, g, g + 40);
+    if (memcmp(f1, f2, kInputs * sizeof(float))) return "rotate";
+    constexpr int kQueries[] = {1, 2, 4, 7, 13};
+    for (int queries : kQueries) {
+      k.scores_f16(f, queries, halves, 9, 16, 0.125f, s1, 144), kScalar.scores_f16(f, queries, halves, 9, 16, 0.125f, s2, 144);
+      if (memcmp(s1, s2, size_t(queries) * 144 * sizeof(float))) return "scores_f16";
+      for (int n = 0; n < 13 * 144; n++) s1[n] = s2[n] = 0.25f;
       k.weigh_f16(f, 9, queries, halves, 7, 144, s1), kScalar.weigh_f16(f, 9, queries, halves, 7, 144, s2);
       if (memcmp(s1, s2, size_t(queries) * 144 * sizeof(float))) return "weigh_f16";
     }
-    if (k.read_bytes(codes, sizeof codes) != kScalar.read_bytes(codes, sizeof codes)) return "read_bytes";
+    if (k.read_bytes(tiles2, sizeof tiles2) != kScalar.read_bytes(tiles2, sizeof tiles2)) return "read_bytes";
   }
   return nullptr;
 }

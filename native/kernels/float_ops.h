@@ -1,7 +1,8 @@
 // Float operations over 16 lanes, written once with the compiler's vector types and compiled once per instruction set.
 //
 // Lane l of a vector holds elements l, l + 16, l + 32, ...; sums over lanes are a fixed tree. So the result does not depend on
-// how wide the machine's registers are. The including file defines load_f16 and store_f16 for its instruction set first.
+// how wide the machine's registers are. The including file defines, for its instruction set, load_f16, store_f16, fma16 (a * b + c,
+// rounded once) and kSums, how many v16 sums its registers hold. The compiler itself fuses nothing (-ffp-contract=off).
 #pragma once
 #include <stdint.h>
 
@@ -14,6 +15,7 @@ typedef float v8 __attribute__((vector_size(32)));
 typedef float v4 __attribute__((vector_size(16)));
 #define BITNET_INLINE static inline __attribute__((always_inline))
 
+template <int N> struct Count { static constexpr int count = N; };
 BITNET_INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 BITNET_INLINE v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
 BITNET_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
@@ -46,17 +48,17 @@ BITNET_INLINE float max_lanes(v16 x) {
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
   i16x tiny = x < splat(-87.0f);
   x = vmax(x, splat(-87.0f));
-  v16 shifted = x * 1.44269504f + 12582912.0f;  // 1.5 * 2^23: the low bits are the rounded integer
+  v16 shifted = fma16(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: the low bits are the rounded integer
   v16 n = shifted - 12582912.0f;
-  v16 r = (x - n * 0.693359375f) - n * -2.12194440e-4f;
+  v16 r = fma16(n, splat(2.12194440e-4f), fma16(n, splat(-0.693359375f), x));
   v16 p = splat(1.0f / 5040);
-  p = p * r + (1.0f / 720);
-  p = p * r + (1.0f / 120);
-  p = p * r + (1.0f / 24);
-  p = p * r + (1.0f / 6);
-  p = p * r + 0.5f;
-  p = p * r + 1.0f;
-  p = p * r + 1.0f;
+  p = fma16(p, r, splat(1.0f / 720));
+  p = fma16(p, r, splat(1.0f / 120));
+  p = fma16(p, r, splat(1.0f / 24));
+  p = fma16(p, r, splat(1.0f / 6));
+  p = fma16(p, r, splat(0.5f));
+  p = fma16(p, r, splat(1.0f));
+  p = fma16(p, r, splat(1.0f));
   i16x power = ((i16x)shifted - 0x4b400000 + 127) << 23;
   v16 y = p * (v16)power;
   return tiny ? splat(0.0f) : y;
@@ -143,57 +145,70 @@ static void gate_with(const float* gate, const float* up, int n, float* out) {
   if (i < n) store_tail(out + i, n - i, act(load_tail(gate + i, n - i, 0.0f)) * load_tail(up + i, n - i, 0.0f));
 }
 
-static void scale_sums(const int32_t* dots, const int32_t* x_sums, int64_t stride, int bias, const float* scale, const float* steps,
-                       int64_t step_stride, int n_tokens, float* sums) {
-  const v16 s = load(scale);
-  for (int t = 0; t < n_tokens; t++) {
-    i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - bias * x_sums[t * stride];
-    v16 part = __builtin_convertvector(exact, v16) * s;
-    store(sums + 16 * t, load(sums + 16 * t) + (steps ? part * steps[t * step_stride] : part));
-  }
-}
-static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
-  typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
-  for (int64_t v = 0; v < n_vectors; v++) {
-    const u64x packed = *reinterpret_cast<const u64x*>(panel + 64 * v);
-    for (int s = 0; s < 4; s++) *reinterpret_cast<u64x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 3;
-  }
-}
-
 static void add(float* x, const float* y, int n) {
-  for (int i = 0; i < n; i++) x[i] += y[i];
+  int i = 0;
+  for (; i + 16 <= n; i += 16) store(x + i, load(x + i) + load(y + i));
+  for (; i < n; i++) x[i] += y[i];
 }
 static void to_f16(const float* x, int n, uint16_t* out) {
-  for (int i = 0; i < n; i += 16) store_f16(load(x + i), out + i);  // n is a padded head size
+  for (int i = 0; i < n; i += 16) store_f16(load(x + i), out + i);
+}
+static void from_f16(const uint16_t* x, int n, float* out) {
+  for (int i = 0; i < n; i += 16) store(out + i, load_f16(x + i));
+}
+static void rotate(float* x, int n_heads, int half, const float* cosine, const float* sine) {
+  for (int h = 0; h < n_heads; h++, x += 2 * half) {
+    int i = 0;
+    for (; i + 16 <= half; i += 16) {
+      const v16 a = load(x + i), b = load(x + half + i), c = load(cosine + i), s = load(sine + i);
+      store(x + i, a * c - b * s), store(x + half + i, b * c + a * s);
+    }
+    for (; i < half; i++) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cosine[i] - b * sine[i], x[half + i] = b * cosine[i] + a * sine[i];
+    }
+  }
 }
 
-// Q queries and B blocks at once: 2 Q B sums that do not wait for one another.
+// Q queries and B blocks at once: Q B sums that do not wait for one another. A score is one chain, dimension after dimension.
 template <int Q, int B>
 BITNET_INLINE void scores_some(const float* q, const uint16_t* k, int head_dim, float scale, float* out, int64_t stride) {
-  v16 even[Q][B], odd[Q][B];
+  v16 sum[Q][B];
   for (int i = 0; i < Q; i++)
-    for (int b = 0; b < B; b++) even[i][b] = odd[i][b] = splat(0.0f);
-  for (int d = 0; d < head_dim; d += 2)
-    for (int b = 0; b < B; b++) {
-      const uint16_t* at = k + (b * head_dim + d) * 16;
-      const v16 k0 = load_f16(at), k1 = load_f16(at + 16);
-      for (int i = 0; i < Q; i++) even[i][b] += k0 * q[i * head_dim + d], odd[i][b] += k1 * q[i * head_dim + d + 1];
+    for (int b = 0; b < B; b++) sum[i][b] = splat(0.0f);
+  for (int d = 0; d < head_dim; d++) {
+    v16 key[B];
+    for (int b = 0; b < B; b++) key[b] = load_f16(k + (b * head_dim + d) * 16);
+    for (int i = 0; i < Q; i++) {
+      const v16 query = splat(q[i * head_dim + d]);
+      for (int b = 0; b < B; b++) sum[i][b] = fma16(key[b], query, sum[i][b]);
     }
+  }
   for (int i = 0; i < Q; i++)
-    for (int b = 0; b < B; b++) store(out + i * stride + 16 * b, (even[i][b] + odd[i][b]) * scale);
+    for (int b = 0; b < B; b++) store(out + i * stride + 16 * b, sum[i][b] * scale);
 }
-template <int Q>
-BITNET_INLINE void scores_of(const float* q, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
-  constexpr int B = 4 / Q;
-  int b = 0;
-  for (; b + B <= n_blocks; b += B) scores_some<Q, B>(q, k + b * 16 * head_dim, head_dim, scale, out + 16 * b, stride);
-  for (; b < n_blocks; b++) scores_some<Q, 1>(q, k + b * 16 * head_dim, head_dim, scale, out + 16 * b, stride);
+// As many queries at once as kSums allows.
+template <int B>
+static void scores_blocks(const float* q, int n_queries, const uint16_t* k, int head_dim, float scale, float* out, int64_t stride) {
+  int i = 0;
+  if constexpr (12 * B <= kSums)
+    for (; i + 12 <= n_queries; i += 12) scores_some<12, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
+  if constexpr (4 * B <= kSums)
+    for (; i + 4 <= n_queries; i += 4) scores_some<4, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
+  if constexpr (2 * B <= kSums)
+    for (; i + 2 <= n_queries; i += 2) scores_some<2, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
+  for (; i < n_queries; i++) scores_some<1, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
 }
 static void scores_f16(const float* q, int n_queries, const uint16_t* k, int n_blocks, int head_dim, float scale, float* out, int64_t stride) {
-  int i = 0;
-  for (; i + 4 <= n_queries; i += 4) scores_of<4>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
-  for (; i + 2 <= n_queries; i += 2) scores_of<2>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
-  for (; i < n_queries; i++) scores_of<1>(q + i * head_dim, k, n_blocks, head_dim, scale, out + i * stride, stride);
+  int b = 0;  // the fewer the queries, the more blocks
+  auto run = [&](auto blocks, int most_queries) {
+    constexpr int B = decltype(blocks)::count;
+    for (; B <= kSums && n_queries <= most_queries && b + B <= n_blocks; b += B)
+      scores_blocks<B>(q, n_queries, k + b * 16 * head_dim, head_dim, scale, out + 16 * b, stride);
+  };
+  if constexpr (kSums >= 16) run(Count<8>(), 2), run(Count<4>(), 4), run(Count<2>(), 1 << 30);
+  else run(Count<4>(), 1), run(Count<2>(), 2);
+  run(Count<1>(), 1 << 30);
 }
 
 static float softmax(float* scores, int n) {
@@ -216,24 +231,34 @@ BITNET_INLINE void weigh_some(const float* p, int64_t stride, const uint16_t* v,
   v16 sum[Q][W];
   for (int i = 0; i < Q; i++)
     for (int w = 0; w < W; w++) sum[i][w] = load(out + i * head_dim + 16 * w);
-  for (int j = 0; j < n; j++, v += head_dim)
-    for (int w = 0; w < W; w++) {
-      const v16 value = load_f16(v + 16 * w);
-      for (int i = 0; i < Q; i++) sum[i][w] += value * p[i * stride + j];
+  for (int j = 0; j < n; j++, v += head_dim) {
+    v16 value[W];
+    for (int w = 0; w < W; w++) value[w] = load_f16(v + 16 * w);
+    for (int i = 0; i < Q; i++) {
+      const v16 weight = splat(p[i * stride + j]);
+      for (int w = 0; w < W; w++) sum[i][w] = fma16(value[w], weight, sum[i][w]);
     }
+  }
   for (int i = 0; i < Q; i++)
     for (int w = 0; w < W; w++) store(out + i * head_dim + 16 * w, sum[i][w]);
 }
 template <int Q>
 BITNET_INLINE void weigh_of(const float* p, int64_t stride, const uint16_t* v, int n, int head_dim, float* out) {
   int d = 0;
-  for (; Q == 1 && d + 128 <= head_dim; d += 128) weigh_some<Q, 8>(p, stride, v + d, n, head_dim, out + d);
-  for (; d + 64 <= head_dim; d += 64) weigh_some<Q, 4>(p, stride, v + d, n, head_dim, out + d);
+  if constexpr (8 * Q <= kSums)
+    for (; d + 128 <= head_dim; d += 128) weigh_some<Q, 8>(p, stride, v + d, n, head_dim, out + d);
+  if constexpr (4 * Q <= kSums)
+    for (; d + 64 <= head_dim; d += 64) weigh_some<Q, 4>(p, stride, v + d, n, head_dim, out + d);
+  if constexpr (2 * Q <= kSums)
+    for (; d + 32 <= head_dim; d += 32) weigh_some<Q, 2>(p, stride, v + d, n, head_dim, out + d);
   for (; d < head_dim; d += 16) weigh_some<Q, 1>(p, stride, v + d, n, head_dim, out + d);
 }
 static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint16_t* v, int n, int head_dim, float* out) {
   int i = 0;
-  for (; i + 4 <= n_queries; i += 4) weigh_of<4>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
+  if constexpr (12 <= kSums)
+    for (; i + 12 <= n_queries; i += 12) weigh_of<12>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
+  if constexpr (4 <= kSums)
+    for (; i + 4 <= n_queries; i += 4) weigh_of<4>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
   for (; i + 2 <= n_queries; i += 2) weigh_of<2>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
   for (; i < n_queries; i++) weigh_of<1>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
 }
@@ -254,10 +279,3 @@ static uint64_t read_bytes(const void* p, int64_t bytes) {
 }
 
 }  // namespace
-
-#define BITNET_KERNELS(name)                                                                                                   \
-  {                                                                                                                            \
-    name, dot_t2_i8, dot_i8_i8, gemm_u8_i8, unpack_t2, scale_sums, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,       \
-        dot_dense<load_dense_f32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, to_f16,    \
-        scores_f16, softmax, weigh_f16, read_bytes                                                                             \
-  }

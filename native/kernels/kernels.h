@@ -1,48 +1,87 @@
 // The interface between the engine and the instruction sets: one table of functions per set.
 //
 // Every function gives the same bits on every set. Integer products are exact; float operations run in an order fixed here,
-// over 16 lanes, without fused multiply-add. A kernel file includes only this header, float_ops.h, <stdint.h> and intrinsics,
-// and everything in it is static: a shared inline function could be kept by the linker in the copy that only some CPUs can run.
+// over 16 lanes, fused multiply-adds only where fma16 says so. A kernel file includes only this header, float_ops.h, integer_ops.h,
+// <stdint.h> and intrinsics, and everything in it is static: a shared inline function could be kept by the linker in the copy that
+// only some CPUs can run.
 #pragma once
 #include <stdint.h>
 
 namespace bitnet {
 
-// Weights lie in panels of 16 output rows. A vector of 64 bytes holds, for integer codes, tiles of 16 rows x 4 inputs:
-// byte 4 * row + i is input i of the tile.
-//   two-bit (ternary): one vector = 4 tiles, tile s in bits 2s..2s+1, so 16 inputs; code = trit + 1
-//   int8:              one vector = 1 tile; code = weight + 128
+// Weights lie in panels of 16 output rows. For integer codes a panel is a row of vectors of 64 bytes, which hold tiles of 16 rows
+// x 4 inputs: byte 4 * row + i is input i of the tile, stored as code = weight + bias.
+//   two-bit (ternary): one vector = 4 tiles, tile s in bits 2s..2s+1, so 16 inputs; bias 1
+//   base-3 (ternary):  one vector = 5 tiles, byte = sum of code_s * 3^s, so 20 inputs; bias 1; every group starts a new vector
+//   int4:              one vector = 2 tiles, tile s in bits 4s..4s+3, so 8 inputs; bias 8
+//   int8:              one vector = 1 tile; bias 128
 //   f16, bf16, f32:    [in][16 rows]
+// Where a panel holds no weight its codes are 0, so that they add nothing, whatever they are multiplied by.
 constexpr int kPanelRows = 16;
 constexpr int kTwoBitInputs = 16;  // inputs per 64-byte vector
+constexpr int kBase3Inputs = 20;
+constexpr int kInt4Inputs = 8;
 constexpr int kInt8Inputs = 4;
+constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
 
 enum class DenseType { f16, bf16, f32 };
 
-// x rows hold at least the padded number of inputs, zero where padded. Bounds: |x| <= 128 and n_inputs <= 65536, so that
-// int8 sums stay below 255 * 128 * 65536 < 2^31, and two-bit ones, shifted up by 6 bits, below 2 * 64 * 128 * 65536 / 4 = 2^28.
-using DotInteger = void (*)(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int n_tokens,
-                            int32_t* out /* [n_tokens, 16], sums of code * x */);
+// A run of inputs over which both the weights' scale and the activations' step are constant.
+struct Run {
+  int first, inputs;        // inputs: a multiple of 16, or up to the end
+  int vector, n_vectors;    // where it lies in a panel
+  int weight_group, step_group;
+};
+
+struct IntegerMatrix {
+  const uint8_t* panels;        // [ceil(rows / 16), panel_bytes]
+  int64_t panel_bytes;
+  const float* scales;          // [ceil(rows / 16), n_groups, 16], or null and then
+  const uint16_t* half_scales;  // the same in f16
+  int n_groups, rows, bias;
+};
+
+// A batch of activation rows in int8: x is about q * step. Bounds: |q| <= 128 and inputs <= 65536, so that int8 sums stay below
+// 255 * 128 * 65536 < 2^31, int4 ones, shifted up by 4 bits, below 15 * 16 * 128 * 65536 / 2 < 2^30, and two-bit ones, shifted up by
+// 6 bits, below 2 * 64 * 128 * 65536 / 4 = 2^28.
+struct QuantizedRows {
+  const int8_t* q;          // [n_tokens, stride], zero-padded
+  int64_t stride;
+  const Run* runs;
+  int n_runs;
+  const int32_t* run_sums;  // [n_tokens, n_runs], sums of q
+  const float* steps;       // [n_tokens, n_steps]
+  int n_steps;
+  bool grouped;             // a step belongs to its run; else to the whole token
+  int n_tokens;
+};
+
+// y [n_tokens, rows]: the product for `n_panels` panels from `panel` on. Per run in order the exact sum, less bias * run_sum, as a
+// float times the scale (and times the step, if grouped) is added; at the end times the step (if not grouped).
+using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, float* y);
 // n_inputs is a multiple of 4; input k is added to partial sum k % 4, the result is (0 + 1) + (2 + 3).
 using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                           float* out /* [n_tokens, 16] */);
 
-// Many tokens (null where dot_* in blocks does as well): codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
-// kGemmTokens, inputs a multiple of 16. Two panels at once, because a tile of activations serves both.
+// Many tokens: codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
+// kGemmTokens, inputs a multiple of 16 below 65536. Two panels at once, because a tile of activations serves both. Rows of x up to
+// the next multiple of 16 are readable; so are out's.
 constexpr int kKeyBlock = 16;  // positions
 constexpr int kGemmTokens = 32;
 using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
                              int n_tokens, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
+using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, uint8_t* codes /* [tiles, 64] */);
 
 struct Kernels {
   const char* name;
-  DotInteger dot_t2_i8;
-  DotInteger dot_i8_i8;
-  GemmInteger gemm_u8_i8;
-  void (*unpack_t2)(const uint8_t* panel, int64_t n_vectors, uint8_t* codes /* [4 * n_vectors, 64] */);
-  // sums[t, r] += float(dots[t, r] - bias * x_sums[t * stride]) * scale[r], times steps[t * step_stride] if steps is not null
-  void (*scale_sums)(const int32_t* dots, const int32_t* x_sums, int64_t stride, int bias, const float* scale, const float* steps,
-                     int64_t step_stride, int n_tokens, float* sums /* [n_tokens, 16] */);
+  MultiplyInteger multiply_t2, multiply_b3, multiply_i4, multiply_i8;
+  GemmInteger gemm_ternary, gemm_i4, gemm_i8;  // codes up to 2, 15, 255; null where multiply_* does as well
+  void (*begin_gemm)(int64_t inputs);          // before a thread calls gemm_* with multiples of these inputs, and after; may be null
+  void (*end_gemm)();
+  Unpack unpack_t2, unpack_b3, unpack_i4;
+  // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
+  void (*add_run)(const IntegerMatrix& w, const QuantizedRows& x, int run, int panel, int t0, int n_tokens, const int32_t* dots, float* sums);
+  int32_t (*sum_i8)(const int8_t* q, int n);
   DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
@@ -54,14 +93,17 @@ struct Kernels {
   void (*relu2_gate)(const float* gate, const float* up, int n, float* out);
   void (*gelu_tanh_gate)(const float* gate, const float* up, int n, float* out);
   void (*add)(float* x, const float* y, int n);
-  void (*store_f16)(const float* x, int n, uint16_t* out);
+  // Rotates every head's halves: (a, b) -> (a cos - b sin, b cos + a sin)
+  void (*rotate)(float* x /* [n_heads, 2, half] */, int n_heads, int half, const float* cosine, const float* sine);
+  void (*store_f16)(const float* x, int n, uint16_t* out);  // n a multiple of 16, here and below
+  void (*load_f16)(const uint16_t* x, int n, float* out);
   // Attention of some queries, which share their keys and values, over one page of cached positions; head_dim is a multiple of
   // 16 (padded with zeros). Keys lie in blocks of 16 positions, dimension by dimension, so that a vector holds 16 positions; a
-  // score is the sum over the even dimensions, in order, plus that over the odd ones, times scale.
+  // score is a chain of fused multiply-adds, dimension after dimension, times scale.
   void (*scores_f16)(const float* q /* [n_queries, head_dim] */, int n_queries, const uint16_t* k /* [n_blocks, head_dim, 16] */,
                      int n_blocks, int head_dim, float scale, float* out /* [n_queries, stride], from 0 */, int64_t stride);
   float (*softmax)(float* scores, int n);  // scores -> exp(score - max), returns their sum; scores has room for 16 more
-  // out += p v, position after position
+  // out += p v, position after position, fused
   void (*weigh_f16)(const float* p /* [n_queries, stride] */, int64_t stride, int n_queries, const uint16_t* v /* [n, head_dim] */, int n,
                     int head_dim, float* out /* [n_queries, head_dim] */);
   uint64_t (*read_bytes)(const void* p, int64_t bytes);  // touches every byte, multiple of 64: the memory's limit
@@ -69,8 +111,10 @@ struct Kernels {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512Vnni;
+extern const Kernels kAvx2, kAvx512Vnni, kAvx512Vbmi;
 extern const GemmInteger kGemmAmx;
+extern void (*const kBeginAmx)(int64_t inputs);
+extern void (*const kEndAmx)();
 #endif
 
 // ---- dispatch.cpp

@@ -41,30 +41,45 @@ static inline v16 load_f16(const uint16_t* p) {
 static inline void store_f16(v16 x, uint16_t* p) {
   for (int i = 0; i < 16; i++) p[i] = to_half(x[i]);
 }
-
-static void dot_t2_i8(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
-  for (int t = 0; t < n_tokens; t++, x += x_stride, out += 16) {
-    for (int r = 0; r < 16; r++) out[r] = 0;
-    for (int64_t v = 0; v < n_vectors; v++)
-      for (int s = 0; s < 4; s++)
-        for (int r = 0; r < 16; r++)
-          for (int i = 0; i < 4; i++) out[r] += ((panel[64 * v + 4 * r + i] >> (2 * s)) & 3) * x[16 * v + 4 * s + i];
-  }
+static inline v16 fma16(v16 a, v16 b, v16 c) {
+  for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);  // the C library's, exact on any CPU
+  return c;
 }
+constexpr int kSums = 4;
 
-static void dot_i8_i8(const uint8_t* panel, int64_t n_vectors, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
-  for (int t = 0; t < n_tokens; t++, x += x_stride, out += 16) {
-    for (int r = 0; r < 16; r++) out[r] = 0;
-    for (int64_t v = 0; v < n_vectors; v++)
-      for (int r = 0; r < 16; r++)
-        for (int i = 0; i < 4; i++) out[r] += panel[64 * v + 4 * r + i] * x[4 * v + i];
-  }
-}
-constexpr bitnet::GemmInteger gemm_u8_i8 = nullptr;  // many tokens go through dot_* in blocks
+constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_* in blocks
 }  // namespace
 
-#include "float_ops.h"
+#include "integer_ops.h"
+
+namespace {
+// A vector of Tiles tiles; digit(byte, s) is the code of tile s.
+template <int Tiles, int (*digit)(int, int)>
+struct Bytes {
+  template <int T>
+  static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    for (int t = 0; t < T; t++, x += x_stride) {
+      dots[t] = i16x{};
+      for (int64_t v = 0; v < n_vectors; v++)
+        for (int s = 0; s < Tiles; s++)
+          for (int r = 0; r < 16; r++)
+            for (int i = 0; i < 4; i++) dots[t][r] += digit(codes[64 * v + 4 * r + i], s) * x[4 * (Tiles * v + s) + i];
+    }
+  }
+};
+static int two_bits(int byte, int s) { return (byte >> (2 * s)) & 3; }
+static int base3_digit(int byte, int s) {
+  constexpr int kPowers[] = {1, 3, 9, 27, 81};
+  return byte / kPowers[s] % 3;
+}
+static int nibble(int byte, int s) { return (byte >> (4 * s)) & 15; }
+static int whole(int byte, int) { return byte; }
+using TwoBit = Bytes<4, two_bits>;
+using Base3 = Bytes<5, base3_digit>;
+using Int4 = Bytes<2, nibble>;
+using Int8 = Bytes<1, whole>;
+}  // namespace
 
 namespace bitnet {
-const Kernels kScalar = BITNET_KERNELS("scalar");
+const Kernels kScalar = BITNET_KERNELS("scalar", unpack_b3, no_gemm, no_gemm, no_gemm);
 }

@@ -41,45 +41,48 @@ std::vector<const Kernels*> runnable() {
 }
 
 // What ternary.py defines, in 64-bit integers.
-void reference(const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, int step_group, Activations& in,
+void reference(const std::vector<int8_t>& codes, const std::vector<float>& scales, int rows, int cols, int groups, int step_group, const QuantizedRows& x,
                float* y) {
   const int group = groups == 1 ? cols : ((cols + groups - 1) / groups + 15) / 16 * 16;
-  for (int t = 0; t < in.n_tokens(); t++)
+  for (int t = 0; t < x.n_tokens; t++)
     for (int r = 0; r < rows; r++) {
       float sum = 0;
       int64_t dot = 0;
       for (int c = 0; c < cols; c++) {
-        dot += int64_t{codes[size_t(r) * cols + c]} * in.q()[t * in.stride() + c];
+        dot += int64_t{codes[size_t(r) * cols + c]} * x.q[t * x.stride + c];
         if (c + 1 < cols && (c + 1) % group && (!step_group || (c + 1) % step_group)) continue;  // the run goes on
         const float scaled = float(int32_t(dot)) * scales[size_t(r) * groups + c / group];
-        sum = sum + (step_group ? scaled * in.step()[t * in.n_steps() + c / step_group] : scaled);
+        sum = sum + (step_group ? scaled * x.steps[t * x.n_steps + c / step_group] : scaled);
         dot = 0;
       }
-      y[size_t(t) * rows + r] = step_group ? sum : sum * in.step()[t];
+      y[size_t(t) * rows + r] = step_group ? sum : sum * x.steps[t];
     }
 }
 
 void test_matmul(const std::vector<const Kernels*>& isas) {
   struct Case { int rows, cols, groups, tokens; };
+  const char* kNames[] = {"two-bit", "base-3", "int4", "int8"};
   const Case cases[] = {{1, 1, 1, 1},    {16, 16, 1, 1},   {17, 33, 1, 2},   {40, 100, 1, 5},   {48, 256, 2, 9},
                         {64, 400, 4, 7}, {16, 2048, 1, 1}, {33, 512, 16, 64}, {16, 16384, 1, 3}, {16, 16384, 128, 2}};
   for (const Case& c : cases)
-    for (Scheme scheme : {Scheme::ternary, Scheme::int8})
+    for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::int4, Scheme::int8})
       for (int extreme = 0; extreme < 2; extreme++) {
         std::vector<int8_t> codes(size_t(c.rows) * c.cols);
         std::vector<float> scales(size_t(c.rows) * c.groups), x(size_t(c.tokens) * c.cols), expected(size_t(c.tokens) * c.rows), y(expected.size());
-        for (int8_t& v : codes) v = int8_t(scheme == Scheme::ternary ? (extreme ? 1 : int(rng() % 3) - 1) : (extreme ? 127 : int(rng() % 255) - 127));
-        for (float& v : scales) v = normal();
+        const int top = scheme == Scheme::int8 ? 127 : scheme == Scheme::int4 ? 7 : 1;
+        for (int8_t& v : codes) v = int8_t(extreme ? top : int(rng() % (2 * top + 1)) - top);
+        for (float& v : scales) v = c.groups % 4 == 0 ? float(int(rng() % 4096)) / 64 - 32 : normal();  // of f16, or not
         for (float& v : x) v = extreme ? -3.0f : normal();
         Linear w = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, c.groups);
         for (const Kernels* k : isas)
           for (int step_group : {0, 48, 64}) {
+            if (step_group && scheme == Scheme::ternary_base3) continue;
             ThreadPool pool(step_group ? 3 : 1);
             Activations in(step_group);
             in.set(x.data(), c.tokens, c.cols);
             matmul(*k, pool, w, in, y.data());
-            reference(codes, scales, c.rows, c.cols, c.groups, step_group, in, expected.data());
-            check(y == expected, scheme == Scheme::ternary ? "ternary matmul" : "int8 matmul", k->name, c.rows, c.cols);
+            reference(codes, scales, c.rows, c.cols, c.groups, step_group, in.rows(0, c.tokens), expected.data());
+            check(y == expected, kNames[int(scheme)], k->name, c.rows, c.cols);
           }
         std::vector<float> row(c.cols);
         dequantize_row(*isas[0], w, c.rows - 1, row.data());
@@ -110,8 +113,10 @@ void test_repack() {
       for (float& v : scales) v = normal();
       for (int r = 0; r < c.rows; r++)
         for (int i = 0; i < c.cols; i++) banded[size_t(r % band) * c.cols + i] |= uint8_t((trits[size_t(r) * c.cols + i] + 1) << 2 * (r / band));
-      for (Scheme scheme : {Scheme::ternary, Scheme::int8}) {
-        const std::vector<int8_t>& codes = scheme == Scheme::ternary ? trits : wide;
+      for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::int4, Scheme::int8}) {
+        std::vector<int8_t> codes = scheme < Scheme::int4 ? trits : wide;
+        if (scheme == Scheme::int4)
+          for (int8_t& v : codes) v = int8_t(v >> 4);
         Linear expected = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, 1), w = empty_linear(scheme, c.rows, c.cols, 1);
         prefault(pool, w);
         for (int first : {0, cut})
@@ -138,6 +143,8 @@ void test_repack() {
         Linear dense = empty_linear(scheme, c.rows, c.cols, 1), int8 = empty_linear(Scheme::int8, c.rows, c.cols, 1);
         check(fill_values(pool, dense, 0, c.rows, type, values.data()) && same(dense, repack_dense(scheme, values.data(), c.rows, c.cols)), "fill_values", "", c.rows, c.cols);
         check(fill_values(pool, int8, 0, c.rows, type, values.data()), "quantized", "", c.rows, c.cols);
+        Linear int4 = empty_linear(Scheme::int4, c.rows, c.cols, 1);
+        fill_values(pool, int4, 0, c.rows, type, values.data());  // its scales may be beyond f16
         std::fill(values.end() - values.size() / n, values.end(), 0xff);
         check(!fill_values(pool, dense, 0, c.rows, type, values.data()) && !fill_values(pool, int8, 0, c.rows, type, values.data()), "not finite", "", c.rows, c.cols);
       }
@@ -146,7 +153,6 @@ void test_repack() {
 
 // The AMX kernel over an emulation of its instructions, against the scalar one: every step, one and two panels, 1 to 32 tokens.
 void test_amx_in_emulation() {
-  const Kernels& k = kScalar;
   for (int inputs : {16, 32, 48, 64, 96, 160, 192, 320}) {
     std::vector<uint8_t> codes(2 * 16 * inputs);
     std::vector<int8_t> x(size_t(kGemmTokens) * 320);
@@ -155,9 +161,16 @@ void test_amx_in_emulation() {
     for (int n = 1; n <= kGemmTokens; n += n % 16 == 15 ? 1 : 7)
       for (int panels = 1; panels <= 2; panels++) {
         std::vector<int32_t> out(2 * kGemmTokens * 16), expected(kGemmTokens * 16);
+        begin(inputs);
         gemm_u8_i8_amx(codes.data(), 16 * inputs, panels, inputs, x.data(), 320, n, out.data());
+        end();
         for (int p = 0; p < panels; p++) {
-          k.dot_i8_i8(codes.data() + p * 16 * inputs, inputs / 4, x.data(), 320, n, expected.data());
+          for (int t = 0; t < n; t++)
+            for (int row = 0; row < 16; row++) {
+              int32_t dot = 0;
+              for (int i = 0; i < inputs; i++) dot += codes[p * 16 * inputs + 16 * (i / 4 * 4) + 4 * row + i % 4] * x[t * 320 + i];
+              expected[t * 16 + row] = dot;
+            }
           check(std::equal(expected.begin(), expected.begin() + n * 16, out.begin() + p * kGemmTokens * 16), "gemm", "emulated amx", inputs, n);
         }
       }
@@ -178,7 +191,7 @@ void test_threads() {
 
 void fill(Model& m) {
   const Config& c = m.config;
-  auto dense = [&](const std::string& name, Scheme s, int rows, int cols) { m.set_linear(name, random_linear(s, rows, cols, 1, rng())); };
+  auto dense = [&](const std::string& name, Scheme s, int rows, int cols) { m.set_linear(name, random_linear(*m.kernels, s, rows, cols, 1, rng())); };
   auto ones = [&](const std::string& name, int n) {
     std::vector<float> v(n);
     for (float& f : v) f = 1 + 0.1f * normal();
@@ -191,7 +204,7 @@ void fill(Model& m) {
     dense(at + "q", Scheme::ternary, q, c.hidden_size), dense(at + "k", Scheme::ternary, kv, c.hidden_size);
     dense(at + "v", Scheme::int8, kv, c.hidden_size), dense(at + "o", Scheme::bf16, c.hidden_size, q);
     dense(at + "gate", Scheme::ternary, c.ffn_size, c.hidden_size), dense(at + "up", Scheme::f16, c.ffn_size, c.hidden_size);
-    dense(at + "down", Scheme::ternary, c.hidden_size, c.ffn_size);
+    dense(at + "down", c.activation_group ? Scheme::int4 : Scheme::ternary_base3, c.hidden_size, c.ffn_size);
     ones(at + "attn_norm", c.hidden_size), ones(at + "ffn_norm", c.hidden_size), ones(at + "q_bias", q), ones(at + "down_bias", c.hidden_size);
     if (c.sub_norms) ones(at + "attn_sub_norm", q), ones(at + "ffn_sub_norm", c.ffn_size);
     if (c.post_norms) ones(at + "post_attn_norm", c.hidden_size), ones(at + "post_ffn_norm", c.hidden_size);

@@ -9,7 +9,7 @@ import pytest
 
 from bitnet import _native, packing, ternary
 
-PANEL_ROWS, SLACK = 16, 1024
+PANEL_ROWS, SLACK = 16, 2048
 SHAPES = [(1, 1), (3, 5), (16, 16), (17, 33), (64, 64), (40, 100), (66, 1281), (130, 260), (256, 2560), (33, 5000)]
 BLOCK_CODECS = [name for name, codec in packing.BLOCKS.items() if codec.two_bit()]
 
@@ -23,18 +23,25 @@ def model(request: pytest.FixtureRequest) -> Any:
     )  # fmt: skip
 
 
-def panels(scheme: str, codes: np.ndarray) -> bytes:
-    """What kernels.h says of integer codes [rows, cols], with nothing but indexing."""
+# scheme -> (tiles of 4 inputs in a vector, base of the sum that holds them, bias)
+LAYOUTS = {"ternary": (4, 4, 1), "ternary_base3": (5, 3, 1), "int4": (2, 16, 8), "int8": (1, 256, 128)}
+
+
+def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
+    """What kernels.h says of integer codes [rows, cols], with nothing but indexing; every group begins a vector."""
     rows, cols = codes.shape
-    per_vector, bias = (16, 1) if scheme == "ternary" else (4, 128)
-    n_panels, n_vectors = -(-rows // PANEL_ROWS), -(-cols // per_vector)
-    grid = np.zeros((n_panels * PANEL_ROWS, n_vectors * per_vector), np.uint8)
-    grid[:rows, :cols] = (codes.astype(np.int16) + bias).astype(np.uint8)
-    tiles = grid.reshape(n_panels, PANEL_ROWS, n_vectors, per_vector // 4, 4).transpose(0, 2, 3, 1, 4)  # panel, vector, tile, row, input
-    packed = np.zeros((n_panels, n_vectors, PANEL_ROWS, 4), np.uint8)
-    for tile in range(per_vector // 4):
-        packed |= tiles[:, :, tile] << np.uint8(2 * tile)
-    return packed.tobytes() + bytes(SLACK)
+    tiles, base, bias = LAYOUTS[scheme]
+    size = ternary.group_size(cols, groups)
+    parts = []
+    for at in range(0, cols, size):
+        part = codes[:, at : at + size]
+        grid = np.zeros((-(-rows // PANEL_ROWS) * PANEL_ROWS, -(-part.shape[1] // (4 * tiles)) * 4 * tiles), np.uint8)
+        grid[:rows, : part.shape[1]] = (part.astype(np.int16) + bias).astype(np.uint8)
+        tiled = grid.reshape(-1, PANEL_ROWS, grid.shape[1] // (4 * tiles), tiles, 4).transpose(
+            0, 2, 3, 1, 4
+        )  # panel, vector, tile, row, input
+        parts.append(sum(tiled[:, :, tile].astype(np.int64) * base**tile for tile in range(tiles)).astype(np.uint8))
+    return np.concatenate(parts, axis=1).tobytes() + bytes(SLACK)
 
 
 def scale_panels(scales: np.ndarray) -> bytes:
@@ -54,39 +61,44 @@ def in_two_runs(rows: int) -> list[tuple[int, int]]:
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-@pytest.mark.parametrize("scheme", ["ternary", "int8"])
+@pytest.mark.parametrize("scheme", LAYOUTS)
 def test_codes(model: Any, scheme: str, rows: int, cols: int) -> None:
     rng = np.random.default_rng(cols)
-    codes = random_trits(rows, cols) if scheme == "ternary" else rng.integers(-128, 128, (rows, cols)).astype(np.int8)
-    groups = 2 if cols > 48 else 1
+    most = {"int8": 128, "int4": 8}.get(scheme, 0)
+    codes = rng.integers(-most, most, (rows, cols)).astype(np.int8) if most else random_trits(rows, cols)
+    groups = -(-cols // 64) if cols > 100 else 2 if cols > 48 else 1
     scales = rng.normal(size=(rows, groups)).astype(np.float32)
     matrix = _native.Matrix(model, scheme, rows, cols, groups)
     for first, last in in_two_runs(rows):
         matrix.fill_codes(first, codes[first:last])
         matrix.set_scales(first, scales[first:last])
-    assert matrix.panels() == panels(scheme, codes) and matrix.scales() == scale_panels(scales)
+    assert matrix.panels() == panels(scheme, codes, groups) and matrix.scales() == scale_panels(scales)
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
-def test_hugging_face_bytes(model: Any, rows: int, cols: int) -> None:
+@pytest.mark.parametrize("scheme", ["ternary", "ternary_base3"])
+def test_hugging_face_bytes(model: Any, scheme: str, rows: int, cols: int) -> None:
     trits = random_trits(rows, cols)
-    matrix = _native.Matrix(model, "ternary", rows, cols)
+    matrix = _native.Matrix(model, scheme, rows, cols)
     packed = packing.pack_hf(trits)
-    assert matrix.fill_banded(packed) and matrix.panels() == panels("ternary", trits)
+    assert matrix.fill_banded(packed) and matrix.panels() == panels(scheme, trits)
     assert np.array_equal(packing.unpack_hf(packed)[:rows], trits)
 
 
 @pytest.mark.parametrize("codec", BLOCK_CODECS)
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (16, 3), (37, 11), (50, 7)])
-def test_blocks_of_two_bits(model: Any, codec: str, rows: int, blocks: int) -> None:
+@pytest.mark.parametrize("scheme", ["ternary", "ternary_base3"])
+@pytest.mark.parametrize("grouped", [False, True])
+def test_blocks_of_two_bits(model: Any, codec: str, rows: int, blocks: int, scheme: str, grouped: bool) -> None:
     format = packing.BLOCKS[codec]
     trits = random_trits(rows, blocks * format.block)
     stored = format.pack(trits.reshape(-1, format.block), np.full(rows * blocks, 0.5, np.float32)).reshape(rows, -1)
-    matrix, layout = _native.Matrix(model, "ternary", *trits.shape), format.two_bit()
+    groups = blocks if grouped else 1
+    matrix, layout = _native.Matrix(model, scheme, *trits.shape, groups), format.two_bit()
     assert layout is not None
     for first, last in in_two_runs(rows):
         assert matrix.fill_two_bit(first, stored[first:last], **layout._asdict())
-    assert matrix.panels() == panels("ternary", trits)
+    assert matrix.panels() == panels(scheme, trits, groups)
 
 
 def test_formats_that_native_code_reads() -> None:
@@ -151,7 +163,26 @@ def test_values_quantized(model: Any, kind: str, group: int, rows: int, cols: in
     matrix = _native.Matrix(model, "int8", rows, cols, -(-cols // group) if group else 1)
     for first, last in in_two_runs(rows):
         assert matrix.fill_values(first, kind, bits[first:last].view(np.uint8))
-    assert matrix.panels() == panels("int8", codes) and matrix.scales() == scale_panels(scales.reshape(rows, -1))
+    assert matrix.panels() == panels("int8", codes, max(1, scales.size // rows)) and matrix.scales() == scale_panels(
+        scales.reshape(rows, -1)
+    )
+
+
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+@pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
+def test_values_quantized_to_four_bits(model: Any, kind: str, rows: int, cols: int) -> None:
+    bits, wide = stored_values(kind, values(rows, cols))
+    groups = -(-cols // 32)
+    padded = np.zeros((rows, groups * 32), np.float32)
+    padded[:, :cols] = wide
+    in_groups = padded.reshape(rows, groups, 32)
+    scales = (np.abs(in_groups).max(axis=2) / np.float32(7)).astype(np.float16).astype(np.float32)
+    ratio = np.divide(in_groups, scales[:, :, None], out=np.zeros_like(in_groups), where=scales[:, :, None] > 0)
+    codes = np.clip(np.rint(ratio), -7, 7).astype(np.int8).reshape(rows, -1)[:, :cols]
+    matrix = _native.Matrix(model, "int4", rows, cols, groups)
+    for first, last in in_two_runs(rows):
+        assert matrix.fill_values(first, kind, bits[first:last].view(np.uint8))
+    assert matrix.panels() == panels("int4", codes, groups) and matrix.scales() == scale_panels(scales)
 
 
 def test_the_smallest_values_quantized(model: Any) -> None:

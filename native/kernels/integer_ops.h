@@ -1,0 +1,130 @@
+// Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
+//   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and a `Tile` codec of unpacked codes up to 2, one tile a vector.
+#pragma once
+#include "float_ops.h"
+
+namespace {
+using bitnet::IntegerMatrix;
+using bitnet::QuantizedRows;
+using bitnet::Run;
+
+BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
+  const int64_t at = (int64_t{panel} * w.n_groups + group) * 16;
+  return w.scales ? load(w.scales + at) : load_f16(w.half_scales + at);
+}
+
+template <class Codec, int T>
+BITNET_INLINE void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
+  const uint8_t* codes = w.panels + panel * w.panel_bytes;
+  v16 sums[T];
+  for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
+  for (int r = 0; r < x.n_runs; r++) {
+    const Run& run = x.runs[r];
+    i16x dots[T];
+    Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
+    const v16 scale = load_scales(w, panel, run.weight_group);
+    for (int t = 0; t < T; t++) {
+      const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
+      const v16 part = __builtin_convertvector(exact, v16) * scale;
+      sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
+    }
+  }
+  const int rows = w.rows - 16 * panel;
+  for (int t = 0; t < T; t++) {
+    const v16 result = x.grouped ? sums[t] : sums[t] * x.steps[t0 + t];
+    float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
+    if (rows >= 16) store(to, result);
+    else store_tail(to, rows, result);
+  }
+}
+template <class Codec>
+static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, float* y) {
+  if (x.n_tokens == 1) {
+    for (int p = panel; p < panel + n_panels; p++) multiply_tokens<Codec, 1>(w, x, p, 0, y);
+    return;
+  }
+  for (int p = panel; p < panel + n_panels; p++) {  // a panel stays in the cache for all tokens
+    int t = 0;
+    for (; t + 8 <= x.n_tokens; t += 8) multiply_tokens<Codec, 8>(w, x, p, t, y);
+    for (; t + 4 <= x.n_tokens; t += 4) multiply_tokens<Codec, 4>(w, x, p, t, y);
+    for (; t + 2 <= x.n_tokens; t += 2) multiply_tokens<Codec, 2>(w, x, p, t, y);
+    for (; t < x.n_tokens; t++) multiply_tokens<Codec, 1>(w, x, p, t, y);
+  }
+}
+
+static void add_run(const IntegerMatrix& w, const QuantizedRows& x, int r, int panel, int t0, int n_tokens, const int32_t* dots, float* sums) {
+  const v16 scale = load_scales(w, panel, x.runs[r].weight_group);
+  for (int t = 0; t < n_tokens; t++) {
+    const i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
+    const v16 part = __builtin_convertvector(exact, v16) * scale;
+    const v16 sum = load(sums + 16 * t);
+    store(sums + 16 * t, sum + (x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + x.runs[r].step_group] : part));
+  }
+}
+
+typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
+typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
+
+static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + 4096, 0, 2);
+    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
+    for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
+  }
+}
+static void unpack_i4(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + 4096, 0, 2);
+    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
+    for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
+  }
+}
+// Bytes b < 243 by three: (b * 171) >> 9 for each byte of a 16-bit lane, digit after digit.
+static void unpack_b3(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
+    w32x low = packed & 0xff, high = packed >> 8;
+    for (int s = 0; s < 5; s++) {
+      const w32x low3 = (low * 171) >> 9, high3 = (high * 171) >> 9;
+      *reinterpret_cast<w32x*>(codes + 320 * v + 64 * s) = (low - low3 * 3) | (high - high3 * 3) << 8;
+      low = low3, high = high3;
+    }
+  }
+}
+// Base-3 where no table of bytes can be looked up: unpacked piece by piece.
+template <class Tile>
+struct UnpackedBase3 {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    constexpr int kVectors = 8;
+    alignas(64) uint8_t tiles[kVectors * 320];
+    for (int t = 0; t < T; t++) dots[t] = i16x{};
+    for (int64_t v = 0; v < n_vectors; v += kVectors) {
+      const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
+      unpack_b3(codes + 64 * v, n, tiles);
+      i16x part[T];
+      Tile::template dot<T>(tiles, 5 * n, x + 20 * v, x_stride, part);
+      for (int t = 0; t < T; t++) dots[t] += part[t];
+    }
+  }
+};
+
+static int32_t sum_i8(const int8_t* q, int n) {
+  i16x sums = {};
+  int i = 0;
+  for (; i + 16 <= n; i += 16) sums += __builtin_convertvector(*reinterpret_cast<const b16*>(q + i), i16x);
+  int32_t sum = 0;
+  for (int l = 0; l < 16; l++) sum += sums[l];
+  for (; i < n; i++) sum += q[i];
+  return sum;
+}
+}  // namespace
+
+#define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_i8)                                                               \
+  {                                                                                                                                \
+    name, multiply<TwoBit>, multiply<Base3>, multiply<Int4>, multiply<Int8>, gemm_ternary, gemm_i4, gemm_i8, nullptr, nullptr,     \
+        unpack_t2, unpack_b3, unpack_i4, add_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
+        dot_dense<load_dense_f32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate,       \
+        to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                                                               \
+  }
