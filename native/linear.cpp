@@ -34,8 +34,8 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
   return w;
 }
 
-// Calls visit(col, byte, factor) for every fourth column of a row of an integer matrix: the codes of col..col+3 lie in the four bytes
-// from `byte`, each as code * factor.
+// Calls visit(col, byte, tile) for every fourth column of a row of an integer matrix: the codes of col..col+3 lie in the four bytes
+// from `byte`, as those of tile `tile` of their vector.
 template <typename Visit>
 void for_each_quad(const Linear& w, int row, Visit visit) {
   const CodeLayout codes = layout(w.scheme);
@@ -43,7 +43,7 @@ void for_each_quad(const Linear& w, int row, Visit visit) {
   for (int first = 0; first < w.cols; first += w.group, byte += int64_t{64} * w.group_vectors) {
     int64_t at = byte;
     for (int col = first, end = std::min(w.cols, first + w.group); col < end; at += 64)
-      for (int s = 0, factor = 1; s < codes.tiles && col < end; s++, factor *= codes.base, col += 4) visit(col, at, factor);
+      for (int s = 0; s < codes.tiles && col < end; s++, col += 4) visit(col, at, s);
   }
 }
 }  // namespace
@@ -64,17 +64,19 @@ void halve_scales(Linear& w) {
 }
 
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
+  if (scheme == Scheme::ternary_base3) return repack_base3(kScalar, repack_integer(Scheme::ternary, codes, scales, rows, cols, n_groups));
   Linear w = shaped(scheme, rows, cols, n_groups);
+  const int bits = layout(scheme).bits;
   const unsigned bias = layout(scheme).bias, top = layout(scheme).top;
   uint8_t* packed = w.panels.data();
   for (int r = 0; r < rows; r++) {
     const int8_t* row = codes + int64_t{r} * cols;
     unsigned largest = 0;
-    for_each_quad(w, r, [&](int col, int64_t byte, int factor) {
+    for_each_quad(w, r, [&](int col, int64_t byte, int tile) {
       for (int i = 0; i < std::min(4, cols - col); i++) {
         const unsigned code = unsigned(row[col + i]) + bias;  // below -bias wraps to a large one
         largest = std::max(largest, code);
-        packed[byte + i] = uint8_t(packed[byte + i] + code * factor);
+        packed[byte + i] = uint8_t(packed[byte + i] | code << bits * tile);
       }
     });
     if (largest > top) throw std::invalid_argument(w.ternary() ? "a ternary weight is none of -1, 0, +1" : "an int4 weight is not in -8 to 7");
@@ -113,7 +115,10 @@ Linear repack_base3(const Kernels& k, Linear two_bit) {
       uint8_t* to = w.panels.data() + p * w.panel_bytes + int64_t{64} * g * w.group_vectors;
       for (int64_t v = 0; v < n3; v++, to += 64) {
         const uint8_t* from = tiles.data() + 320 * v;
-        for (int i = 0; i < 64; i++) to[i] = uint8_t(from[i] + 3 * from[64 + i] + 9 * from[128 + i] + 27 * from[192 + i] + 81 * from[256 + i]);
+        for (int i = 0; i < 64; i++) {
+          const unsigned h = from[128 + i] + 3u * from[192 + i] + 9u * from[256 + i];
+          to[i] = uint8_t(9 * h + from[i] + 3 * from[64 + i] + (h * 37 >> 8));  // h / 7, for h < 27
+        }
       }
     }
   w.scales = std::move(two_bit.scales), w.half_scales = std::move(two_bit.half_scales), w.bias = std::move(two_bit.bias);
@@ -170,9 +175,14 @@ void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
         scale[g] = wide[row % kPanelRows];
       }
     }
-    for_each_quad(w, row, [&](int col, int64_t byte, int factor) {
+    auto code = [&](int byte, int tile) {
+      if (codes.bits) return byte >> codes.bits * tile & ((1 << codes.bits) - 1);
+      const int l = byte % 64 % 9, h = byte / 64 * 7 + byte % 64 / 9;
+      return tile == 0 ? l % 3 : tile == 1 ? l / 3 : tile == 2 ? h % 3 : tile == 3 ? h / 3 % 3 : h / 9;
+    };
+    for_each_quad(w, row, [&](int col, int64_t byte, int tile) {
       for (int i = 0; i < std::min(4, w.cols - col); i++)
-        out[col + i] = float(w.panels[byte + i] / factor % codes.base - codes.bias) * scale[col / w.group];
+        out[col + i] = float(code(w.panels[byte + i], tile) - codes.bias) * scale[col / w.group];
     });
     return;
   }

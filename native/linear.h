@@ -15,16 +15,16 @@ inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple 
 // How the codes of a scheme lie in a vector of 64 bytes (kernels.h).
 struct CodeLayout {
   int tiles;  // of 4 inputs, per vector
-  int base;   // byte = sum of code_s * base^s over the tiles s
+  int bits;   // code s lies in bits s * bits and up; 0 for base-3, whose bytes kernels.h explains
   int bias;   // code = weight + bias
   int top;    // largest code
   int inputs() const { return 4 * tiles; }
 };
 inline CodeLayout layout(Scheme s) {
-  if (s == Scheme::ternary) return {4, 4, 1, 2};
-  if (s == Scheme::ternary_base3) return {5, 3, 1, 2};
-  if (s == Scheme::int4) return {2, 16, 8, 15};
-  return {1, 256, 128, 255};
+  if (s == Scheme::ternary) return {4, 2, 1, 2};
+  if (s == Scheme::ternary_base3) return {5, 0, 1, 2};
+  if (s == Scheme::int4) return {2, 4, 8, 15};
+  return {1, 8, 128, 255};
 }
 
 struct Linear {

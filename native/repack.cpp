@@ -13,6 +13,7 @@ namespace {
 typedef uint32_t Words __attribute__((vector_size(16), may_alias));
 typedef uint16_t Halves __attribute__((vector_size(16), may_alias));
 typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
+typedef int8_t SignedBytes __attribute__((vector_size(16), may_alias));
 typedef uint64_t Pairs __attribute__((vector_size(16), may_alias));
 
 constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, and of 20
@@ -42,8 +43,14 @@ inline void transpose_words(const uint8_t* from, int64_t stride, Words out[4]) {
   out[0] = low_pair(ab0, cd0), out[1] = high_pair(ab0, cd0), out[2] = low_pair(ab1, cd1), out[3] = high_pair(ab1, cd1);
 }
 
+inline Bytes join_base3(const Words t[5]) {  // kernels.h
+  const Bytes high = (Bytes)t[2] + 3 * (Bytes)t[3] + 9 * (Bytes)t[4];  // below 27
+  const SignedBytes h = (SignedBytes)high;
+  return 9 * high + (Bytes)t[0] + 3 * (Bytes)t[1] - (Bytes)(h >= 7) - (Bytes)(h >= 14) - (Bytes)(h >= 21);  // true is -1
+}
+
 // Codes [16, kBlock], n columns from the first of a vector on, into the vectors of a panel from `to` on.
-template <int kTiles, int kBase>
+template <int kTiles, int kBits>
 void pack(const uint8_t* codes, int n, uint8_t* to) {
   constexpr int kInputs = 4 * kTiles, kColumns = kTiles == 5 ? 80 : 16, kVectors = kColumns / kInputs;
   for (int c = 0; c < n; c += kColumns, to += 64 * kVectors)
@@ -51,23 +58,24 @@ void pack(const uint8_t* codes, int n, uint8_t* to) {
       Words t[kColumns / 4];
       for (int i = 0; i < kColumns / 16; i++) transpose_words(codes + 4 * g * kBlock + c + 16 * i, kBlock, t + 4 * i);
       for (int v = 0; v < std::min(kVectors, (n - c + kInputs - 1) / kInputs); v++) {
-        Bytes sum = (Bytes)t[v * kTiles + kTiles - 1];
-        for (int s = kTiles - 2; s >= 0; s--) {
-          if constexpr (kBase == 3) sum = sum + sum + sum;
-          else sum = (Bytes)((Words)sum * kBase);  // no code reaches into its neighbour's byte
-          sum += (Bytes)t[v * kTiles + s];
+        const Words* tiles = t + v * kTiles;
+        if constexpr (kTiles == 5) {
+          store(to + 64 * v + 16 * g, join_base3(tiles));
+        } else {
+          Words joined = tiles[0];
+          for (int s = 1; s < kTiles; s++) joined |= tiles[s] << kBits * s;
+          store(to + 64 * v + 16 * g, joined);
         }
-        store(to + 64 * v + 16 * g, sum);
       }
     }
 }
 constexpr int kPackColumns = 80;  // a multiple of every kColumns
 
 void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
-  if (scheme == Scheme::ternary) pack<4, 4>(codes, n, to);
-  else if (scheme == Scheme::ternary_base3) pack<5, 3>(codes, n, to);
-  else if (scheme == Scheme::int4) pack<2, 16>(codes, n, to);
-  else pack<1, 256>(codes, n, to);
+  if (scheme == Scheme::ternary) pack<4, 2>(codes, n, to);
+  else if (scheme == Scheme::ternary_base3) pack<5, 0>(codes, n, to);
+  else if (scheme == Scheme::int4) pack<2, 4>(codes, n, to);
+  else pack<1, 8>(codes, n, to);
 }
 
 // decode(row, first, n, out) gives n codes of a row from column `first` on, a multiple of kBlock after the beginning of a group.
@@ -166,13 +174,13 @@ typename Type::Bits absmax_bits(const uint8_t* values, int n) {
   return Bits(most);
 }
 
-// out = clip(round half to even(value / scale), -top, top) + bias, 0 for a scale of 0; int8 multiplies by the reciprocal instead.
-template <typename Type, bool kReciprocal>
+// out = clip(round half to even(value * (1 / scale)), -top, top) + bias; of 0 for a scale of 0
+template <typename Type>
 void quantize_run(const uint8_t* values, int n, float scale, float top, int bias, uint8_t* out) {
   const float inverse = scale > 0 ? 1 / scale : 0.0f;
-  if (scale == 0 || (kReciprocal && !std::isfinite(inverse))) {  // below 2^-128: every value but zero is beyond the top
+  if (!std::isfinite(inverse)) {  // a scale below 2^-128: every value but zero is beyond the top
     for (int i = 0; i < n; i++) {
-      const float v = scale == 0 ? 0.0f : Type::widen(bits_at<Type>(values, i));
+      const float v = Type::widen(bits_at<Type>(values, i));
       out[i] = uint8_t((v > 0 ? int(top) : v < 0 ? -int(top) : 0) + bias);
     }
     return;
@@ -180,8 +188,7 @@ void quantize_run(const uint8_t* values, int n, float scale, float top, int bias
   constexpr float kMagic = 0x1.8p23f;  // x + magic has no bits for a fraction, and the sum rounds half to even
   const int32_t base = std::bit_cast<int32_t>(kMagic) - bias;
   for (int i = 0; i < n; i++) {
-    const float v = Type::widen(bits_at<Type>(values, i));
-    float x = kReciprocal ? v * inverse : v / scale;
+    float x = Type::widen(bits_at<Type>(values, i)) * inverse;
     x = x < top ? x : top;
     x = x > -top ? x : -top;
     out[i] = uint8_t(std::bit_cast<int32_t>(x + kMagic) - base);
@@ -222,8 +229,7 @@ bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const
       for (int c = from, next; c < from + count; c = next) {
         next = std::min(from + count, (c / w.group + 1) * w.group);
         const float scale = scales[c / w.group * kPanelRows + r % kPanelRows];
-        const auto quantize = w.scheme == Scheme::int8 ? quantize_run<Type, true> : quantize_run<Type, false>;
-        quantize(row + c * sizeof(typename Type::Bits), next - c, scale, top, bias, out + c - from);
+        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale, top, bias, out + c - from);
       }
     });
   }, worth_sharing(w, n));

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session", autouse=True)
+def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What `bitnet bench --tune` chose for whoever runs the tests must not decide them."""
+    file = tmp_path_factory.mktemp("cache") / "tuning.json"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("bitnet.tuning.tuning_file", lambda: file)
+        yield
 
 
 @pytest.fixture(scope="session")

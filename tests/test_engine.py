@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from bitnet import packing, ternary, weights
-from bitnet.engine import Engine
+from bitnet.engine import DEFAULT_CODEC, Engine
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files import safetensors
 from bitnet.models import open_checkpoint
@@ -101,6 +101,34 @@ def test_the_runs_of_rows_in_which_a_table_comes_change_nothing(
     parts = load(tmp_path, head=head)
     a, b = (e.forward([(e.sequence(), [1, 33, 59])], all_logits=True) for e in (whole, parts))
     assert np.array_equal(a, b)
+
+
+def test_a_head_in_int4_is_that_of_the_reference(tmp_path: Path) -> None:
+    int4 = load(write(tmp_path), head="int4")
+    codes, scales = ternary.quantize_int4(tensors()["model.embed_tokens.weight"])
+    exact = write_dense_embedding(tmp_path, codes * scales)  # 32 inputs: one group
+    a, b = (e.forward([(e.sequence(), [7])]) for e in (int4, exact))
+    assert int4.head == "int4" and exact.head == "stored"
+    assert np.abs(a - b).max() <= 32 * 0.5 / 127 * np.abs(b).max()  # as for int8
+
+
+def test_codecs_give_the_same_bits(tmp_path: Path) -> None:
+    write(tmp_path)
+    t2, b3 = (load(tmp_path, codec=codec) for codec in ("t2", "b3"))
+    assert (t2.codec, b3.codec) == ("t2", "b3") and load(tmp_path).codec == DEFAULT_CODEC
+    ids = [3, 1, 4, 1, 5]
+    one, other = (e.forward([(e.sequence(), ids)], all_logits=True) for e in (t2, b3))
+    assert np.array_equal(one, other)
+    shapes = [random_engine("article-12x512", threads=1, head="int4", codec=codec) for codec in ("t2", "b3")]
+    assert [(e.codec, e.head) for e in shapes] == [("t2", "int4"), ("b3", "int4")]
+
+
+def test_a_codec_is_for_ternary_layers(tmp_path: Path) -> None:
+    dense = {name: value for name, value in tensors().items() if not name.endswith("_scale") and "sub_norm" not in name}
+    dense = {n: np.ones(LINEARS[n[15:-7]], np.float32) if n[15:-7] in LINEARS else v for n, v in dense.items()}
+    config = {**CONFIG, "model_type": "llama", "hidden_act": "silu", "quantization_config": None}
+    with pytest.raises(UsageError, match="has no ternary layers in this way to run it; codec 'b3' is for them"):
+        load(write(tmp_path, config, dense), codec="b3")
 
 
 def write_dense_embedding(folder: Path, values: np.ndarray) -> Engine:
@@ -252,6 +280,19 @@ def test_truncating_forgets(tmp_path: Path) -> None:
     assert len(sequence) == 1 and np.array_equal(engine.forward([(sequence, [6])]), first)
     with pytest.raises(ValueError, match="only become shorter"):
         sequence.truncate(3)
+
+
+def test_a_full_context_takes_no_token(tmp_path: Path) -> None:
+    engine = load(write(tmp_path))
+    sequence = engine.sequence()
+    engine.forward([(sequence, [1] * 64)])
+    with pytest.raises(UsageError, match="64 \\+ 1 tokens; the model's context is 64"):
+        engine.forward([(sequence, [1])])
+    sequence.truncate(63)
+    for token in (60, -1):
+        with pytest.raises(UsageError, match=f"token ids run from {token} to {token}; the vocabulary has 0 to 59"):
+            engine.forward([(sequence, [token])])
+    engine.forward([(sequence, [59])])
 
 
 def test_random_shapes() -> None:

@@ -118,6 +118,18 @@ def test_int8_rows_are_within_half_a_step() -> None:
     assert np.all(np.abs(codes * scales[:, None] - w) <= scales[:, None] * (0.5 + 127 * 2**-21))
 
 
+def test_int4_weights_come_back_within_half_a_step() -> None:
+    w = np.random.default_rng(4).normal(size=(5, 80)).astype(np.float32)
+    w[3, 32:64] = 0
+    codes, scales = ternary.quantize_int4(w)
+    assert codes.shape == w.shape and scales.shape == (5, 3) and codes.dtype == np.int8 and scales.dtype == np.float32
+    assert np.abs(codes).max() == 7 and np.all(codes[3, 32:64] == 0) and scales[3, 1] == 0
+    assert np.array_equal(scales, scales.astype(np.float16))
+    steps = scales.repeat(32, axis=1)[:, :80]
+    # half a step, and 7 steps whose scale f16 rounded by up to 2^-11
+    assert np.all(np.abs(codes * steps - w) <= steps * (0.5 + 7 * 2.0**-11 + 2.0**-20))
+
+
 def test_integer_products_are_the_dense_ones() -> None:
     rng = np.random.default_rng(3)
     trits, x = rng.integers(-1, 2, (10, 64)).astype(np.int8), rng.normal(size=(3, 64)).astype(np.float32)

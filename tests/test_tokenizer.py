@@ -101,6 +101,16 @@ def test_an_emoji_comes_whole_and_an_unfinished_one_at_the_end() -> None:
     assert streamed(BYTE_LEVEL, ids[:3], []) == ["", "", "", "\ufffd"]
 
 
+def test_byte_level_tokens_are_decoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, decode, decoded = load(byte_level()), Tokenizer.decode, []
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids, skip=True: decoded.append(list(ids)) or decode(self, ids, skip))
+    ids = tokenizer.encode("the the\u00e9the", add_special=False)
+    streamed(tokenizer, ids, [])
+    decoded.clear()
+    assert "".join(streamed(tokenizer, ids, [])) == "the the\u00e9the"
+    assert [258] not in decoded and all(len(ids) <= 2 for ids in decoded)  # only the two bytes of \u00e9 need each other
+
+
 def test_lone_surrogates_become_the_replacement_character() -> None:
     assert replace_surrogates("a\udcffb") == "a\ufffdb"
     assert BYTE_LEVEL.decode(BYTE_LEVEL.encode("a\udcffb")) == "a\ufffdb"

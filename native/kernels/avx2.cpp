@@ -84,7 +84,7 @@ struct Halves {
       for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_si256();
       for (int64_t v = 0; v < n_vectors; v++) {
         const uint8_t* at = codes + 64 * v + 32 * half;
-        if (half == 0) _mm_prefetch((const char*)at + 4096, _MM_HINT_T1);
+        if (half == 0) prefetch(at);
         const Half weights(at);
         for (int t = 0; t < T; t++) acc[t] = _mm256_add_epi32(acc[t], weights.products(x + t * x_stride + Half::kInputs * v));
       }

@@ -99,10 +99,15 @@ const char* first_difference(const Kernels& k) {
                             {k.multiply_i4, kScalar.multiply_i4, k.gemm_i4, k.unpack_i4, kScalar.unpack_i4, 2, 15, 8, "multiply_i4"},
                             {k.multiply_i8, kScalar.multiply_i8, k.gemm_i8, nullptr, nullptr, 1, 255, 128, "multiply_i8"}};
     for (const Codec& c : codecs) {
-      const int vectors = kInputs / 4 / c.tiles, base = c.tiles == 5 ? 3 : c.tiles == 4 ? 4 : c.tiles == 2 ? 16 : 256;
+      const int vectors = kInputs / 4 / c.tiles, base = c.tiles == 4 ? 4 : c.tiles == 2 ? 16 : 256;
       for (int i = 0; i < 2 * 64 * vectors; i++) {
         int byte = 0;
-        for (int s = 0; s < c.tiles; s++) byte = byte * base + (round < 2 ? c.top : (int)(next_random(state) % (unsigned)(c.top + 1)));
+        if (c.tiles == 5) {  // any h < 27 and l < 9
+          const int h = round < 2 ? 26 : (int)(next_random(state) % 27), l = round < 2 ? 8 : (int)(next_random(state) % 9);
+          byte = 9 * h + l + h / 7;
+        } else {
+          for (int s = 0; s < c.tiles; s++) byte = byte * base + (round < 2 ? c.top : (int)(next_random(state) % (unsigned)(c.top + 1)));
+        }
         panel[i] = (uint8_t)byte;
       }
       Run runs[2];

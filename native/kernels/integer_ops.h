@@ -14,8 +14,9 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
   return w.scales ? load(w.scales + at) : load_f16(w.half_scales + at);
 }
 
+// Not inlined: each number of tokens wants all registers for itself.
 template <class Codec, int T>
-BITNET_INLINE void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
+static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
   const uint8_t* codes = w.panels + panel * w.panel_bytes;
   v16 sums[T];
   for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
@@ -68,28 +69,32 @@ typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
 
 static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    __builtin_prefetch(panel + 64 * v + 4096, 0, 2);
+    prefetch(panel + 64 * v);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
   }
 }
 static void unpack_i4(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    __builtin_prefetch(panel + 64 * v + 4096, 0, 2);
+    prefetch(panel + 64 * v);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
   }
 }
-// Bytes b < 243 by three: (b * 171) >> 9 for each byte of a 16-bit lane, digit after digit.
+// The five digits of the byte in each 16-bit lane; the divisions are exact for what can occur.
+BITNET_INLINE void base3_digits(w32x byte, w32x digits[5]) {
+  const w32x low = byte & 63, w = (low * 57) >> 9, l = low - w * 9, h = (byte >> 6) * 7 + w;  // w = low / 9
+  const w32x ninths = (h * 57) >> 9, rest = h - ninths * 9;                                   // h / 9
+  digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                   // l / 3
+  digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
+}
 static void unpack_b3(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
+    prefetch(panel + 64 * v);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    w32x low = packed & 0xff, high = packed >> 8;
-    for (int s = 0; s < 5; s++) {
-      const w32x low3 = (low * 171) >> 9, high3 = (high * 171) >> 9;
-      *reinterpret_cast<w32x*>(codes + 320 * v + 64 * s) = (low - low3 * 3) | (high - high3 * 3) << 8;
-      low = low3, high = high3;
-    }
+    w32x even[5], odd[5];
+    base3_digits(packed & 0xff, even), base3_digits(packed >> 8, odd);
+    for (int s = 0; s < 5; s++) *reinterpret_cast<w32x*>(codes + 320 * v + 64 * s) = even[s] | odd[s] << 8;
   }
 }
 // Base-3 where no table of bytes can be looked up: unpacked piece by piece.

@@ -12,7 +12,9 @@ namespace bitnet {
 // Weights lie in panels of 16 output rows. For integer codes a panel is a row of vectors of 64 bytes, which hold tiles of 16 rows
 // x 4 inputs: byte 4 * row + i is input i of the tile, stored as code = weight + bias.
 //   two-bit (ternary): one vector = 4 tiles, tile s in bits 2s..2s+1, so 16 inputs; bias 1
-//   base-3 (ternary):  one vector = 5 tiles, byte = sum of code_s * 3^s, so 20 inputs; bias 1; every group starts a new vector
+//   base-3 (ternary):  one vector = 5 tiles, so 20 inputs; bias 1; every group starts a new vector. With l = code_0 + 3 code_1 and
+//                      h = code_2 + 3 code_3 + 9 code_4, byte = 9h + l + h / 7: the low six bits are 9 (h % 7) + l, the upper h / 7,
+//                      so that a table of 64 entries finds code_0 and code_1 without a division (docs/performance.md)
 //   int4:              one vector = 2 tiles, tile s in bits 4s..4s+3, so 8 inputs; bias 8
 //   int8:              one vector = 1 tile; bias 128
 //   f16, bf16, f32:    [in][16 rows]

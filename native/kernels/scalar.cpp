@@ -69,8 +69,8 @@ struct Bytes {
 };
 static int two_bits(int byte, int s) { return (byte >> (2 * s)) & 3; }
 static int base3_digit(int byte, int s) {
-  constexpr int kPowers[] = {1, 3, 9, 27, 81};
-  return byte / kPowers[s] % 3;
+  const int low = byte % 64, l = low % 9, h = byte / 64 * 7 + low / 9;
+  return s == 0 ? l % 3 : s == 1 ? l / 3 : s == 2 ? h % 3 : s == 3 ? h / 3 % 3 : h / 9;
 }
 static int nibble(int byte, int s) { return (byte >> (4 * s)) & 15; }
 static int whole(int byte, int) { return byte; }

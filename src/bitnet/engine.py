@@ -19,6 +19,10 @@ from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
 
+CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
+DEFAULT_CODEC = "t2"
+MOST_THREADS = 1024  # that the native pool takes
+
 
 class Sequence:
     """The keys and values of one sequence's tokens so far."""
@@ -38,12 +42,13 @@ class Sequence:
 class Engine:
     """A loaded model. Make one with `weights.load_engine` or `shapes.random_engine`."""
 
-    def __init__(self, config: ModelConfig, native: Any, codec: str) -> None:
+    def __init__(self, config: ModelConfig, native: Any, codec: str, head: str = "stored") -> None:
         native.check_complete()
         self.config = config
         self._native = native
         self.isa: str = native.isa
-        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "int8" or "dense"
+        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "int8" or "dense"
+        self.head = head  # "stored", or the scheme that embedding and head were quantized to
         self.threads: int = native.threads
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
 
@@ -63,6 +68,14 @@ class Engine:
             return "float32"
         return f"int8 per {f'{self.activation_group} inputs' if self.activation_group else 'token'}"
 
+    def reset_profile(self) -> None:
+        """Begin to sum `profile` anew."""
+        self._native.reset_profile()
+
+    def profile(self) -> dict[str, float]:
+        """Seconds since `reset_profile`, over all forwards: "matmul_s", "attention_s", "total_s"."""
+        return dict(self._native.profile)
+
     def sequence(self) -> Sequence:
         """A fresh sequence without tokens."""
         return Sequence(self._native.cache())
@@ -75,30 +88,40 @@ class Engine:
         """
         if not batch:
             raise UsageError("forward: the batch is empty")
-        spans = []
-        for sequence, tokens in batch:
-            ids = np.asarray(tokens)
-            if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
-                raise UsageError("forward: expected one or more integer token ids per sequence")
-            if ids.min() < 0 or ids.max() >= self.config.vocab_size:
-                raise UsageError(
-                    f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {self.config.vocab_size - 1}"
-                )
-            if len(sequence) + ids.size > self.config.max_context:
-                raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {self.config.max_context}")
-            spans.append((sequence._cache, np.ascontiguousarray(ids, np.int32)))
+        spans = [(sequence._cache, self._checked(sequence, tokens)) for sequence, tokens in batch]
         try:
             logits: NDArray[np.float32] = self._native.forward(spans, all_logits)
         except ValueError as e:
             raise UsageError(f"forward: {e}") from None
         return logits
 
+    def _checked(self, sequence: Sequence, tokens: ListLike[int]) -> NDArray[np.int32]:
+        """`tokens` as int32 [tokens], sure to fit the vocabulary and the context."""
+        vocab, context = self.config.vocab_size, self.config.max_context
+        if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocab and len(sequence) < context:
+            return np.array(tokens, np.int32)  # decoding: at thousands of tokens a second the checks below would show
+        ids = np.asarray(tokens)
+        if ids.ndim != 1 or ids.size == 0 or not np.issubdtype(ids.dtype, np.integer):
+            raise UsageError("forward: expected one or more integer token ids per sequence")
+        if ids.min() < 0 or ids.max() >= vocab:
+            raise UsageError(f"forward: token ids run from {ids.min()} to {ids.max()}; the vocabulary has 0 to {vocab - 1}")
+        if len(sequence) + ids.size > context:
+            raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {context}")
+        return np.ascontiguousarray(ids, np.int32)
+
+
+def chosen_codec(codec: str) -> str:
+    """The codec of ternary layers that `codec` means: "auto" is the rule's. The results are the same bits. Raises `UsageError`."""
+    if codec != "auto" and codec not in CODECS:
+        raise UsageError(f"codec is {codec!r}; expected one of auto, {', '.join(CODECS)}")
+    return DEFAULT_CODEC if codec == "auto" else codec
+
 
 def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -> Any:
     """A native model without weights, on the best instruction set that passes its self-test."""
     wanted = usable_cores() if threads is None else threads
-    if not 1 <= wanted <= 1024:
-        raise UsageError(f"threads is {wanted}; expected 1 to 1024")
+    if not 1 <= wanted <= MOST_THREADS:
+        raise UsageError(f"threads is {wanted}; expected 1 to {MOST_THREADS}")
     isa, failed = _native.choose_isa()
     if failed:
         warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa or 'nothing'} instead", stacklevel=3)

@@ -49,6 +49,8 @@ class StopFilter:
 
     def push(self, piece: str) -> str:
         """The text that is now sure to stand before any stop string."""
+        if not self._stops:
+            return piece
         text = self._held + piece
         found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
         if found:

@@ -56,13 +56,10 @@ class Sampler:
         Raises `BitNetError` if a logit is not finite.
         """
         s = self.sampling
+        if s.temperature == 0 and s.repetition_penalty == 1:
+            return _greatest(logits)  # of float32: widening changes no order
         z = penalize(np.asarray(logits, dtype=np.float64), history, s.repetition_penalty)
-        best = int(np.argmax(z))  # the first of equals; a NaN, if there is one
-        if not (np.isfinite(z[best]) and np.isfinite(z.min())):
-            bad = int(np.flatnonzero(~np.isfinite(z))[0])
-            raise BitNetError(
-                f"the model gave a logit that is not finite ({z[bad]} for token {bad}); the weights are damaged or do not fit this model"
-            )
+        best = _greatest(z)
         if s.temperature == 0:
             return best
         with np.errstate(over="ignore"):  # a tiny temperature: exp(-inf) is the right 0
@@ -90,6 +87,17 @@ class Sampler:
         if s.top_p < 1:
             order = order[: int(np.searchsorted(mass, s.top_p * total, side="left")) + 1]
         return order[weights[order] >= s.min_p], draw
+
+
+def _greatest(logits: NDArray[np.floating[Any]]) -> int:
+    """The id of the largest logit, the smallest of equals. Raises `BitNetError` if a logit is not finite."""
+    best = int(logits.argmax())  # a NaN, if there is one
+    if not (math.isfinite(logits[best]) and math.isfinite(np.minimum.reduce(logits))):
+        bad = int(np.flatnonzero(~np.isfinite(logits))[0])
+        raise BitNetError(
+            f"the model gave a logit that is not finite ({logits[bad]} for token {bad}); the weights are damaged or do not fit this model"
+        )
+    return best
 
 
 def penalize(logits: F64, history: Sequence[int], penalty: float) -> F64:

@@ -6,11 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet.engine import Engine, new_native
+from bitnet.engine import CODECS, Engine, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.rope import Rope
-from bitnet.weights import layer_norms, weight_shapes
+from bitnet.weights import INT4_GROUP, layer_norms, weight_shapes
+
+# scheme of embedding and head -> bits per weight, with the scales of small groups
+HEADS = {"f16": 16.0, "int8": 8.0, "int4": 4.5, "ternary": 2.0}
 
 
 @dataclass(frozen=True)
@@ -46,18 +49,20 @@ def shape_bytes(shape: str, head: str = "f16") -> int:
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     layer = s.width * (2 * q + 2 * kv + 3 * s.ffn)
     tables = s.vocab * s.width * (1 if s.tied else 2)
-    return s.layers * layer // 4 + int(tables * {"f16": 2, "int8": 1, "ternary": 0.25}[head])
+    return s.layers * layer // 4 + int(tables * HEADS[head] / 8)
 
 
-def random_engine(shape: str, *, threads: int | None = None, head: str = "int8", seed: int = 1) -> Engine:
+def random_engine(shape: str, *, threads: int | None = None, head: str = "int8", codec: str = "auto", seed: int = 1) -> Engine:
     """A model of one of `SHAPES` with random weights, made in memory: for speed, not for text.
 
-    `head`: scheme of the embedding and head, "f16", "int8" or "ternary" (in groups as the layers are).
+    `head`: scheme of the embedding and head, "f16", "int8", "int4" or "ternary" (two-bit, in groups as the layers are).
+    `codec`: of the ternary layers, "t2", "b3" or "auto".
     """
     if shape not in SHAPES:
         raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
-    if head not in ("f16", "int8", "ternary"):
-        raise UsageError(f"head is {head!r}; expected f16, int8 or ternary")
+    if head not in HEADS:
+        raise UsageError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
+    ternary_codec = chosen_codec(codec)
     s = SHAPES[shape]
     config = ModelConfig(
         architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
@@ -71,13 +76,14 @@ def random_engine(shape: str, *, threads: int | None = None, head: str = "int8",
     def groups(inputs: int) -> int:
         return -(-inputs // s.group) if s.group else 1
 
+    head_groups = groups(s.width) if head == "ternary" else -(-s.width // INT4_GROUP) if head == "int4" else 1
     for name in ("embedding",) if s.tied else ("embedding", "head"):
-        native.set_random(name, head, *shapes[name], groups(s.width) if head == "ternary" else 1, seed)
+        native.set_random(name, head, *shapes[name], head_groups, seed)
     for i in range(s.layers):
         for number, part in enumerate(LINEARS):
             rows, cols = shapes[part]
-            native.set_random(f"layers.{i}.{part}", "ternary", rows, cols, groups(cols), seed + 16 * i + number)
+            native.set_random(f"layers.{i}.{part}", CODECS[ternary_codec], rows, cols, groups(cols), seed + 16 * i + number)
         for part in layer_norms(config):
             native.set_vector(f"layers.{i}.{part}", np.ones(shapes[part], np.float32))
     native.set_vector("final_norm", np.ones(shapes["final_norm"], np.float32))
-    return Engine(config, native, "t2")
+    return Engine(config, native, ternary_codec, head)

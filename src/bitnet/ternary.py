@@ -92,6 +92,21 @@ def quantize_int8(weights: F32, group: int = 0) -> tuple[I8, F32]:
     return np.clip(np.rint(w * inverse[:, None]), -127, 127).astype(np.int8), scale
 
 
+def quantize_int4(weights: F32, group: int = 32) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in] in [-7, 7], scales float32 [out, ceil(in / group)]), symmetric.
+
+    One scale per `group` of inputs, of which the last may be shorter, rounded to f16: 4.5 bits a weight in groups of 32.
+    """
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
+    groups.reshape(rows, -1)[:, :inputs] = w
+    scale = (np.abs(groups).max(axis=-1) / np.float32(7)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    codes = np.clip(np.rint(groups * inverse[..., None]), -7, 7).astype(np.int8)
+    return codes.reshape(rows, -1)[:, :inputs], scale
+
+
 def matmul_integer(codes: I8, scales: F32, q: I8, step: F32, activation_group: int = 0) -> F32:
     """The product of ternary or int8 weights with int8 activations.
 

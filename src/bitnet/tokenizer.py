@@ -38,6 +38,8 @@ class Tokenizer:
         self.prefix_ids: list[int] = encoding.ids[: mask.index(0)] if 0 in mask else []  # what the post-processor puts first: [BOS] or []
         self._byte_ids = _byte_fallback_ids(library)
         self._special_ids = {token for token, added in library.get_added_tokens_decoder().items() if added.special}
+        self._bytewise = isinstance(library.decoder, tokenizers.decoders.ByteLevel)  # a text is its tokens' bytes, one after another
+        self._whole: dict[int, str | None] = {}  # what `whole_text` has answered
 
     @classmethod
     def from_json(cls, data: bytes, vocab_size: int, eos_ids: Iterable[int] = ()) -> Tokenizer:
@@ -96,6 +98,13 @@ class Tokenizer:
         """Whether decoding takes notice of `token`: special ones and those that the tokenizer does not know are passed over."""
         return token not in self._special_ids and self._library.id_to_token(token) is not None
 
+    def whole_text(self, token: int) -> str | None:
+        """What `token` adds to a text whose last character is complete; None where that depends on the tokens around it."""
+        if token not in self._whole:
+            text = self.decode([token]) if self._bytewise else _INCOMPLETE
+            self._whole[token] = None if _INCOMPLETE in text else text
+        return self._whole[token]
+
     def _encode(self, text: str, add_special: bool, parse_special: bool) -> tuple[list[int], list[int]]:
         library = self._parsing_library if parse_special else self._library
         encoding = library.encode(text, add_special_tokens=add_special)
@@ -124,6 +133,7 @@ class TextStream:
 
     Decoding only looks back to the last two points at which the text was complete, so a token costs the same however long the text is.
     One earlier point is needed because some decoders treat the first token of a text differently (they strip its leading space).
+    Byte-level ones do not: there a token of whole characters that follows whole characters is always the same text, decoded once.
     """
 
     def __init__(self, tokenizer: Tokenizer, context: Sequence[int] = ()):
@@ -134,6 +144,10 @@ class TextStream:
 
     def push(self, token: int) -> str:
         """The text that has become complete with `token`; often all of the token's, sometimes none."""
+        text = self._tokenizer.whole_text(token) if self._boundary == len(self._ids) else None
+        if text is not None:
+            self._ids, self._boundary, self._given = [], 0, 0
+            return text
         if not self._tokenizer.has_text(token):
             return ""
         self._ids.append(token)

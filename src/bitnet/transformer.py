@@ -27,16 +27,19 @@ from bitnet.tokenizer_gguf import tokenizer_from_gguf
 if TYPE_CHECKING:
     from bitnet.engine import Engine
     from bitnet.files.hf import Checkpoint
+    from bitnet.tuning import Choice
 
-MOST_THREADS = 1024  # that the native pool takes
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
 
 
 class TernaryTransformer:
     """A loaded model. Make one with `TernaryTransformer.from_pretrained()`.
 
-    `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one.
+    `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one;
+    `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None.
     """
+
+    head_tuned: Choice | None = None
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0, chat_template: ChatTemplate | None = None):
         self.engine = engine
@@ -54,7 +57,8 @@ class TernaryTransformer:
         device: str = "cpu",
         threads: int | None = None,
         zero_skip: bool | str = "auto",
-        head: str = "stored",
+        head: str | None = None,
+        codec: str = "auto",
         weights: str = "stored",
         activation_group: int | None = None,
         i2_s: str = "x86",
@@ -65,27 +69,39 @@ class TernaryTransformer:
         """Loads a model: the embedded one by its name, a folder in Hugging Face layout, one file, or "org/name" from the Hub.
 
         - kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache
-        - threads: None for one per core; zero_skip: "auto", True or False (this build runs dense; True warns)
+        - threads: None for what `bitnet bench --tune` found fastest here, else one per core
+        - zero_skip: "auto", True or False (this build runs dense; True warns)
         - weights: of the linear layers, "stored" (block formats of other programs become int8), "int8", or "f16" with float32 activations
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
         - i2_s: "arm" for a GGUF whose I2_S tensors a build of bitnet.cpp for Arm wrote; the file does not tell (`bitnet doctor` tries it)
-        - head: "stored" or "int8" (quantized while loading: faster, not exact); tokenizer: a tokenizer.json instead of the model's own
+        - head: "stored", or "int8" or "int4" (quantized while loading: faster, not exact); None for what tuning chose, else as stored
+        - codec: of ternary layers in memory, "t2" or "b3", with the same results; "auto" for what tuning chose, else the rule
+        - tokenizer: a tokenizer.json instead of the model's own
         - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
+        from bitnet.engine import chosen_codec
         from bitnet.models import canonical, open_checkpoint
+        from bitnet.tuning import Settings, settle
         from bitnet.weights import check_weights, load_engine
 
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
-        check_weights(weights, activation_group, head)
+        check_weights(weights, activation_group, head or "stored")
+        chosen_codec(codec)
         path = resolve(source, revision, file)
         start = time.perf_counter()
+        as_tuned = weights == "stored" and activation_group is None  # what was measured
+        use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
         checkpoint = open_checkpoint(path, i2_s)
-        model = canonical(checkpoint)
-        loaded = load_tokenizer(checkpoint, model.config.vocab_size, tokenizer)  # first: the memory of its making is given back
-        engine = load_engine(checkpoint, threads=threads, head=head, weights=weights, activation_group=activation_group, model=model)
-        return cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
+        found = canonical(checkpoint)
+        loaded = load_tokenizer(checkpoint, found.config.vocab_size, tokenizer)  # first: the memory of its making is given back
+        engine = load_engine(
+            checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group, model=found
+        )
+        model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
+        model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
+        return model
 
     def generate(
         self,
@@ -231,6 +247,8 @@ def check_options(
     if not (isinstance(zero_skip, bool) or zero_skip == "auto"):
         raise UsageError(f"zero_skip is {zero_skip!r}; expected True, False or 'auto'")
     if threads is not None:
+        from bitnet.engine import MOST_THREADS
+
         count, cores = _integer("threads", threads, at_least=1), usable_cores()
         if count > MOST_THREADS:
             raise UsageError(f"threads is {count}; expected 1 to {MOST_THREADS} (this machine has {cores} cores)")

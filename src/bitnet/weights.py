@@ -19,18 +19,19 @@ from numpy.typing import NDArray
 
 from bitnet import ternary
 from bitnet._native import Matrix, release_freed_memory
-from bitnet.engine import Engine, new_native
+from bitnet.engine import CODECS, Engine, chosen_codec, new_native
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 
-HEADS = ("stored", "int8")
+HEADS = ("stored", "int8", "int4")
 WEIGHTS = ("stored", "int8", "f16")
 _FLOATS = ("f32", "f64", "f16", "bf16")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
+INT4_GROUP = 32  # inputs that share a scale in an int4 head
 _CHUNK = 1 << 20  # values of a tensor worked on at once
 _MAPPED_BYTES = 16 << 20  # of files, after which their pages are given back
 
@@ -57,18 +58,22 @@ def load_engine(
     head: str = "stored",
     weights: str = "stored",
     activation_group: int | None = None,
+    codec: str = "auto",
     model: Canonical | None = None,
 ) -> Engine:
     """Repack a checkpoint's weights for this machine.
 
     `weights`: of the linear layers, "stored" as in the file (block formats as int8), "int8" for all that are not ternary, or "f16" with
-    float32 activations, the exact path of models that were trained so. `head`: "stored" likewise, or "int8" with a scale per row.
+    float32 activations, the exact path of models that were trained so. `head`: "stored" likewise, "int8" with a scale per row, or "int4"
+    with one per 32 inputs.
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
+    `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
     `UsageError` for options that would not run a BitNet model as it was trained.
     """
     check_weights(weights, activation_group, head)
+    ternary_codec = chosen_codec(codec)
     model = model or canonical(checkpoint)
     config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
     if model.quantization and (weights == "f16" or activation_group):
@@ -85,7 +90,7 @@ def load_engine(
     native = new_native(config, threads, activation_group)
     schemes = set()
     with ThreadPoolExecutor(native.threads) as pool:
-        load = _Loader(native, model, checkpoint, weights, pool)
+        load = _Loader(native, model, checkpoint, weights, CODECS[ternary_codec], pool)
         for ours, theirs in model.names.items():
             tensor, kind = tensors[theirs], _kind(ours)
             if kind in LINEARS:
@@ -95,8 +100,10 @@ def load_engine(
             else:
                 offset = config.norm_offset if kind.endswith("norm") else 0.0
                 native.set_vector(ours, np.ascontiguousarray(_finite(tensor) + np.float32(offset), np.float32))
-    codec = "t2" if "ternary" in schemes else "int8" if "int8" in schemes else "dense"
-    return Engine(config, native, codec)
+    if codec != "auto" and "ternary" not in schemes:
+        raise UsageError(f"{where}: has no ternary layers in this way to run it; codec {codec!r} is for them, leave it out")
+    runs = ternary_codec if "ternary" in schemes else "int8" if "int8" in schemes else "dense"
+    return Engine(config, native, runs, head)
 
 
 def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
@@ -177,7 +184,10 @@ def _not_finite(tensor: Tensor) -> FormatError:
 class _Loader:
     """Sets one matrix after another; what it holds is the same for all."""
 
-    def __init__(self, native: Any, model: Canonical, checkpoint: Checkpoint, weights: str, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, native: Any, model: Canonical, checkpoint: Checkpoint, weights: str, ternary_scheme: str, pool: ThreadPoolExecutor
+    ) -> None:
+        self.ternary_scheme = ternary_scheme  # native, of the linear layers
         self.native, self.quantization, self.weights, self.pool = native, model.quantization, weights, pool
         self.layout, self.tensors = checkpoint.layout, checkpoint.tensors
         self.mapped_bytes = 0  # of files, since they were last given back
@@ -187,7 +197,9 @@ class _Loader:
         if self.weights == "f16" and scheme == "stored" and tensor.scheme not in _FLOATS:
             self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
-            self._set_codes(name, tensor, shape)
+            self._set_codes(name, tensor, shape, "ternary")
+        elif scheme == "int4":
+            self._set_values(name, tensor, shape, self._matrix("int4", shape, -(-shape[1] // INT4_GROUP)))  # as ternary.quantize_int4
         elif tensor.scheme in _FLOATS and scheme == "stored":
             self._set_floats(name, tensor, shape)
         else:
@@ -202,7 +214,7 @@ class _Loader:
                 raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)
-            return self._set_codes(name, tensor, shape)
+            return self._set_codes(name, tensor, shape, self.ternary_scheme)
         if tensor.scheme not in _FLOATS:  # a block format
             return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_int8(name, tensor, shape, INT8_GROUP)
         if not stays_dense:
@@ -211,7 +223,7 @@ class _Loader:
                     f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
                 )
             trits, scale = self._ternarized(tensor)
-            matrix = self._matrix("ternary", shape)
+            matrix = self._matrix(self.ternary_scheme, shape)
             matrix.fill_codes(0, trits)
             matrix.set_scales(0, np.full((shape[0], 1), scale, np.float32))
             self.native.set_matrix(name, matrix)
@@ -220,7 +232,7 @@ class _Loader:
             return self._set_int8(name, tensor, shape, INT8_GROUP)
         return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_floats(name, tensor, shape)
 
-    def _set_codes(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+    def _set_codes(self, name: str, tensor: Tensor, shape: tuple[int, ...], ternary_scheme: str) -> str:
         """Ternary or binary weights as they are stored. Q2_0 can hold +2 as a code, which is then int8 with the same scales."""
         scales = self._scales(tensor)
         if not np.isfinite(scales).all():
@@ -229,7 +241,7 @@ class _Loader:
             )
         if scales.size == 1 or (scales == scales.flat[0]).all():
             scales = np.full((shape[0], 1), scales.flat[0], np.float32)
-        scheme, matrix = "ternary", self._matrix("ternary", shape, scales.shape[1])
+        scheme, matrix = "ternary", self._matrix(ternary_scheme, shape, scales.shape[1])
         if not self._fill_stored(matrix, tensor):
             codes = np.ascontiguousarray(tensor.codes()[: shape[0]])
             if codes.max() > 1:
@@ -285,7 +297,7 @@ class _Loader:
         return "int8"
 
     def _set_values(self, name: str, tensor: Tensor, shape: tuple[int, ...], matrix: Any) -> None:
-        """Values into a matrix of their own scheme, or quantized into an int8 one."""
+        """Values into a matrix of their own scheme, or quantized into one of int8 or int4."""
         finite = True
         if tensor.scheme in ("f32", "f16", "bf16"):
             for first, last in _spans(shape):

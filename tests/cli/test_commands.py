@@ -14,13 +14,16 @@ from click.testing import Result
 
 from bitnet import __version__, machine
 from bitnet.cli import COMMANDS
-from bitnet.cli.bench import SHAPE_NAMES
+from bitnet.cli.bench import CODEC_NAMES, MODEL_HEADS, SHAPE_HEADS, SHAPE_NAMES
 from bitnet.cli.eval import repeat_option
 from bitnet.cli.options import EMBEDDED_MODEL
+from bitnet.engine import CODECS
 from bitnet.errors import BitNetError
 from bitnet.machine import require_memory
+from bitnet.shapes import HEADS as HEADS_OF_SHAPES
 from bitnet.shapes import SHAPES
 from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
+from bitnet.weights import HEADS
 
 Bitnet = Callable[..., Result]
 
@@ -31,6 +34,7 @@ def test_what_is_written_twice_to_keep_help_quick_agrees() -> None:
         assert command.name == name and command.short_help == line
     assert EMBEDDED_MODEL == MODEL_OF_THE_LIBRARY
     assert tuple(SHAPES) == SHAPE_NAMES
+    assert (tuple(HEADS_OF_SHAPES), HEADS, ("auto", *CODECS)) == (SHAPE_HEADS, MODEL_HEADS, CODEC_NAMES)
 
 
 def test_help_version_and_wrong_commands(bitnet: Bitnet) -> None:
@@ -135,7 +139,7 @@ def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.Monk
 BENCH_KEYS = {
     "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
     "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
-    "batch", "roofline_gb_s",
+    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost",
 }  # fmt: skip
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)
 
@@ -143,7 +147,7 @@ QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads
 @pytest.fixture
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A read bandwidth of 20 GB/s and no other load, without reading 2 GiB."""
-    monkeypatch.setattr("bitnet.bench.speed.read_bandwidth", lambda threads: 20.0)
+    monkeypatch.setattr("bitnet.bench.speed.read_bandwidths", lambda threads: [19.0, 20.0, 20.5])
     monkeypatch.setattr(machine, "load_average", lambda: 0.0)
 
 
@@ -156,9 +160,82 @@ def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> Non
     assert (found["model"], found["shape"], found["head"], found["batch"]) == (str(model_folder), None, "stored", 3)
     assert len(found["token_ids"]) == found["generated_tokens"] == 4 and found["roofline_gb_s"] == 20.0
     assert found["bandwidth_gb_s"] == pytest.approx(found["weight_bytes_per_token"] * found["decode_tok_s"] / 3 / 1e9)
-    assert "of the 20.0 GB/s that reading alone reaches" in done.stdout
-    found = json.loads(bitnet("bench", "--shape", "article-12x512", *QUICK, "--json").stdout.splitlines()[-1])
+    assert "of the 20.0 GB/s that reading alone reaches" in done.stdout and "with KV" not in done.stdout
+    assert found["depth"] == 0 and found["head_cost"] is None and 0 <= found["outside_matmul_share"] <= 1
+    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * 64 * (1 + 2 + 3 + 4) / 4  # K and V, f16, layers, width
+    done = bitnet("bench", "--shape", "article-12x512", *QUICK, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
     assert (found["model"], found["shape"], found["head"]) == (None, "article-12x512", "int8")
+    assert found["head_cost"]["model"] == EMBEDDED_MODEL and found["head_cost"]["head"] == "int8"
+    assert f"head cost  {EMBEDDED_MODEL}, as random weights cannot tell, int8 against stored: same top-1 9" in done.stdout
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_at_a_depth_with_a_quantized_head(bitnet: Bitnet, model_folder: Path) -> None:
+    done = bitnet("bench", model_folder, *QUICK, "--depth", 20, "--head", "int4", "--codec", "b3", "--json")
+    assert done.exit_code == 0 and done.stderr == ""
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["depth"], found["head"], found["codec"]) == (20, "int4", "b3")
+    assert found["kv_bytes_per_token"] == 2 * 2 * 2 * 64 * (21 + 22 + 23 + 24) / 4
+    assert set(found["head_cost"]) == {"model", "head", "top1_agreement", "kl_nats", "tokens"}
+    assert found["head_cost"]["model"] == str(model_folder) and 0 < found["head_cost"]["top1_agreement"] < 1
+    assert "(4 tokens each after 20 tokens, " in done.stdout and "\nwith KV    " in done.stdout
+    assert "\nhead cost  int4 against stored: same top-1 " in done.stdout
+
+
+@pytest.fixture
+def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty place for choices, and no time to measure them."""
+    monkeypatch.setattr("bitnet.tuning.tuning_file", lambda: tmp_path / "cache" / "tuning.json")
+    monkeypatch.setattr("bitnet.bench.tune.MEASURE_S", 0.0)
+    return tmp_path / "cache" / "tuning.json"
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_tune_decides_later_runs(bitnet: Bitnet, model_folder: Path, choices: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("bitnet.bench.tune.LEAST_AGREEMENT", 0.0)
+    rates = iter([1.0, 2.0, 3.0, 1.0, 5.0, 4.0, *[0.5] * 99])  # t2: stored, int8, int4; b3; fewer threads
+    monkeypatch.setattr("bitnet.bench.tune.decode_rate", lambda engine: next(rates))
+    assert "tuning           none on this machine: models run as stored" in bitnet("doctor").stdout
+    done = bitnet("bench", model_folder, "--tune", "--json")
+    assert done.exit_code == 0 and done.stderr == "", done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert (found["model"], found["saved"], found["choice"]["codec"], found["choice"]["head"]) == (
+        str(model_folder), str(choices), "b3", "int8",
+    )  # fmt: skip
+    assert (
+        "(chosen)" in done.stdout and "rule:   the fastest decoding whose head agrees with the stored one on at least 99% " in done.stdout
+    )
+    ran = bitnet("run", model_folder, "-p", "a", "-n", 3, "--json")
+    assert "head: int8, as tuned (same top-1 " in ran.stderr and "; --head stored undoes it" in ran.stderr
+    assert (json.loads(ran.stdout)["head"], json.loads(ran.stdout)["codec"]) == ("int8", "b3")
+    ran = bitnet("run", model_folder, "-p", "a", "-n", 3, "--json", "--head", "stored")
+    assert "tuned" not in ran.stderr and json.loads(ran.stdout)["head"] == "stored"
+    assert json.loads(bitnet("run", model_folder, "-p", "a", "-n", 3, "--json", "--weights", "int8").stdout)["head"] == "stored"
+    text = choices.parent / "text"
+    text.write_text("Once upon a time")
+    assert bitnet("eval", model_folder, "--data", text).stderr.startswith("head: int8, as tuned (same top-1 ")
+    benched = bitnet("bench", model_folder, *QUICK, "--json")
+    assert "head int8 (as tuned)" in benched.stdout and json.loads(benched.stdout.splitlines()[-1])["head"] == "int8"
+    told = bitnet("doctor").stdout
+    assert f"ok      tuning           {model_folder} (" in told and "codec b3, head int8 (same top-1 " in told
+
+
+def test_doctor_on_damaged_choices(bitnet: Bitnet, choices: Path) -> None:
+    choices.parent.mkdir()
+    choices.write_text("{}")
+    done = bitnet("doctor")
+    assert done.exit_code == 0 and done.stderr == ""
+    assert f"warning tuning           {choices}: holds no choices of bench --tune (its format is not 'bitnet tuning 1')" in done.stdout
+
+
+@pytest.mark.usefixtures("known_machine", "choices")
+def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rates = iter([1.0, 2.0, 3.0, 1.0, 2.0, 3.0, *[0.5] * 99])
+    monkeypatch.setattr("bitnet.bench.tune.decode_rate", lambda engine: next(rates))
+    monkeypatch.setattr("bitnet.bench.tune.LEAST_AGREEMENT", 1.0)
+    done = bitnet("bench", model_folder, "--tune", "--json")
+    assert json.loads(done.stdout.splitlines()[-1])["choice"]["head"] == "stored" and "(not allowed)" in done.stdout
 
 
 @pytest.mark.usefixtures("known_machine")
@@ -166,14 +243,22 @@ def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> Non
     ("args", "expected"),
     [
         (("--shape", "article-12x512", "M"), "error: MODEL and --shape exclude each other"),
-        (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16, int8 or ternary"),
-        (("--head", "ternary"), "error: --head ternary is for a --shape; a MODEL takes stored or int8"),
-        (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored or int8"),
+        (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16, int8, int4"),
+        (("--head", "ternary"), "error: --head ternary is for a --shape; a MODEL takes stored, int8, int4"),
+        (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored, int8, int4"),
+        (("--tune", "--shape", "article-12x512"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
+        (("--tune", "--head", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
+        (("--codec", "tl2"), "error: Invalid value for '--codec': 'tl2' is not one of 'auto', 't2', 'b3'"),
         (("--shape", "gpt-9"), "error: Invalid value for '--shape': 'gpt-9' is not one of"),
         (
-            ("--shape", "article-12x512", "--prompt-tokens", "4090", "--threads", "1"),
-            "error: 4090 prompt tokens and 64 new ones are 4154; the model's context holds 4096",
+            ("--shape", "article-12x512", "--depth", "4090", "--threads", "1"),
+            "error: a depth of 4090 tokens and 64 new ones are 4154; the model's context holds 4096",
         ),
+        (
+            ("--shape", "article-12x512", "--prompt-tokens", "5000", "--threads", "1"),
+            "error: 5000 prompt tokens; the model's context holds 4096",
+        ),
+        (("--shape", "article-12x512", "--depth", "-1", "--threads", "1"), "error: depth is -1; expected a whole number >= 0"),
         (("--shape", "article-12x512", "--repetitions", "0", "--threads", "1"), "error: repetitions is 0; expected a whole number >= 1"),
         (("--threads", "-1"), "error: threads is -1; expected a whole number >= 1"),
     ],
@@ -197,7 +282,7 @@ def test_bench_refuses_what_does_not_fit(bitnet: Bitnet, monkeypatch: pytest.Mon
 
 
 def test_bench_warns_of_other_load(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.bench.speed.read_bandwidth", lambda threads: 20.0)
+    monkeypatch.setattr("bitnet.bench.speed.read_bandwidths", lambda threads: [19.0, 20.0, 20.5])
     monkeypatch.setattr(machine, "load_average", lambda: 99.0)
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     done = bitnet("bench", model_folder, *QUICK)

@@ -16,7 +16,7 @@ from bitnet.transformer import embedded_models
 
 Bitnet = Callable[..., Result]
 KEYS = {
-    "model", "text", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s",
+    "model", "text", "token_ids", "finish_reason", "isa", "codec", "head", "threads", "load_s", "prompt_tokens", "prefill_tok_s",
     "time_to_first_token_s", "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s",
     "peak_rss_bytes",
 }  # fmt: skip

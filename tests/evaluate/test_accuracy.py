@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from bitnet.errors import UsageError
-from bitnet.evaluate.accuracy import GROUPS, losses
+from bitnet.evaluate.accuracy import GROUPS, head_cost, losses
 from bitnet.models import open_checkpoint
 from bitnet.transformer import EMBEDDED_MODEL, resolve
 from bitnet.weights import load_engine
@@ -57,3 +57,17 @@ def test_a_bitnet_model_has_one_way_to_run() -> None:
     for options in ({"weights": "f16"}, {"activation_group": 32}):
         with pytest.raises(UsageError, match="runs as trained only"):
             load_engine(embedded, **options)  # type: ignore[arg-type]
+
+
+def test_what_a_quantized_head_costs() -> None:
+    embedded = open_checkpoint(resolve(EMBEDDED_MODEL))
+    stored, int8 = (load_engine(embedded, threads=1, head=head) for head in ("stored", "int8"))
+    same = head_cost(stored, stored, IDS)
+    assert (same.top1_agreement, same.kl_nats, same.tokens) == (1.0, 0.0, len(IDS))
+    cost = head_cost(stored, int8, IDS * 9)
+    assert 0.9 < cost.top1_agreement < 1 and 0 < cost.kl_nats < 0.1 and cost.tokens == 512  # the context
+    p, q = (e.forward([(e.sequence(), IDS)], all_logits=True).astype(np.float64) for e in (stored, int8))
+    p, q = (z - np.log(np.exp(z).sum(axis=1, keepdims=True)) for z in (p, q))
+    by_hand = head_cost(stored, int8, IDS)
+    assert by_hand.kl_nats == pytest.approx((np.exp(p) * (p - q)).sum(axis=1).mean())
+    assert by_hand.top1_agreement == (p.argmax(axis=1) == q.argmax(axis=1)).mean()

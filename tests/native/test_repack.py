@@ -23,14 +23,15 @@ def model(request: pytest.FixtureRequest) -> Any:
     )  # fmt: skip
 
 
-# scheme -> (tiles of 4 inputs in a vector, base of the sum that holds them, bias)
-LAYOUTS = {"ternary": (4, 4, 1), "ternary_base3": (5, 3, 1), "int4": (2, 16, 8), "int8": (1, 256, 128)}
+# scheme -> (what a code of each tile of 4 inputs counts in the byte, bias)
+LAYOUTS = {"ternary": ((1, 4, 16, 64), 1), "ternary_base3": ((1, 3, 9, 27, 81), 1), "int4": ((1, 16), 8), "int8": ((1,), 128)}
 
 
 def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
     """What kernels.h says of integer codes [rows, cols], with nothing but indexing; every group begins a vector."""
     rows, cols = codes.shape
-    tiles, base, bias = LAYOUTS[scheme]
+    factors, bias = LAYOUTS[scheme]
+    tiles = len(factors)
     size = ternary.group_size(cols, groups)
     parts = []
     for at in range(0, cols, size):
@@ -40,7 +41,10 @@ def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
         tiled = grid.reshape(-1, PANEL_ROWS, grid.shape[1] // (4 * tiles), tiles, 4).transpose(
             0, 2, 3, 1, 4
         )  # panel, vector, tile, row, input
-        parts.append(sum(tiled[:, :, tile].astype(np.int64) * base**tile for tile in range(tiles)).astype(np.uint8))
+        joined = sum(tiled[:, :, tile].astype(np.int64) * factor for tile, factor in enumerate(factors))
+        if scheme == "ternary_base3":
+            joined += joined // 9 // 7
+        parts.append(joined.astype(np.uint8))
     return np.concatenate(parts, axis=1).tobytes() + bytes(SLACK)
 
 
@@ -173,12 +177,7 @@ def test_values_quantized(model: Any, kind: str, group: int, rows: int, cols: in
 def test_values_quantized_to_four_bits(model: Any, kind: str, rows: int, cols: int) -> None:
     bits, wide = stored_values(kind, values(rows, cols))
     groups = -(-cols // 32)
-    padded = np.zeros((rows, groups * 32), np.float32)
-    padded[:, :cols] = wide
-    in_groups = padded.reshape(rows, groups, 32)
-    scales = (np.abs(in_groups).max(axis=2) / np.float32(7)).astype(np.float16).astype(np.float32)
-    ratio = np.divide(in_groups, scales[:, :, None], out=np.zeros_like(in_groups), where=scales[:, :, None] > 0)
-    codes = np.clip(np.rint(ratio), -7, 7).astype(np.int8).reshape(rows, -1)[:, :cols]
+    codes, scales = ternary.quantize_int4(wide)
     matrix = _native.Matrix(model, "int4", rows, cols, groups)
     for first, last in in_two_runs(rows):
         assert matrix.fill_values(first, kind, bits[first:last].view(np.uint8))

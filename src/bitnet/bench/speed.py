@@ -1,7 +1,9 @@
 """Speed of prompt processing and of decoding, as medians over repetitions, and the memory bandwidth they are judged by.
 
-Decoding one token reads every weight once, so tokens/s x bytes of weights per token is a read bandwidth, and what plain reading reaches
-in the same run is its limit. Prompts are random token ids (the work does not depend on them); decoding is greedy; nothing is tokenized.
+The two are measured apart, as llama-bench does (pp512, tg64): prompts from an empty context; decoding after `depth` tokens, none by
+default. Decoding one token reads every weight once, and the keys and values of the tokens before it, so tokens/s x these bytes is a read
+bandwidth, and what plain reading reaches in the same run is its limit. Tokens are random ids (the work does not depend on them), decoding
+is greedy, nothing is tokenized.
 """
 
 from __future__ import annotations
@@ -22,8 +24,8 @@ if TYPE_CHECKING:
     from bitnet.models import ModelConfig
 
 ROOFLINE_BYTES = 2 << 30  # far above any cache
-ROOFLINE_REPETITIONS = 5
-PROMPT_SEED = 0
+ROOFLINE_PASSES = 5
+TOKEN_SEED = 0
 
 
 @dataclass(frozen=True)
@@ -33,61 +35,89 @@ class Speed:
     prefill_tok_s: float
     decode_tok_s: float
     time_to_first_token_s: float  # of the whole batch's prompts
+    outside_matmul_share: float  # of the decoding time: attention, norms, the loop around them
     token_ids: list[int]  # decoded for the first sequence
 
 
 def measure(
-    engine: Engine, *, prompt_tokens: int, new_tokens: int, batch: int, repetitions: int, progress: Callable[[int, int], None] | None = None
-) -> Speed:
-    """Runs `repetitions` times: a prompt of `prompt_tokens` for each of `batch` sequences, then `new_tokens` greedy steps of the batch.
+    engine: Engine, *, prompt_tokens: int, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> Speed:  # fmt: skip
+    """Times `repetitions` prompts of `prompt_tokens` for each of `batch` sequences, then as often `new_tokens` steps after `depth` tokens.
 
-    Raises `UsageError` for counts below 1 and for more tokens than the context holds.
+    Raises `UsageError` for counts below 1 (`depth`: 0) and for more tokens than the context holds.
     """
     for name, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch), ("repetitions", repetitions)):
         if value < 1:
             raise UsageError(f"{name} is {value}; expected a whole number >= 1")
-    if prompt_tokens + new_tokens > engine.config.max_context:
+    if depth < 0:
+        raise UsageError(f"depth is {depth}; expected a whole number >= 0")
+    context = engine.config.max_context
+    if prompt_tokens > context:
+        raise UsageError(f"{prompt_tokens} prompt tokens; the model's context holds {context}")
+    if depth + new_tokens > context:
         raise UsageError(
-            f"{prompt_tokens} prompt tokens and {new_tokens} new ones are {prompt_tokens + new_tokens}; "
-            f"the model's context holds {engine.config.max_context}"
+            f"a depth of {depth} tokens and {new_tokens} new ones are {depth + new_tokens}; the model's context holds {context}"
         )
-    prompts = np.random.default_rng(PROMPT_SEED).integers(engine.config.vocab_size, size=(batch, prompt_tokens))
+    ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, max(prompt_tokens, depth) + 1))
     sequences = [engine.sequence() for _ in range(batch)]
-    prefill_s, decode_s, ids = [], [], []
+    prefill_s, decode_s = [], []
+    decoded: list[int] = []
+    for done in range(repetitions):
+        prefill_s.append(prefill(engine, sequences, ids[:, :prompt_tokens]))
+        if progress:
+            progress(done + 1, 2 * repetitions)
+    if depth > prompt_tokens:
+        prefill(engine, sequences, ids[:, :depth])
+    engine.reset_profile()
     for done in range(repetitions):
         for sequence in sequences:
-            sequence.truncate(0)
-        start = time.perf_counter()
-        tokens = prefill(engine, sequences, prompts)
-        prefill_s.append(time.perf_counter() - start)
-        ids = [int(tokens[0])]
+            sequence.truncate(depth)
+        steps = [[int(token)] for token in ids[:, depth]]
+        decoded = []
         start = time.perf_counter()
         for _ in range(new_tokens):
-            tokens = engine.forward([(s, [int(t)]) for s, t in zip(sequences, tokens, strict=True)]).argmax(axis=1)
-            ids.append(int(tokens[0]))
+            best = engine.forward(list(zip(sequences, steps, strict=True))).argmax(axis=1)
+            steps = [[int(token)] for token in best]
+            decoded.append(steps[0][0])
         decode_s.append(time.perf_counter() - start)
         if progress:
-            progress(done + 1, repetitions)
-    return Speed(batch * prompt_tokens / median(prefill_s), batch * new_tokens / median(decode_s), median(prefill_s), ids[:new_tokens])
+            progress(repetitions + done + 1, 2 * repetitions)
+    outside = 1 - engine.profile()["matmul_s"] / sum(decode_s)
+    return Speed(batch * prompt_tokens / median(prefill_s), batch * new_tokens / median(decode_s), median(prefill_s), outside, decoded)
 
 
-def prefill(engine: Engine, sequences: list[Sequence], prompts: np.ndarray) -> np.ndarray:
-    """Feeds `prompts` int [batch, tokens], sequence after sequence; the greedy next tokens, int [batch]."""
-    last = []
+def prefill(engine: Engine, sequences: list[Sequence], prompts: np.ndarray) -> float:
+    """Seconds that the empty `sequences` take to read `prompts`, int [batch, tokens], one sequence after the other."""
+    for sequence in sequences:
+        sequence.truncate(0)
+    start = time.perf_counter()
     for sequence, prompt in zip(sequences, prompts, strict=True):
         for at in range(0, len(prompt), PREFILL_CHUNK):
-            logits = engine.forward([(sequence, prompt[at : at + PREFILL_CHUNK])])
-        last.append(logits[0].argmax())
-    return np.asarray(last)
+            engine.forward([(sequence, prompt[at : at + PREFILL_CHUNK])])
+    return time.perf_counter() - start
 
 
-def read_bandwidth(threads: int) -> float:
-    """GB/s (1e9) at which `threads` threads read 2 GiB of memory: the median of several passes."""
+def read_bandwidths(threads: int) -> list[float]:
+    """GB/s (1e9) at which `threads` threads read 2 GiB of memory, in each of several passes."""
     from bitnet import _native
 
-    return float(_native.read_bandwidth(ROOFLINE_BYTES, threads, ROOFLINE_REPETITIONS))
+    return list(_native.read_bandwidths(ROOFLINE_BYTES, threads, ROOFLINE_PASSES))
 
 
 def cache_bytes(config: ModelConfig, tokens: int) -> int:
     """Memory of f16 keys and values for `tokens` tokens."""
-    return 2 * 2 * config.n_layers * config.n_kv_heads * config.head_dim * tokens
+    return config.n_layers * layer_cache_bytes(config) * tokens
+
+
+def layer_cache_bytes(config: ModelConfig) -> int:
+    """One token's f16 keys and values in one layer."""
+    return 2 * 2 * config.n_kv_heads * config.head_dim
+
+
+def kv_bytes_per_token(config: ModelConfig, depth: int, new_tokens: int) -> float:
+    """Bytes of keys and values that decoding one token reads, its own included: the mean over `new_tokens` after `depth`."""
+    lengths = range(depth + 1, depth + new_tokens + 1)
+    windowed = sum(config.windowed or ())
+    whole, within = sum(lengths), sum(min(length, config.sliding_window) for length in lengths)
+    return layer_cache_bytes(config) * ((config.n_layers - windowed) * whole + windowed * within) / new_tokens

@@ -1,10 +1,13 @@
-"""`bitnet bench`: speed of a model, or of a shape with random weights, against this machine's memory bandwidth."""
+"""`bitnet bench`: speed of a model, or of a shape with random weights, against this machine's memory bandwidth; or its tuning."""
 
 from __future__ import annotations
 
 import json
 import time
 import warnings
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -12,10 +15,14 @@ import click
 from bitnet.cli.options import EMBEDDED_MODEL, debug_option, json_option, threads_option
 
 if TYPE_CHECKING:
-    from bitnet.bench.speed import Speed
     from bitnet.engine import Engine
+    from bitnet.evaluate.accuracy import HeadCost
+    from bitnet.tuning import Settings
 
 SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article-12x512")  # bitnet.shapes.SHAPES
+MODEL_HEADS = ("stored", "int8", "int4")  # bitnet.weights.HEADS
+SHAPE_HEADS = ("f16", "int8", "int4", "ternary")  # bitnet.shapes.HEADS
+CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 
 
 @click.command("bench", short_help="Measure speed against the memory bandwidth of this machine.")
@@ -23,28 +30,29 @@ SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article
 @click.option("--shape", type=click.Choice(SHAPE_NAMES), help="Random weights of this shape, made in memory, instead of a model.")
 @click.option(
     "--head",
-    type=click.Choice(["stored", "f16", "int8", "ternary"]),
-    help="A model's: stored (default) or int8. A shape's: int8 (default), f16 or ternary.",
+    type=click.Choice(["stored", *SHAPE_HEADS]),
+    help="A model's: stored, int8 or int4; default: as tuned, else stored. A shape's: int8 (default), int4, f16 or ternary.",
 )
+@click.option("--codec", type=click.Choice(CODEC_NAMES), default="auto", help="Of ternary layers: two-bit or base-3. Default: as tuned.")
 @threads_option
-@click.option("--prompt-tokens", type=int, metavar="N", help="Default: 512, or what the context leaves.")
-@click.option("--new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to decode after each prompt.")
+@click.option("--prompt-tokens", type=int, metavar="N", help="Of each prompt. Default: 512, or what the context holds.")
+@click.option("--new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to decode.")
+@click.option("--depth", type=int, default=0, show_default=True, metavar="N", help="Tokens in the context before the first decoded one.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences at once.")
 @click.option("--repetitions", type=int, default=5, show_default=True, metavar="N", help="The medians are printed.")
+@click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
 @json_option
 @debug_option
 def command(
-    model: str | None, shape: str | None, head: str | None, threads: int | None, prompt_tokens: int | None, new_tokens: int, batch: int,
-    repetitions: int, as_json: bool,
+    model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
+    depth: int, batch: int, repetitions: int, tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
-    MODEL defaults to the embedded one. Decoding reads all weights for every token, so the bandwidth of plain reading, measured in the
-    same run, limits it.
+    MODEL defaults to the embedded one. Prompts and decoding are measured apart, each from an empty context (--depth: decoding after N
+    tokens). Decoding reads all weights for every token, so the bandwidth of plain reading, measured in the same run, limits it.
     """
     from bitnet import machine
-    from bitnet.bench.speed import measure, read_bandwidth
-    from bitnet.cli.progress import DelayedBar
     from bitnet.transformer import check_options
 
     if model is not None and shape is not None:
@@ -53,64 +61,94 @@ def command(
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
-    head = head or ("stored" if shape is None else "int8")
+    if tune:
+        if shape is not None or head is not None or codec != "auto" or threads is not None:
+            raise click.UsageError(
+                "--tune measures every codec, head and number of threads of a MODEL; leave out the options that set them"
+            )
+        found = tuned(model or EMBEDDED_MODEL)
+    else:
+        found = benched(model, shape, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions)
+    if as_json:
+        click.echo(json.dumps(found))
+
+
+def benched(
+    model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
+    depth: int, batch: int, repetitions: int,
+) -> dict[str, Any]:  # fmt: skip
+    """Measures, prints the table, and gives the JSON object."""
+    from bitnet import machine
+    from bitnet.bench.speed import kv_bytes_per_token, measure, read_bandwidths
+    from bitnet.cli.progress import DelayedBar
+
     start = time.perf_counter()
-    engine = build(model, shape, head, threads)
+    engine, use = build(model, shape, head, codec, threads)
     load_s = time.perf_counter() - start
     if prompt_tokens is None:
-        prompt_tokens = max(1, min(512, engine.config.max_context - new_tokens))
-    check_cache(engine, (prompt_tokens + new_tokens) * batch)
+        prompt_tokens = max(1, min(512, engine.config.max_context))
+    check_cache(engine, max(prompt_tokens, depth + new_tokens) * batch)
+    sizes: dict[str, Any] = {"prompt_tokens": prompt_tokens, "new_tokens": new_tokens, "depth": depth, "batch": batch}
     with DelayedBar("bench") as bar:
-        speed = measure(engine, prompt_tokens=prompt_tokens, new_tokens=new_tokens, batch=batch, repetitions=repetitions, progress=bar)
-    peak_rss_bytes = machine.peak_rss_bytes()  # without the memory that the bandwidth is measured over
-    roofline_gb_s = read_bandwidth(engine.threads)
-    name = shape or model or EMBEDDED_MODEL
-    bandwidth_gb_s = engine.weight_bytes_per_token * speed.decode_tok_s / batch / 1e9
-    click.echo(table(name, engine, head, speed, prompt_tokens, new_tokens, batch, bandwidth_gb_s, roofline_gb_s))
-    if as_json:
-        result: dict[str, Any] = {
-            "model": None if shape else name,
-            "token_ids": speed.token_ids,
-            "finish_reason": "length",
-            "isa": engine.isa,
-            "codec": engine.codec,
-            "threads": engine.threads,
-            "load_s": load_s,
-            "prompt_tokens": prompt_tokens,
-            "prefill_tok_s": speed.prefill_tok_s,
-            "time_to_first_token_s": speed.time_to_first_token_s,
-            "generated_tokens": new_tokens,
-            "decode_tok_s": speed.decode_tok_s,
-            "ms_per_token": 1000 / speed.decode_tok_s,
-            "weight_bytes_per_token": engine.weight_bytes_per_token,
-            "bandwidth_gb_s": bandwidth_gb_s,
-            "peak_rss_bytes": peak_rss_bytes,
-            "shape": shape,
-            "head": head,
-            "batch": batch,
-            "roofline_gb_s": roofline_gb_s,
-        }
-        click.echo(json.dumps(result))
+        measure(engine, **sizes, repetitions=1)  # not counted: memory is touched for the first time
+        peak_rss_bytes = machine.peak_rss_bytes()  # without the memory that the bandwidth is measured over
+        before = read_bandwidths(engine.threads)
+        speed = measure(engine, **sizes, repetitions=repetitions, progress=bar)
+        roofline_gb_s = median([*before, *read_bandwidths(engine.threads)])
+    steps_per_s = speed.decode_tok_s / batch
+    result: dict[str, Any] = {
+        "model": None if shape else model or EMBEDDED_MODEL,
+        "token_ids": speed.token_ids,
+        "finish_reason": "length",
+        "isa": engine.isa,
+        "codec": engine.codec,
+        "threads": engine.threads,
+        "load_s": load_s,
+        "prompt_tokens": prompt_tokens,
+        "prefill_tok_s": speed.prefill_tok_s,
+        "time_to_first_token_s": speed.time_to_first_token_s,
+        "generated_tokens": new_tokens,
+        "decode_tok_s": speed.decode_tok_s,
+        "ms_per_token": 1000 / speed.decode_tok_s,
+        "weight_bytes_per_token": engine.weight_bytes_per_token,
+        "bandwidth_gb_s": engine.weight_bytes_per_token * steps_per_s / 1e9,
+        "peak_rss_bytes": peak_rss_bytes,
+        "shape": shape,
+        "head": engine.head,
+        "batch": batch,
+        "roofline_gb_s": roofline_gb_s,
+        "depth": depth,
+        "kv_bytes_per_token": kv_bytes_per_token(engine.config, depth, new_tokens),
+        "outside_matmul_share": speed.outside_matmul_share,
+        "head_cost": None,
+    }
+    click.echo("\n".join(rows(result, use)))
+    if engine.head in MODEL_HEADS and engine.head != "stored":
+        result["head_cost"] = printed_head_cost(model, shape, engine)
+    return result
 
 
-def build(model: str | None, shape: str | None, head: str, threads: int | None) -> Engine:
+def build(model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None) -> tuple[Engine, Settings | None]:
     """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
     from bitnet import machine
     from bitnet.models import open_checkpoint
     from bitnet.shapes import random_engine, shape_bytes
 
     if shape is not None:
-        if head == "stored":
-            raise click.UsageError("--head stored is for a MODEL; a --shape takes f16, int8 or ternary")
+        head = head or "int8"
+        if head not in SHAPE_HEADS:
+            raise click.UsageError(f"--head {head} is for a MODEL; a --shape takes {', '.join(SHAPE_HEADS)}")
         machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head))
-        return random_engine(shape, threads=threads, head=head, seed=1)
-    if head in ("f16", "ternary"):
-        raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes stored or int8")
+        return random_engine(shape, threads=threads, head=head, codec=codec, seed=1), None
+    if head is not None and head not in MODEL_HEADS:
+        raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes {', '.join(MODEL_HEADS)}")
     from bitnet.transformer import resolve
+    from bitnet.tuning import settle
     from bitnet.weights import load_engine
 
-    checkpoint = open_checkpoint(resolve(EMBEDDED_MODEL if model is None else model))
-    return load_engine(checkpoint, threads=threads, head=head)
+    path = resolve(EMBEDDED_MODEL if model is None else model)
+    use = settle(path, codec, head, threads)
+    return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec), use
 
 
 def check_cache(engine: Engine, tokens: int) -> None:
@@ -122,25 +160,99 @@ def check_cache(engine: Engine, tokens: int) -> None:
     machine.require_memory(what, cache_bytes(engine.config, tokens) + ROOFLINE_BYTES)
 
 
-def table(
-    name: str,
-    engine: Engine,
-    head: str,
-    speed: Speed,
-    prompt_tokens: int,
-    new_tokens: int,
-    batch: int,
-    bandwidth_gb_s: float,
-    roofline_gb_s: float,
-) -> str:
+def rows(found: dict[str, Any], use: Settings | None) -> list[str]:
     """What was measured, one row a line."""
-    step_ms = 1000 * batch / speed.decode_tok_s
-    share = bandwidth_gb_s / roofline_gb_s
-    rows = [
-        ("model", f"{name}, head {head}, {engine.weight_bytes_per_token / 1e6:,.1f} MB of weights a token"),
-        ("engine", f"{engine.isa}, {engine.codec}, {engine.threads} threads, batch {batch}"),
-        ("prefill", f"{speed.prefill_tok_s:,.1f} tokens/s ({prompt_tokens} tokens each)"),
-        ("decode", f"{speed.decode_tok_s:,.1f} tokens/s ({new_tokens} tokens each, {step_ms:.2f} ms a step)"),
-        ("bandwidth", f"{bandwidth_gb_s:.1f} GB/s of weights, {share:.0%} of the {roofline_gb_s:.1f} GB/s that reading alone reaches"),
+    batch, limit = found["batch"], found["roofline_gb_s"]
+    steps_per_s = found["decode_tok_s"] / batch
+    kv_bytes = found["kv_bytes_per_token"] * batch
+    with_kv = (found["weight_bytes_per_token"] + kv_bytes) * steps_per_s / 1e9
+    tuned_head = use is not None and use.head_tuned and use.head != "stored"
+    head = f"head {found['head']}{' (as tuned)' if tuned_head else ''}"
+    choice = ", as tuned" if use is not None and use.tuned is not None else ""
+    after = f" after {found['depth']} tokens" if found["depth"] else ""
+    share = f"{found['bandwidth_gb_s']:.1f} GB/s of weights, {found['bandwidth_gb_s'] / limit:.0%} of the {limit:.1f} GB/s"
+    lines = [
+        ("model", f"{found['model'] or found['shape']}, {head}, {found['weight_bytes_per_token'] / 1e6:,.1f} MB of weights a token"),
+        ("engine", f"{found['isa']}, {found['codec']}, {found['threads']} threads{choice}, batch {batch}"),
+        ("prefill", f"{found['prefill_tok_s']:,.1f} tokens/s ({found['prompt_tokens']} tokens each)"),
+        (
+            "decode",
+            f"{found['decode_tok_s']:,.1f} tokens/s ({found['generated_tokens']} tokens each{after}, {1000 / steps_per_s:.2f} ms a step)",
+        ),
+        ("bandwidth", f"{share} that reading alone reaches"),
     ]
-    return "\n".join(f"{label:<10} {text}" for label, text in rows)
+    if found["depth"]:
+        cached = ", for caches hold a part" if with_kv > limit else ""
+        lines.append(("with KV", f"{with_kv:.1f} GB/s, {with_kv / limit:.0%}{cached}; {kv_bytes / 1e6:,.1f} MB of keys and values a step"))
+    lines.append(("outside", f"{found['outside_matmul_share']:.0%} of the decoding time is outside the matrix products"))
+    return [f"{label:<10} {text}" for label, text in lines]
+
+
+def printed_head_cost(model: str | None, shape: str | None, engine: Engine) -> dict[str, Any] | None:
+    """What the quantized head costs the model, or of a shape, whose random weights cannot tell, the embedded model; None if unknown."""
+    from bitnet.errors import BitNetError
+    from bitnet.transformer import resolve
+
+    name = EMBEDDED_MODEL if model is None else model
+    try:
+        cost = measured_head_cost(resolve(name), engine.head, engine if shape is None else None, engine.threads)
+    except BitNetError as error:
+        warnings.warn(f"what head {engine.head} costs is not measured: {error}", stacklevel=1)
+        return None
+    measured_on = f"{name}, as random weights cannot tell, " if shape else ""
+    click.echo(
+        f"{'head cost':<10} {measured_on}{engine.head} against stored: same top-1 {cost.top1_agreement:.2%}, "
+        f"KL {cost.kl_nats:.5f} nats ({cost.tokens} tokens)"
+    )
+    return {"model": name, "head": engine.head, **asdict(cost)}
+
+
+def measured_head_cost(path: Path, head: str, quantized: Engine | None, threads: int) -> HeadCost:
+    """`quantized`: the model's engine with that head, where there is one already."""
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.evaluate.accuracy import head_cost
+    from bitnet.models import open_checkpoint
+    from bitnet.weights import load_engine
+
+    checkpoint = open_checkpoint(path)
+    ids = sample_ids(checkpoint)
+    with DelayedBar("head cost") as bar:
+        stored = load_engine(checkpoint, threads=threads)
+        return head_cost(stored, quantized or load_engine(checkpoint, threads=threads, head=head), ids, bar)
+
+
+def sample_ids(checkpoint: Any) -> list[int]:
+    """The built-in text's tokens."""
+    from bitnet.evaluate.sample import text
+    from bitnet.models import canonical
+    from bitnet.transformer import load_tokenizer
+
+    return load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size).encode(text())
+
+
+def tuned(name: str) -> dict[str, Any]:
+    """Measures all candidates, prints them, saves the choice, and gives the JSON object."""
+    from bitnet.bench.tune import RULE, candidates, fastest
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.models import open_checkpoint
+    from bitnet.transformer import resolve
+    from bitnet.tuning import machine_key, save
+
+    path = resolve(name)
+    checkpoint = open_checkpoint(path)
+    with DelayedBar("tune") as bar:
+        found = candidates(checkpoint, sample_ids(checkpoint), bar)
+    choice = fastest(found)
+    click.echo(
+        f"{name} on {machine_key()}\n\n  {'codec':<6} {'head':<7} {'threads':>7} {'tokens/s':>10} {'same top-1':>11} {'KL, nats':>9}"
+    )
+    for candidate in found:
+        c, mark = candidate.choice, "" if candidate.allowed else "  (not allowed)"
+        click.echo(
+            f"  {c.codec:<6} {c.head:<7} {c.threads:>7} {c.decode_tok_s:>10,.1f} {c.top1_agreement:>11.2%} {c.kl_nats:>9.5f}"
+            f"{'  (chosen)' if c == choice else mark}"
+        )
+    file = save(path, choice)
+    click.echo(f"\nrule:   {RULE}\nchoice: {choice.text()}\nsaved:  {file}, for later runs of this model on this machine")
+    listed = [{**asdict(candidate.choice), "allowed": candidate.allowed} for candidate in found]
+    return {"model": name, "machine": machine_key(), "rule": RULE, "candidates": listed, "choice": asdict(choice), "saved": str(file)}

@@ -37,7 +37,7 @@ def command(model: str | None, data: str | None, as_json: bool, **hub: str | Non
     """
     path = opened_path(model, hub)
     findings = []
-    for check in (machine_findings, version_findings, namesake_findings, kernel_findings, model_findings):
+    for check in (machine_findings, version_findings, namesake_findings, kernel_findings, tuning_findings, model_findings):
         findings += shown(check)
     broken = failed(findings)
     record: dict[str, Any] = {"ok": not broken, "findings": [asdict(finding) for finding in findings]}
@@ -197,14 +197,35 @@ def kernel_findings() -> Iterator[Finding]:
             yield Finding("kernel fallback", FAILED, f"{failed} failed its self-test", f"{isa} runs instead; report this machine")
 
 
+def tuning_findings() -> Iterator[Finding]:
+    """What `bitnet bench --tune` chose on this machine."""
+    import warnings
+
+    from bitnet.evaluate.finding import OK, WARNING, Finding
+    from bitnet.tuning import saved_choices
+
+    with warnings.catch_warnings(record=True) as told:
+        choices = saved_choices()
+    for warning in told:
+        yield Finding("tuning", WARNING, str(warning.message))
+    for model, choice in choices:
+        yield Finding("tuning", OK, f"{model}: {choice.text()}")
+    if not choices and not told:
+        yield Finding(
+            "tuning", OK, "none on this machine: models run as stored, a thread on each core (bitnet bench --tune [MODEL] measures)"
+        )
+
+
 def model_findings() -> Iterator[Finding]:
     """One forward of the embedded model."""
     import numpy as np
 
+    from bitnet.engine import DEFAULT_CODEC
     from bitnet.evaluate.finding import FAILED, OK, Finding
+    from bitnet.machine import usable_cores
     from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
 
-    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL)
+    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, codec=DEFAULT_CODEC, head="stored", threads=usable_cores())  # untuned
     logits = model.logits(model.tokenizer.encode("Once upon a time"))
     finite = bool(np.isfinite(logits).all())
     detail = f"{EMBEDDED_MODEL} loaded in {model.load_s:.2f} s and ran on {model.engine.isa}"

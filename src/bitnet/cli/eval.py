@@ -52,6 +52,8 @@ def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip:
 
     texts = [(name, read_text(Path(name), max_bytes)) for name in data]
     loaded = TernaryTransformer.from_pretrained(model, zero_skip=zero_skip_argument(zero_skip), **engine)
+    if loaded.head_tuned is not None:
+        click.echo(loaded.head_tuned.notice(), err=True)
     results = []
     for name, text in texts:
         with DelayedBar(Path(name).name) as bar:

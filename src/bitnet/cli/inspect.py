@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import debug_option, hub_options, json_option, model_argument, threads_option
+from bitnet.cli.options import debug_option, hub_options, json_option, model_argument
 
 if TYPE_CHECKING:
     from bitnet.files.tensor import Tensor
@@ -26,7 +26,7 @@ MAX_ACCURACY_BYTES = 16_384  # of --data: some 4,000 tokens
 @model_argument
 @click.option("--accuracy", is_flag=True, help="Measure what integer weights and activations cost, against the exact path.")
 @click.option("--data", metavar="FILE", help="With --accuracy: the text to measure on. Default: a short built-in one.")
-@threads_option
+@click.option("--threads", type=int, metavar="N", help="With --accuracy: threads. Default: one per core.")
 @hub_options
 @json_option
 @debug_option

@@ -13,7 +13,7 @@ EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.transformer.EMBEDDED_MODEL, whic
 model_argument = click.argument("model", metavar="[MODEL]", default=EMBEDDED_MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line of stdout.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
-threads_option = click.option("--threads", type=int, metavar="N", help="Threads. Default: one per core.")
+threads_option = click.option("--threads", type=int, metavar="N", help="Threads. Default: as tuned, else one per core.")
 
 _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
 
@@ -23,7 +23,9 @@ _engine = [
     click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
     click.option(
-        "--head", type=click.Choice(["stored", "int8"]), default="stored", show_default=True, help="The head: as stored, or int8."
+        "--head",
+        type=click.Choice(["stored", "int8", "int4"]),
+        help="The head: as stored, int8 or int4. Default: as `bitnet bench --tune` chose, else as stored.",
     ),
     click.option(
         "--weights",

@@ -40,7 +40,7 @@ def command(model: str, **options: Any) -> None:
 
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
-    head: str, weights: str, activation_group: int | None, i2_s: str, tokenizer: str | None = None,
+    head: str | None, weights: str, activation_group: int | None, i2_s: str, tokenizer: str | None = None,
     revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
     chat_template: str | None = None, **sampling: Any,
 ) -> None:  # fmt: skip
@@ -77,6 +77,8 @@ def continue_prompt(
     if timings["time_to_first_token_s"] is not None:
         timings["time_to_first_token_s"] += waited_s  # from the start of the process: what the user waited
     click.echo(summary(timings), err=True)
+    if model.head_tuned is not None:
+        click.echo(model.head_tuned.notice(), err=True)
     if as_json:
         click.echo(json.dumps(record(source, model, stream, timings), allow_nan=False))
     if interrupted:
@@ -154,6 +156,7 @@ def record(source: str, model: TernaryTransformer, stream: GenerationStream, tim
         "finish_reason": done.finish_reason,
         "isa": engine.isa,
         "codec": engine.codec,
+        "head": engine.head,
         "threads": engine.threads,
         **timings,
         "weight_bytes_per_token": engine.weight_bytes_per_token,

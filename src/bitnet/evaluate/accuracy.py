@@ -6,6 +6,8 @@ text, teacher-forced:
 
     kl     mean over positions of sum over the vocabulary of p ln(p / q), p the exact path's probabilities, in nats
     top1   share of positions at which both think the same token the likeliest
+
+The cost of a quantized head is measured likewise, against the same model with its head as stored.
 """
 
 from __future__ import annotations
@@ -74,6 +76,29 @@ def losses(checkpoint: Checkpoint, ids: list[int], *, threads: int | None = None
         integer.activation_group = group
         found.append(_loss(integer, mean, not ran_dense and group == default_group))
     return found
+
+
+@dataclass(frozen=True)
+class HeadCost:
+    """What a quantized head changes, against the stored one."""
+
+    top1_agreement: float  # share of positions at which both think the same token the likeliest
+    kl_nats: float  # per token
+    tokens: int  # positions compared
+
+
+def head_cost(stored: Engine, quantized: Engine, ids: list[int], progress: Progress | None = None) -> HeadCost:
+    """Both engines, of one model, read `ids`: a text's tokens, as far as the context holds them."""
+    ids = ids[: stored.config.max_context]
+    first, second = stored.sequence(), quantized.sequence()
+    sums = np.zeros(3)
+    for at in range(0, len(ids), CHUNK):
+        part = ids[at : at + CHUNK]
+        p, q = (_log_softmax(engine.forward([(to, part)], all_logits=True)) for engine, to in ((stored, first), (quantized, second)))
+        sums += _compare(p, q, np.array(part))
+        if progress:
+            progress(at + len(part), len(ids))
+    return HeadCost(float(sums[2]) / len(ids), float(sums[1]) / len(ids), len(ids))
 
 
 def _loss(engine: Engine, mean: NDArray[np.float64], default: bool) -> Loss:
