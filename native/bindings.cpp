@@ -9,8 +9,12 @@
 #include <cstdlib>
 #include <memory>
 #include <stdexcept>
+#if __has_include(<malloc.h>)
+#include <malloc.h>
+#endif
 
 #include "forward.h"
+#include "repack.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -69,6 +73,75 @@ struct PyCache {
   explicit PyCache(const Config& c) : cache(c), config(c) {}
   KvCache cache;
   Config config;
+};
+
+// A matrix while its rows come in, by the threads of the model that it is for.
+struct PyMatrix {
+  PyMatrix(PyModel& m, Scheme scheme, int rows, int cols, int n_groups) : pool(m.model.pool), w(empty_linear(scheme, rows, cols, n_groups)) {
+    nb::gil_scoped_release release;
+    prefault(pool, w);
+  }
+  // Rows that are whole panels but for the matrix's last.
+  int check_rows(int first_row, size_t n) const {
+    if (!w.rows) throw std::invalid_argument("the matrix was given to a model");
+    const int n_rows = to_int(n);
+    if (first_row < 0 || first_row % kPanelRows || n_rows < 1 || n_rows > w.rows - first_row || (n_rows % kPanelRows && first_row + n_rows < w.rows))
+      throw std::invalid_argument("rows must be runs of 16 within the matrix");
+    return n_rows;
+  }
+  void check_cols(size_t n, int64_t expected) const {
+    if (int64_t(n) != expected) throw std::invalid_argument("a row has another size than the matrix");
+  }
+  void check_scheme(Scheme s) const {
+    if (w.scheme != s) throw std::invalid_argument("the matrix is of another scheme");
+  }
+
+  void check_ternary() const {
+    if (!w.ternary()) throw std::invalid_argument("the matrix is of another scheme");
+  }
+
+  void set_scales(int first_row, Matrix<float> scales) {
+    const int n = check_rows(first_row, scales.shape(0));
+    if (!w.integer()) throw std::invalid_argument("the matrix is of another scheme");
+    check_cols(scales.shape(1), w.n_groups);
+    nb::gil_scoped_release release;
+    bitnet::set_scales(w, first_row, n, scales.data());
+  }
+  void fill_codes(int first_row, Matrix<int8_t> codes) {
+    const int n = check_rows(first_row, codes.shape(0));
+    if (!w.integer()) throw std::invalid_argument("the matrix is of another scheme");
+    check_cols(codes.shape(1), w.cols);
+    nb::gil_scoped_release release;
+    bitnet::fill_codes(pool, w, first_row, n, codes.data());
+  }
+  bool fill_banded(Matrix<uint8_t> bytes) {
+    check_rows(0, w.rows), check_ternary(), check_cols(bytes.shape(1), w.cols);
+    if (int64_t(bytes.shape(0)) != (w.rows + 3) / 4) throw std::invalid_argument("a byte holds one row in four");
+    nb::gil_scoped_release release;
+    return bitnet::fill_banded(pool, w, bytes.data());
+  }
+  bool fill_two_bit(int first_row, Matrix<uint8_t> blocks, int codes, int bytes, int first_byte, int run, bool descending) {
+    const int n = check_rows(first_row, blocks.shape(0));
+    check_ternary();
+    const bool known = codes >= 64 && codes <= 256 && !(codes & (codes - 1)) && (run == 1 || run == 16 || run == 32) && codes % (4 * run) == 0 &&
+                       first_byte >= 0 && bytes <= 256 && first_byte + codes / 4 <= bytes && w.cols % codes == 0 && (w.n_groups == 1 || w.group % codes == 0) && !(run == 1 && descending);
+    if (!known) throw std::invalid_argument("no such blocks of two bits");
+    check_cols(blocks.shape(1), int64_t{w.cols / codes} * bytes);
+    nb::gil_scoped_release release;
+    return bitnet::fill_two_bit(pool, w, first_row, n, blocks.data(), {codes, bytes, first_byte, run, descending});
+  }
+  bool fill_values(int first_row, const std::string& type, Matrix<uint8_t> bytes) {
+    const int n = check_rows(first_row, bytes.shape(0));
+    const Scheme s = scheme_named(type);
+    if (s != Scheme::f16 && s != Scheme::bf16 && s != Scheme::f32) throw std::invalid_argument(type + " has no values");
+    if (w.scheme != Scheme::int8 && w.scheme != Scheme::int4) check_scheme(s);
+    check_cols(bytes.shape(1), int64_t{w.cols} * (s == Scheme::f32 ? 4 : 2));
+    nb::gil_scoped_release release;
+    return bitnet::fill_values(pool, w, first_row, n, s == Scheme::f32 ? DenseType::f32 : s == Scheme::f16 ? DenseType::f16 : DenseType::bf16, bytes.data());
+  }
+
+  ThreadPool& pool;
+  Linear w;
 };
 
 const Kernels* kernels_named(const std::string& isa) {
@@ -135,6 +208,19 @@ NB_MODULE(_native, m) {
         c.cache.truncate(n);
       });
 
+  nb::class_<PyMatrix>(m, "Matrix")
+      .def("__init__", [](PyMatrix* self, PyModel& model, const std::string& scheme, int rows, int cols, int n_groups) {
+             new (self) PyMatrix(model, scheme_named(scheme), rows, cols, n_groups);
+           }, nb::keep_alive<1, 2>(), "model"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a = 1)
+      .def("set_scales", &PyMatrix::set_scales, "first_row"_a, "scales"_a)
+      .def("fill_codes", &PyMatrix::fill_codes, "first_row"_a, "codes"_a)
+      .def("fill_banded", &PyMatrix::fill_banded, "bytes"_a)
+      .def("fill_two_bit", &PyMatrix::fill_two_bit, "first_row"_a, "blocks"_a, nb::kw_only(), "codes"_a, "bytes"_a, "first_byte"_a, "run"_a, "descending"_a)
+      .def("fill_values", &PyMatrix::fill_values, "first_row"_a, "type"_a, "bytes"_a)
+      // for tests: copies of what lies in memory
+      .def("panels", [](PyMatrix& self) { return nb::bytes(self.w.panels.data(), self.w.panels.size()); })
+      .def("scales", [](PyMatrix& self) { return nb::bytes(self.w.scales.data(), 4 * self.w.scales.size()); });
+
   nb::class_<PyModel>(m, "Model")
       .def("__init__",
            [](PyModel* self, int n_layers, int vocab_size, int hidden_size, int ffn_size, int n_heads, int n_kv_heads, int head_dim,
@@ -150,17 +236,11 @@ NB_MODULE(_native, m) {
            nb::kw_only(), "n_layers"_a, "vocab_size"_a, "hidden_size"_a, "ffn_size"_a, "n_heads"_a, "n_kv_heads"_a, "head_dim"_a,
            "max_context"_a, "norm_eps"_a, "activation"_a, "embedding_scale"_a, "attention_scale"_a, "rope_scale"_a, "sliding_window"_a,
            "windowed"_a, "activation_group"_a, "sub_norms"_a, "post_norms"_a, "qk_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
-      .def("set_integer", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<int8_t> codes,
-                             Matrix<float> scales) { self.model.set_linear(name, make_integer(scheme, codes, scales)); },
-           "name"_a, "scheme"_a, "codes"_a, "scales"_a)
-      .def("set_dense_f32", [](PyModel& self, const std::string& name, Matrix<float> w) {
-             self.model.set_linear(name, repack_dense(Scheme::f32, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
-           }, "name"_a, "values"_a)
-      .def("set_dense_16", [](PyModel& self, const std::string& name, const std::string& scheme, Matrix<uint16_t> w) {
-             Scheme s = scheme_named(scheme);
-             if (s != Scheme::f16 && s != Scheme::bf16) throw std::invalid_argument(scheme + " is not of 16 bits");
-             self.model.set_linear(name, repack_dense(s, w.data(), to_int(w.shape(0)), to_int(w.shape(1))));
-           }, "name"_a, "scheme"_a, "bits"_a)
+      .def("set_matrix", [](PyModel& self, const std::string& name, PyMatrix& matrix) {
+             if (&matrix.pool != &self.model.pool || !matrix.w.rows) throw std::invalid_argument("a matrix of another model, or given away");
+             halve_scales(matrix.w);
+             self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
+           }, "name"_a, "matrix"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
              self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
@@ -183,6 +263,12 @@ NB_MODULE(_native, m) {
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
+
+  m.def("release_freed_memory", [] {  // what was freed goes back to the system, where the C library can do that
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
+  });
 
   // ---- for tests, benchmarks and `bitnet doctor`
   m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x, int activation_group) {

@@ -46,8 +46,8 @@ void for_each_quad(const Linear& w, int row, Visit visit) {
       for (int s = 0; s < codes.tiles && col < end; s++, col += 4) visit(col, at, s);
   }
 }
+}  // namespace
 
-// Several scales a row take half the memory wherever f16 holds them exactly.
 void halve_scales(Linear& w) {
   if (w.n_groups == 1) return;
   const int n = int(std::min<size_t>(w.scales.size(), 1 << 20));  // pieces: the kernels count in int
@@ -62,7 +62,6 @@ void halve_scales(Linear& w) {
   w.half_scales = std::move(halves);
   w.scales = Buffer<float>();
 }
-}  // namespace
 
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
   if (scheme == Scheme::ternary_base3) return repack_base3(kScalar, repack_integer(Scheme::ternary, codes, scales, rows, cols, n_groups));
@@ -98,6 +97,8 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
   }
   return w;
 }
+
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups) { return shaped(scheme, rows, cols, n_groups); }
 
 Linear repack_base3(const Kernels& k, Linear two_bit) {
   Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups);

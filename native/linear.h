@@ -52,6 +52,10 @@ struct Linear {
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
+// A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups);
+// Several scales a row take half the memory wherever f16 holds them exactly: to be called when all are there.
+void halve_scales(Linear& w);
 // The same weights from two-bit codes to base-3.
 Linear repack_base3(const Kernels& k, Linear two_bit);
 // Random trits or codes and scales near 1 / sqrt(cols), made in place: shapes for benchmarks without a file.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet import packing, ternary
+from bitnet import packing, ternary, weights
 from bitnet.engine import DEFAULT_CODEC, Engine
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files import safetensors
@@ -86,6 +86,21 @@ def test_a_head_in_int8_is_that_of_the_reference(tmp_path: Path) -> None:
     # the same embedding; int8 also rounds the head's activations: 32 of them, each by at most half of 1/127 of the largest
     assert np.abs(a - b).max() <= 32 * 0.5 / 127 * np.abs(b).max()
     assert not np.array_equal(a, stored.forward([(stored.sequence(), [7])]))
+
+
+@pytest.mark.parametrize("dtype", ["F64", "F32", "F16"])
+@pytest.mark.parametrize("head", ["stored", "int8"])
+def test_the_runs_of_rows_in_which_a_table_comes_change_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, head: str
+) -> None:
+    table = tensors()["model.embed_tokens.weight"].astype({"F64": np.float64, "F32": np.float32, "F16": np.float16}[dtype])
+    write(tmp_path, weights=tensors() | {"model.embed_tokens.weight": table})
+    whole = load(tmp_path, head=head)
+    monkeypatch.setattr(weights, "_CHUNK", 32 * 32)  # 32 rows of 60
+    monkeypatch.setattr(weights, "_MAPPED_BYTES", 1)
+    parts = load(tmp_path, head=head)
+    a, b = (e.forward([(e.sequence(), [1, 33, 59])], all_logits=True) for e in (whole, parts))
+    assert np.array_equal(a, b)
 
 
 def test_a_head_in_int4_is_that_of_the_reference(tmp_path: Path) -> None:

@@ -157,6 +157,10 @@ BOS_OF_99999 = {
             "tokenizer.json cannot be used: Token `x` out of vocabulary",
         ),
         (hostile(model={"type": "WordLevel", "vocab": {"x": 0}, "unk_token": "?"}), "tokenizer.json cannot be used: WordLevel error"),
+        (
+            hostile(model={"type": "WordLevel", "vocab": {"a": 0, "?": 77777}, "unk_token": "?"}),
+            "tokenizer does not fit the vocabulary: its largest token id is 77777",
+        ),
         (hostile(post_processor=BOS_OF_99999), "tokenizer does not fit the vocabulary: its largest token id is 99999"),
         (hostile(pre_tokenizer={"type": "Split", "pattern": {"Regex": "("}, "behavior": "Isolated", "invert": False}), "Oniguruma error"),
         # The next two make the library panic, which is no Exception and prints a backtrace.

@@ -1,5 +1,7 @@
 // Which instruction set runs: the best that the CPU has and that gives the scalar kernels' bits in a test at start-up.
 #include <string.h>
+
+#include <atomic>
 #if defined(__x86_64__) && defined(__linux__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -210,13 +212,17 @@ int test_isas(IsaReport* reports) {
 }
 
 const Kernels* choose_kernels(const char* wanted, const char** failed) {
+  static std::atomic<const Kernels*> sound{nullptr};  // what passed last in this process: the test takes 12 ms, and each model asks twice
   *failed = nullptr;
   Candidate candidates[kMaxIsas];
   int n = list_candidates(candidates);
   for (int i = 0; i < n; i++) {
     const Candidate& c = candidates[i];
     if (!c.supported || (wanted && strcmp(wanted, c.kernels->name))) continue;
-    if (!first_difference(*c.kernels)) return c.kernels;
+    if (sound.load(std::memory_order_relaxed) == c.kernels || !first_difference(*c.kernels)) {
+      sound.store(c.kernels, std::memory_order_relaxed);
+      return c.kernels;
+    }
     if (!*failed) *failed = c.kernels->name;
   }
   return nullptr;

@@ -68,6 +68,16 @@ def unpack_hf(packed: NDArray[np.uint8]) -> NDArray[np.int8]:
     return codes.view(np.int8)
 
 
+class TwoBitBlocks(NamedTuple):
+    """A format of two-bit codes, as native code reads it (native/repack.h)."""
+
+    codes: int  # in a block
+    bytes: int  # of a block
+    first_byte: int  # of the codes
+    run: int  # code k * run + p of a stretch lies in byte p
+    descending: bool  # at bits 6 - 2k; else at bits 2k
+
+
 @dataclass(frozen=True)
 class BlockCodec:
     """A GGUF format: blocks of `block` codes in `nbytes` bytes, with a scale d as f16 or (`scale_at` None) elsewhere. A weight is code *
@@ -87,6 +97,13 @@ class BlockCodec:
         assert self.scale_at is not None
         stored: NDArray[np.float32] = np.ascontiguousarray(blocks[:, self.scale_at : self.scale_at + 2]).view("<f2").astype(np.float32)
         return stored[:, 0]
+
+    def two_bit(self) -> TwoBitBlocks | None:
+        """Where the codes lie, if they are all of two bits in one place."""
+        at, _, layout = self.parts[0]
+        if len(self.parts) != 1 or not isinstance(layout, Bits) or layout.per_byte != 4:
+            return None
+        return TwoBitBlocks(self.block, self.nbytes, at, layout.run, descending=layout.shifts[0] > layout.shifts[-1])
 
     def pack(self, codes: I8, scales: NDArray[np.float32] | None = None) -> U8:
         """codes int8 [n, block], scales [n] that f16 holds exactly -> uint8 [n, nbytes]."""

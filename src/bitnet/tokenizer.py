@@ -198,6 +198,15 @@ def _byte_fallback_ids(library: tokenizers.Tokenizer) -> set[int]:
     return {token for token in found if token is not None}
 
 
+def _largest_id(library: tokenizers.Tokenizer) -> int:
+    """Of all tokens, -1 for none. Their texts together would be a dict of 50 MB where there are 128,000: so if n have the ids below n,
+    as nearly always, those are only asked for."""
+    model, n = library.model, library.get_vocab_size(with_added_tokens=False)
+    if all(model.id_to_token(token) is not None for token in range(n)):
+        return max(n - 1, *library.get_added_tokens_decoder(), -1)
+    return max(library.get_vocab(with_added_tokens=True).values())
+
+
 def checked(library: tokenizers.Tokenizer, vocab_size: int, where: str) -> tokenizers.Tokenizer:
     """`library`, set up to encode every text whole, as text, always alike; raises `FormatError` if it has an id >= `vocab_size`."""
     library.encode_special_tokens = True
@@ -205,13 +214,13 @@ def checked(library: tokenizers.Tokenizer, vocab_size: int, where: str) -> token
     library.no_padding()
     if getattr(library.model, "dropout", None):
         library.model.dropout = None  # a training-time option: it would make the encoding random
-    vocabulary = library.get_vocab(with_added_tokens=True)
-    if not vocabulary:
+    tokens = library.get_vocab_size(with_added_tokens=True)
+    if not tokens:
         raise FormatError(f"{where} has an empty vocabulary; expected at least one token")
-    largest = max(*vocabulary.values(), *library.encode("").ids, *library.encode("a").ids, 0)
+    largest = max(_largest_id(library), *library.encode("").ids, *library.encode("a").ids, 0)
     if largest >= vocab_size:
         raise FormatError(
-            f"tokenizer does not fit the vocabulary: its largest token id is {largest} ({len(vocabulary)} tokens), the model has "
+            f"tokenizer does not fit the vocabulary: its largest token id is {largest} ({tokens} tokens), the model has "
             f"{vocab_size} (ids 0 to {vocab_size - 1}); use the tokenizer.json that belongs to this model"
         )
     return library

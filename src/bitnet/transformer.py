@@ -82,7 +82,7 @@ class TernaryTransformer:
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
         from bitnet.engine import chosen_codec
-        from bitnet.models import open_checkpoint
+        from bitnet.models import canonical, open_checkpoint
         from bitnet.tuning import Settings, settle
         from bitnet.weights import check_weights, load_engine
 
@@ -94,10 +94,11 @@ class TernaryTransformer:
         as_tuned = weights == "stored" and activation_group is None  # what was measured
         use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
         checkpoint = open_checkpoint(path, i2_s)
+        found = canonical(checkpoint)
+        loaded = load_tokenizer(checkpoint, found.config.vocab_size, tokenizer)  # first: the memory of its making is given back
         engine = load_engine(
-            checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group
+            checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group, model=found
         )
-        loaded = load_tokenizer(checkpoint, engine.config.vocab_size, tokenizer)
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
         return model

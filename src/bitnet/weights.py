@@ -9,14 +9,16 @@ without, with one step per 32 inputs: outliers in a few of gemma's channels make
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet import ternary
+from bitnet._native import Matrix, release_freed_memory
 from bitnet.engine import CODECS, Engine, chosen_codec, new_native
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
@@ -28,8 +30,10 @@ WEIGHTS = ("stored", "int8", "f16")
 _FLOATS = ("f32", "f64", "f16", "bf16")
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
+PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
 INT4_GROUP = 32  # inputs that share a scale in an int4 head
 _CHUNK = 1 << 20  # values of a tensor worked on at once
+_MAPPED_BYTES = 16 << 20  # of files, after which their pages are given back
 
 
 def check_weights(weights: str, activation_group: int | None, head: str) -> None:
@@ -82,6 +86,7 @@ def load_engine(
     if activation_group is None:
         int8 = model.quantization is None and any(_becomes_int8(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS)
         activation_group = INT8_GROUP if int8 else 0
+    release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
     native = new_native(config, threads, activation_group)
     schemes = set()
     with ThreadPoolExecutor(native.threads) as pool:
@@ -168,8 +173,12 @@ def _finite(tensor: Tensor) -> NDArray[np.float32]:
 
 def _all_finite(tensor: Tensor, values: NDArray[np.float32]) -> NDArray[np.float32]:
     if not np.isfinite(values).all():
-        raise FormatError(f"{tensor.where}: holds NaN or infinity; the file is damaged or training diverged")
+        raise _not_finite(tensor)
     return values
+
+
+def _not_finite(tensor: Tensor) -> FormatError:
+    return FormatError(f"{tensor.where}: holds NaN or infinity; the file is damaged or training diverged")
 
 
 class _Loader:
@@ -181,19 +190,20 @@ class _Loader:
         self.ternary_scheme = ternary_scheme  # native, of the linear layers
         self.native, self.quantization, self.weights, self.pool = native, model.quantization, weights, pool
         self.layout, self.tensors = checkpoint.layout, checkpoint.tensors
+        self.mapped_bytes = 0  # of files, since they were last given back
 
     def table(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str) -> None:
         """The embedding or the head."""
         if self.weights == "f16" and scheme == "stored" and tensor.scheme not in _FLOATS:
-            self._set_f16(name, tensor)
+            self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
             self._set_codes(name, tensor, shape, "ternary")
         elif scheme == "int4":
-            self._set_int4(name, tensor)
+            self._set_values(name, tensor, shape, self._matrix("int4", shape, -(-shape[1] // INT4_GROUP)))  # as ternary.quantize_int4
         elif tensor.scheme in _FLOATS and scheme == "stored":
-            self._set_floats(name, tensor)
+            self._set_floats(name, tensor, shape)
         else:
-            self._set_int8(name, tensor, 0 if scheme == "int8" else INT8_GROUP)
+            self._set_int8(name, tensor, shape, 0 if scheme == "int8" else INT8_GROUP)
 
     def linear(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
         """One linear layer; returns the scheme that it runs in: "ternary", "int8" or "dense"."""
@@ -203,35 +213,62 @@ class _Loader:
             if q is None and self.layout == "hf":
                 raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
             if self.weights == "f16":
-                return self._set_f16(name, tensor)
+                return self._set_f16(name, tensor, shape)
             return self._set_codes(name, tensor, shape, self.ternary_scheme)
         if tensor.scheme not in _FLOATS:  # a block format
-            return self._set_f16(name, tensor) if self.weights == "f16" else self._set_int8(name, tensor, INT8_GROUP)
+            return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_int8(name, tensor, shape, INT8_GROUP)
         if not stays_dense:
             if q is None or not q.online:
                 raise FormatError(
                     f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
                 )
             trits, scale = self._ternarized(tensor)
-            self.native.set_integer(name, self.ternary_scheme, trits, np.full((shape[0], 1), scale, np.float32))
+            matrix = self._matrix(self.ternary_scheme, shape)
+            matrix.fill_codes(0, trits)
+            matrix.set_scales(0, np.full((shape[0], 1), scale, np.float32))
+            self.native.set_matrix(name, matrix)
             return "ternary"
         if self.weights == "int8":
-            return self._set_int8(name, tensor, INT8_GROUP)
-        return self._set_f16(name, tensor) if self.weights == "f16" else self._set_floats(name, tensor)
+            return self._set_int8(name, tensor, shape, INT8_GROUP)
+        return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_floats(name, tensor, shape)
 
     def _set_codes(self, name: str, tensor: Tensor, shape: tuple[int, ...], ternary_scheme: str) -> str:
         """Ternary or binary weights as they are stored. Q2_0 can hold +2 as a code, which is then int8 with the same scales."""
-        codes, scales = tensor.codes()[: shape[0]], self._scales(tensor)
+        scales = self._scales(tensor)
         if not np.isfinite(scales).all():
             raise FormatError(
                 f"{tensor.where}: what is stored beside it gives a scale of {scales[~np.isfinite(scales)][0]}; expected finite numbers"
             )
         if scales.size == 1 or (scales == scales.flat[0]).all():
             scales = np.full((shape[0], 1), scales.flat[0], np.float32)
-        scheme = "int8" if codes.size and codes.max() > 1 else "ternary"
-        native_scheme = ternary_scheme if scheme == "ternary" else scheme
-        self.native.set_integer(name, native_scheme, np.ascontiguousarray(codes), np.ascontiguousarray(scales, np.float32))
+        scheme, matrix = "ternary", self._matrix(ternary_scheme, shape, scales.shape[1])
+        if not self._fill_stored(matrix, tensor):
+            codes = np.ascontiguousarray(tensor.codes()[: shape[0]])
+            if codes.max() > 1:
+                scheme, matrix = "int8", self._matrix("int8", shape, scales.shape[1])
+            matrix.fill_codes(0, codes)
+        matrix.set_scales(0, np.ascontiguousarray(scales, np.float32))
+        self.native.set_matrix(name, matrix)
         return scheme
+
+    def _fill_stored(self, matrix: Any, tensor: Tensor) -> bool:
+        """Codes as they lie in the file; False where there are others than of trits, or a layout that native code does not read."""
+        found: bool
+        if tensor.codec == "hf":
+            stored = tensor.stored_shape[0]
+            found = matrix.fill_banded(tensor.row_bytes(0, stored))
+            self._was_read(tensor, tensor.nbytes)
+            return found
+        layout = tensor.two_bit_blocks()
+        if layout is None:
+            return False
+        for first, last in _spans(tensor.shape):
+            blocks = tensor.row_bytes(first, last)
+            found = matrix.fill_two_bit(first, blocks, **layout._asdict())
+            self._was_read(tensor, blocks.nbytes)
+            if not found:
+                return False
+        return True
 
     def _scales(self, tensor: Tensor) -> NDArray[np.float32]:
         """The tensor's scales, times the one that llama.cpp may keep beside it (`blk.0.attn_q.scale`)."""
@@ -250,55 +287,78 @@ class _Loader:
             return np.sign(values).astype(np.int8), most
         return ternary.absmean(values)
 
-    def _set_floats(self, name: str, tensor: Tensor) -> str:
-        list(self.pool.map(lambda span: _all_finite(tensor, tensor.dense_rows(*span)), self._chunks(tensor)))
-        if tensor.scheme in ("f16", "bf16"):
-            self.native.set_dense_16(name, tensor.scheme, np.ascontiguousarray(tensor.raw()).view(np.uint16).reshape(tensor.shape))
-        else:
-            self.native.set_dense_f32(name, np.ascontiguousarray(tensor.dense(), np.float32))
+    def _set_floats(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        self._set_values(name, tensor, shape, self._matrix("f32" if tensor.scheme == "f64" else tensor.scheme, shape))
         return "dense"
 
-    def _set_f16(self, name: str, tensor: Tensor) -> str:
-        if tensor.scheme == "f16":
-            return self._set_floats(name, tensor)
-        bits = np.empty(tensor.shape, np.float16)
-
-        def fill(span: tuple[int, int]) -> None:
-            values = _all_finite(tensor, tensor.dense_rows(*span))
-            with np.errstate(over="ignore"):
-                bits[slice(*span)] = values
-            if not np.isfinite(bits[slice(*span)]).all():
-                raise UnsupportedModelError(f"{tensor.where}: holds values beyond f16's 65,504; expected a scheme that can hold them")
-
-        list(self.pool.map(fill, self._chunks(tensor)))
-        self.native.set_dense_16(name, "f16", bits.view(np.uint16))
-        return "dense"
-
-    def _set_int8(self, name: str, tensor: Tensor, group: int) -> str:
-        """`group`: inputs that share a scale; 0 for one scale per row."""
-        n_groups = -(-tensor.shape[1] // group) if group else 1
-        codes, scales = np.empty(tensor.shape, np.int8), np.empty((tensor.shape[0], n_groups), np.float32)
-
-        def fill(span: tuple[int, int]) -> None:
-            rows = slice(*span)
-            codes[rows], found = ternary.quantize_int8(_all_finite(tensor, tensor.dense_rows(*span)), group)
-            scales[rows] = found.reshape(-1, n_groups)
-
-        list(self.pool.map(fill, self._chunks(tensor)))
-        self.native.set_integer(name, "int8", codes, scales)
+    def _set_int8(self, name: str, tensor: Tensor, shape: tuple[int, ...], group: int) -> str:
+        """`group`: inputs that share a scale; 0 for one scale per row. Quantized as ternary.quantize_int8 says."""
+        self._set_values(name, tensor, shape, self._matrix("int8", shape, -(-shape[1] // group) if group else 1))
         return "int8"
 
-    def _set_int4(self, name: str, tensor: Tensor) -> None:
-        codes, scales = np.empty(tensor.shape, np.int8), np.empty((tensor.shape[0], -(-tensor.shape[1] // INT4_GROUP)), np.float32)
+    def _set_values(self, name: str, tensor: Tensor, shape: tuple[int, ...], matrix: Any) -> None:
+        """Values into a matrix of their own scheme, or quantized into one of int8 or int4."""
+        finite = True
+        if tensor.scheme in ("f32", "f16", "bf16"):
+            for first, last in _spans(shape):
+                stored = tensor.row_bytes(first, last)
+                finite = finite and matrix.fill_values(first, tensor.scheme, stored)
+                self._was_read(tensor, stored.nbytes)
+        else:
+            for first, values in self._made(tensor, shape, lambda values: values):
+                finite = finite and matrix.fill_values(first, "f32", values.view(np.uint8))
+        if not finite:
+            raise _not_finite(tensor)
+        self.native.set_matrix(name, matrix)
 
-        def fill(span: tuple[int, int]) -> None:
-            rows = slice(*span)
-            codes[rows], scales[rows] = ternary.quantize_int4(_all_finite(tensor, tensor.dense_rows(*span)), INT4_GROUP)
+    def _set_f16(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        if tensor.scheme == "f16":
+            return self._set_floats(name, tensor, shape)
 
-        list(self.pool.map(fill, self._chunks(tensor)))
-        self.native.set_integer(name, "int4", codes, scales)
+        def halves(values: NDArray[np.float32]) -> NDArray[np.float16]:
+            with np.errstate(over="ignore"):
+                bits = _all_finite(tensor, values).astype(np.float16)
+            if not np.isfinite(bits).all():
+                raise UnsupportedModelError(f"{tensor.where}: holds values beyond f16's 65,504; expected a scheme that can hold them")
+            return bits
 
-    def _chunks(self, tensor: Tensor) -> Iterator[tuple[int, int]]:
-        rows = tensor.shape[0]
-        step = max(1, _CHUNK // max(1, math.prod(tensor.shape[1:])))
-        return ((first, min(rows, first + step)) for first in range(0, rows, step))
+        matrix = self._matrix("f16", shape)
+        for first, bits in self._made(tensor, shape, halves):
+            matrix.fill_values(first, "f16", bits.view(np.uint8))
+        self.native.set_matrix(name, matrix)
+        return "dense"
+
+    def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
+        return Matrix(self.native, scheme, shape[0], shape[1], n_groups)
+
+    def _made(
+        self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]
+    ) -> Iterator[tuple[int, NDArray[Any]]]:
+        """(first row, what `make` gives of the dense rows), in order; other threads are some runs ahead, and no more."""
+        whole = tensor.dense() if tensor.codec == "hf" else None  # its bytes hold rows that lie far apart
+
+        def work(first: int, last: int) -> NDArray[Any]:
+            return np.ascontiguousarray(make(whole[first:last] if whole is not None else tensor.dense_rows(first, last)))
+
+        ahead: deque[tuple[int, Future[NDArray[Any]]]] = deque()
+        for first, last in _spans(shape):
+            ahead.append((first, self.pool.submit(work, first, last)))
+            if len(ahead) > self.native.threads:
+                at, future = ahead.popleft()
+                yield at, future.result()
+            self._was_read(tensor, tensor.nbytes * (last - first) // shape[0])
+        for at, future in ahead:
+            yield at, future.result()
+
+    def _was_read(self, tensor: Tensor, nbytes: int) -> None:
+        """Mapped pages count as this process's memory: they are given back in time, but not so often that it costs."""
+        self.mapped_bytes += nbytes
+        if self.mapped_bytes >= _MAPPED_BYTES:
+            tensor.forget_pages()
+            self.mapped_bytes = 0
+
+
+def _spans(shape: tuple[int, ...]) -> Iterator[tuple[int, int]]:
+    """All rows, in runs of about _CHUNK values and of whole panels."""
+    step = max(1, _CHUNK // shape[1] // PANEL_ROWS) * PANEL_ROWS
+    return ((first, min(shape[0], first + step)) for first in range(0, shape[0], step))

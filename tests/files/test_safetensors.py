@@ -132,6 +132,26 @@ def test_values_are_views_of_the_file_and_copied_only_where_unaligned(tmp_path: 
     assert value.flags.aligned and value[0] == 5
 
 
+def test_rows_as_bytes_and_pages_given_back(tmp_path: Path) -> None:
+    values = np.arange(1 << 20, dtype=np.float32).reshape(1024, 1024)
+    safetensors.write(tmp_path / "a", {"x": values})
+    tensor = safetensors.read(tmp_path / "a").tensors["x"]
+    rows = tensor.row_bytes(1000, 1024)
+    assert np.array_equal(rows.view(np.float32), values[1000:]) and not rows.flags.writeable and np.shares_memory(rows, tensor.raw())
+
+    def resident_kb() -> int:
+        lines = iter(Path("/proc/self/smaps").read_text().splitlines())
+        return sum(
+            int(next(line for line in lines if line.startswith("Rss:")).split()[1]) for line in lines if line.endswith(str(tmp_path / "a"))
+        )
+
+    total = tensor.raw().sum()
+    before = resident_kb()
+    tensor.forget_pages()
+    assert before > 4000 and resident_kb() < before - 3000
+    assert tensor.raw().sum() == total  # they come back as they are touched
+
+
 def test_float64_beyond_float32_is_infinite_and_silent(tmp_path: Path) -> None:
     safetensors.write(tmp_path / "a", {"x": np.array([1e300, -1e300, np.nan])})
     np.testing.assert_array_equal(safetensors.read(tmp_path / "a").tensors["x"].dense(), np.float32([np.inf, -np.inf, np.nan]))

@@ -3,12 +3,14 @@
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <random>
 
 #include "amx_emulation.h"
 #define BITNET_EMULATED_AMX
 #include "../../native/kernels/amx.cpp"
 #include "forward.h"
+#include "repack.h"
 
 using namespace bitnet;
 
@@ -88,6 +90,65 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
         for (int i = 0; i < c.cols; i++)
           check(row[i] == codes[size_t(c.rows - 1) * c.cols + i] * scales[size_t(c.rows - 1) * c.groups + i / group], "dequantize_row", "", i);
       }
+}
+
+bool same(const Linear& a, const Linear& b) {
+  return a.panels.size() == b.panels.size() && !std::memcmp(a.panels.data(), b.panels.data(), a.panels.size()) &&
+         a.scales.size() == b.scales.size() && std::equal(a.scales.data(), a.scales.data() + a.scales.size(), b.scales.data());
+}
+
+// Stored bytes into panels, in memory of exactly their size, against one code at a time.
+void test_repack() {
+  struct Case { int rows, cols; };
+  for (const Case& c : {Case{1, 1}, {3, 7}, {16, 16}, {18, 33}, {64, 130}, {37, 1285}, {256, 256}, {70, 2560}})
+    for (int threads : {1, 3}) {
+      ThreadPool pool(threads);
+      const size_t n = size_t(c.rows) * c.cols;
+      const int band = (c.rows + 3) / 4, cut = c.rows / 32 * 16;  // two runs of rows
+      std::vector<int8_t> trits(n), wide(n);
+      std::vector<float> scales(c.rows);
+      std::vector<uint8_t> banded(size_t(band) * c.cols);
+      for (int8_t& v : trits) v = int8_t(int(rng() % 3) - 1);
+      for (int8_t& v : wide) v = int8_t(rng());
+      for (float& v : scales) v = normal();
+      for (int r = 0; r < c.rows; r++)
+        for (int i = 0; i < c.cols; i++) banded[size_t(r % band) * c.cols + i] |= uint8_t((trits[size_t(r) * c.cols + i] + 1) << 2 * (r / band));
+      for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::int4, Scheme::int8}) {
+        std::vector<int8_t> codes = scheme < Scheme::int4 ? trits : wide;
+        if (scheme == Scheme::int4)
+          for (int8_t& v : codes) v = int8_t(v >> 4);
+        Linear expected = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, 1), w = empty_linear(scheme, c.rows, c.cols, 1);
+        prefault(pool, w);
+        for (int first : {0, cut})
+          if (int rows = first ? c.rows - cut : cut ? cut : c.rows) {
+            fill_codes(pool, w, first, rows, codes.data() + size_t(first) * c.cols), set_scales(w, first, rows, scales.data() + first);
+            if (!cut) break;
+          }
+        check(same(w, expected), "fill_codes", "", c.rows, c.cols);
+      }
+      Linear expected = repack_integer(Scheme::ternary, trits.data(), scales.data(), c.rows, c.cols, 1), w = empty_linear(Scheme::ternary, c.rows, c.cols, 1);
+      set_scales(w, 0, c.rows, scales.data());
+      check(fill_banded(pool, w, banded.data()) && same(w, expected), "fill_banded", "", c.rows, c.cols);
+      banded.back() |= 3;
+      check(!fill_banded(pool, w, banded.data()), "a code of 3", "", c.rows, c.cols);
+      if (c.cols % 64 == 0) {
+        std::vector<uint8_t> blocks(n / 64 * 18);
+        for (size_t i = 0; i < n; i++) blocks[i / 64 * 18 + 2 + i % 64 / 4] |= uint8_t((trits[i] + 1) << 2 * (i % 4));
+        check(fill_two_bit(pool, w, 0, c.rows, blocks.data(), {64, 18, 2, 1, false}) && same(w, expected), "fill_two_bit", "", c.rows, c.cols);
+      }
+      for (DenseType type : {DenseType::f16, DenseType::bf16, DenseType::f32}) {
+        const Scheme scheme = type == DenseType::f16 ? Scheme::f16 : type == DenseType::bf16 ? Scheme::bf16 : Scheme::f32;
+        std::vector<uint8_t> values(n * (type == DenseType::f32 ? 4 : 2));
+        for (size_t i = 0; i < values.size(); i++) values[i] = uint8_t(rng() % 0x7b);  // no exponent of ones
+        Linear dense = empty_linear(scheme, c.rows, c.cols, 1), int8 = empty_linear(Scheme::int8, c.rows, c.cols, 1);
+        check(fill_values(pool, dense, 0, c.rows, type, values.data()) && same(dense, repack_dense(scheme, values.data(), c.rows, c.cols)), "fill_values", "", c.rows, c.cols);
+        check(fill_values(pool, int8, 0, c.rows, type, values.data()), "quantized", "", c.rows, c.cols);
+        Linear int4 = empty_linear(Scheme::int4, c.rows, c.cols, 1);
+        fill_values(pool, int4, 0, c.rows, type, values.data());  // its scales may be beyond f16
+        std::fill(values.end() - values.size() / n, values.end(), 0xff);
+        check(!fill_values(pool, dense, 0, c.rows, type, values.data()) && !fill_values(pool, int8, 0, c.rows, type, values.data()), "not finite", "", c.rows, c.cols);
+      }
+    }
 }
 
 // The AMX kernel over an emulation of its instructions, against the scalar one: every step, one and two panels, 1 to 32 tokens.
@@ -192,6 +253,7 @@ void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
 int main() {
   const auto isas = runnable();
   test_matmul(isas);
+  test_repack();
   test_amx_in_emulation();
   test_threads();
   Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = 48, .ffn_size = 80, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12,

@@ -25,6 +25,7 @@ CHUNK_BYTES = 1 << 18
 VALUE_BYTES = 150  # the most that one small JSON value takes as a Python object, its place in the container included
 
 GGUF_MAGIC = b"GGUF"
+_NO_MARKS = bytes(set(range(256)) - set(b'"[]{}'))  # what says nothing of how JSON nests
 
 PathLike = str | os.PathLike[str]
 
@@ -114,9 +115,12 @@ def check_json_object(raw: bytes, where: str) -> None:
         if (len(chunk) - len(chunk.rstrip(b"\\"))) % 2 and len(chunk) > 1:
             chunk = chunk[:-1]  # an escape is not cut in two
         at += len(chunk)
-        marks = np.frombuffer(chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__"), np.uint8)
+        kept = chunk.replace(b"\\\\", b"__").replace(b'\\"', b"__").translate(None, _NO_MARKS)
+        if not kept:
+            continue
+        marks = np.frombuffer(kept, np.uint8)
         text = (np.cumsum(marks == ord('"'), dtype=np.uint8) + np.uint8(quotes)) & np.uint8(1)
-        folded = marks | np.uint8(0x20)  # [ becomes {, and ] becomes }; no other byte does
+        folded = marks | np.uint8(0x20)  # [ becomes {, and ] becomes }
         steps = ((folded == ord("{")).astype(np.int8) - (folded == ord("}")).astype(np.int8)) * (1 - text.astype(np.int8))
         depths = depth + np.cumsum(steps, dtype=np.int32)
         if depths.max() > MAX_DEPTH:

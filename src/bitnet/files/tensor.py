@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
 from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
-from bitnet.packing import BLOCKS, CODECS
+from bitnet.packing import BLOCKS, CODECS, TwoBitBlocks
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -75,6 +75,27 @@ class Tensor:
         values = np.frombuffer(self.data, dtype, prod(shape), self.offset)
         return np.require(values, requirements="A").reshape(shape)
 
+    def row_bytes(self, first: int, last: int) -> NDArray[np.uint8]:
+        """raw()[first:last] as bytes, [last - first, bytes of a row], without a copy; of a block format whose rows are whole blocks."""
+        size = self._row_size()
+        return np.frombuffer(self.data, np.uint8, (last - first) * size, self.offset + first * size).reshape(last - first, size)
+
+    def forget_pages(self) -> None:
+        """Give the memory of the whole file's mapped pages back to the system, which keeps the file in its cache."""
+        if hasattr(self.data, "madvise"):  # not on every system, nor of bytes that are no file
+            self.data.madvise(mmap.MADV_DONTNEED)
+
+    def two_bit_blocks(self) -> TwoBitBlocks | None:
+        """How two-bit codes lie in row_bytes(); None where they are none, and where a block holds more than one row."""
+        if self.kind is None or not self.codec or prod(self.shape[1:]) % self.kind.block:
+            return None
+        return BLOCKS[self.codec].two_bit()
+
+    def _row_size(self) -> int:
+        """Bytes of a stored row."""
+        columns = prod(self.shape[1:])
+        return columns // self.kind.block * self.kind.nbytes if self.kind is not None else columns * DTYPES[self.dtype].itemsize
+
     def dense(self) -> NDArray[np.float32]:
         """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""
         if self.kind is None:
@@ -126,8 +147,7 @@ class Tensor:
         if self.kind is not None:
             if self.codec.startswith("i2_s"):
                 return self.raw()[-I2_S_TAIL:][:4].view("<f4").astype(np.float32)
-            scales = [BLOCKS[self.codec].scales(self._blocks(first, last)) for first, last in self._pieces()]
-            return np.concatenate(scales).reshape(*self.shape[:-1], -1)
+            return BLOCKS[self.codec].scales(self._blocks(0, prod(self.shape) // self.kind.block)).reshape(*self.shape[:-1], -1)
         scale = self.scale
         assert scale is not None
         if prod(scale.shape) != 1:
