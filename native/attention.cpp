@@ -80,15 +80,15 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
   // Too few items to share out evenly: the heads of one key/value head in two halves.
   const int halves = group % 2 == 0 && blocks * c.n_kv_heads % pool.size() && blocks * c.n_kv_heads < 8 * pool.size() ? 2 : 1;
   const int heads = group / halves, n_items = blocks * c.n_kv_heads * halves;
-  const int64_t stride = (longest + 63) / 16 * 16, per_query = stride + 2 * dim;
-  scratch.reserve(size_t(per_query) * kTokens * heads * pool.size());  // per thread and query: scores, query, result
+  const int64_t stride = (longest + 63) / 16 * 16, per_thread = ((stride + 2 * dim + 1) * kTokens * heads + 15) / 16 * 16;
+  scratch.reserve(size_t(per_thread) * pool.size());  // per thread and query: scores, query, result, total
   pool.run(n_items, [&](int item, int thread) {
     const int block = blocks - 1 - item / (c.n_kv_heads * halves);  // the longest first
     const int first = starts[block], n = starts[block + 1] - first, n_queries = n * heads;
     const int kv = item / halves % c.n_kv_heads, first_head = kv * group + item % halves * heads;
     KvCache& cache = *tokens[first].cache;
-    float* scores = scratch.data() + size_t(per_query) * kTokens * heads * thread;
-    float *queries = scores + stride * n_queries, *sums = queries + int64_t{n_queries} * dim;
+    float* scores = scratch.data() + per_thread * thread;
+    float *queries = scores + stride * n_queries, *sums = queries + int64_t{n_queries} * dim, *totals = sums + int64_t{n_queries} * dim;
     auto at = [&](int i) { return (size_t(first + i / heads) * c.n_heads + first_head + i % heads) * c.head_dim; };  // query i in q and out
     for (int i = 0; i < n_queries; i++) {
       std::memcpy(queries + i * dim, q + at(i), c.head_dim * sizeof(float));
@@ -104,12 +104,7 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
       k.scores_f16(queries, n_queries, cache.keys(j / kPage, layer, kv) + j % kPage * dim, (next - j + kKeyBlock - 1) / kKeyBlock, dim,
                    c.attention_scale, scores + j - from, stride);
     }
-    for (int i = 0; i < n_queries; i++) {
-      float* p = scores + i * stride + begin(i) - from;
-      const int seen = end(i) - begin(i);
-      const float inverse = 1.0f / k.softmax(p, seen);
-      for (int j = 0; j < seen; j++) p[j] *= inverse;
-    }
+    for (int i = 0; i < n_queries; i++) totals[i] = k.softmax(scores + i * stride + begin(i) - from, end(i) - begin(i));
     // Adds the values of [low, high) to the sums of `count` queries from i on.
     auto weigh = [&](int i, int count, int low, int high) {
       for (int j = low, next; j < high; j = next) {
@@ -122,7 +117,10 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
     for (int i = 0; i < n_queries; i++) weigh(i, 1, begin(i), std::min(all_from, end(i)));
     weigh(0, n_queries, all_from, all_to);
     for (int i = 0; i < n_queries; i++) weigh(i, 1, std::max(all_to, begin(i)), end(i));
-    for (int i = 0; i < n_queries; i++) std::memcpy(out + at(i), sums + i * dim, c.head_dim * sizeof(float));
+    for (int i = 0; i < n_queries; i++) {
+      const float inverse = 1.0f / totals[i];
+      for (int d = 0; d < c.head_dim; d++) out[at(i) + d] = sums[i * dim + d] * inverse;
+    }
   }, int64_t{n_tokens} * longest * c.n_heads * dim >= 16384);
 }
 

@@ -77,7 +77,7 @@ struct PyCache {
 
 // A matrix while its rows come in, by the threads of the model that it is for.
 struct PyMatrix {
-  PyMatrix(PyModel& m, Scheme scheme, int rows, int cols, int n_groups) : pool(m.model.pool), w(empty_linear(scheme, rows, cols, n_groups)) {
+  PyMatrix(PyModel& m, Scheme scheme, int rows, int cols, int n_groups) : pool(m.model.pool), w(empty_linear(scheme, rows, cols, n_groups, &m.model.arena)) {
     nb::gil_scoped_release release;
     prefault(pool, w);
   }
@@ -242,7 +242,7 @@ NB_MODULE(_native, m) {
              self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
            }, "name"_a, "matrix"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
-             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed));
+             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed, &self.model.arena));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)

@@ -1,13 +1,12 @@
-// Memory for weights and activations: aligned to a cache line, zeroed, owned, movable; in huge pages where it is large.
+// Memory for weights and activations: aligned to a cache line, zeroed, owned or of an arena, movable; in huge pages where it is large.
 #pragma once
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
+
+#include "arena.h"
 
 namespace bitnet {
 
@@ -15,11 +14,12 @@ template <typename T>
 class Buffer {
  public:
   Buffer() = default;
-  explicit Buffer(size_t n) { allocate(n); }
+  // arena: whose memory it is, which outlives it; null for its own.
+  explicit Buffer(size_t n, Arena* arena = nullptr) { allocate(n, arena); }
   ~Buffer() { release(); }
-  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)) {}
+  Buffer(Buffer&& o) noexcept : data_(std::exchange(o.data_, nullptr)), size_(std::exchange(o.size_, 0)), owned_(o.owned_) {}
   Buffer& operator=(Buffer&& o) noexcept {
-    std::swap(data_, o.data_), std::swap(size_, o.size_);
+    std::swap(data_, o.data_), std::swap(size_, o.size_), std::swap(owned_, o.owned_);
     return *this;
   }
 
@@ -27,7 +27,7 @@ class Buffer {
   T* reserve(size_t n) {
     if (n > size_) {
       release();
-      allocate(n);
+      allocate(n, nullptr);
     }
     return data_;
   }
@@ -38,38 +38,18 @@ class Buffer {
   size_t size() const { return size_; }
 
  private:
-  static constexpr size_t kHuge = 2 << 20;  // bytes of a huge page
   static size_t bytes_of(size_t n) { return std::max<size_t>(64, (n * sizeof(T) + 63) / 64 * 64); }
-
-#if defined(__linux__) && !defined(__SANITIZE_ADDRESS__)  // the sanitizer watches what malloc gave
   // Large memory comes from the system, which zeroes each page as it is first touched: no second pass, and threads share the work.
-  static bool mapped(size_t bytes) { return bytes >= kMapped; }
-  static void* map(size_t bytes) {
-    const size_t length = whole_pages(bytes), spare = bytes >= kHuge ? kHuge : 0;
-    char* p = static_cast<char*>(mmap(nullptr, length + spare, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0));
-    if (p == MAP_FAILED) throw std::bad_alloc();
-    if (!spare) return p;
-    const size_t before = (kHuge - reinterpret_cast<size_t>(p) % kHuge) % kHuge;  // what lies before and after the aligned part goes back
-    if (before) munmap(p, before);
-    if (before < kHuge) munmap(p + before + length, kHuge - before);
-    madvise(p + before, bytes / kHuge * kHuge, MADV_HUGEPAGE);  // fewer page walks; where it is refused, nothing is lost
-    return p + before;
-  }
-  static void unmap(void* p, size_t bytes) { munmap(p, whole_pages(bytes)); }
-  static size_t whole_pages(size_t bytes) { return (bytes + kPage - 1) / kPage * kPage; }
+  static bool mapped(size_t bytes) { return kMapsMemory && bytes >= kMapped; }
   static constexpr size_t kMapped = 256 << 10;
-  static constexpr size_t kPage = 64 << 10;  // a multiple of the system's pages, whatever they are
-#else
-  static bool mapped(size_t) { return false; }
-  static void* map(size_t) { return nullptr; }
-  static void unmap(void*, size_t) {}
-#endif
 
-  void allocate(size_t n) {
+  void allocate(size_t n, Arena* arena) {
     const size_t bytes = bytes_of(n);
-    void* p = nullptr;
-    if (mapped(bytes)) {
-      p = map(bytes);
+    void* p = arena ? arena->take(bytes) : nullptr;
+    owned_ = !p;
+    if (p) {
+    } else if (mapped(bytes)) {
+      p = map_memory(bytes);
     } else {
       if (posix_memalign(&p, 64, bytes)) throw std::bad_alloc();
       std::memset(p, 0, bytes);
@@ -78,14 +58,17 @@ class Buffer {
     size_ = n;
   }
   void release() {
-    if (data_ && mapped(bytes_of(size_))) unmap(data_, bytes_of(size_));
-    else std::free(data_);
+    if (owned_) {
+      if (data_ && mapped(bytes_of(size_))) unmap_memory(data_, bytes_of(size_));
+      else std::free(data_);
+    }
     data_ = nullptr;
     size_ = 0;
   }
 
   T* data_ = nullptr;
   size_t size_ = 0;
+  bool owned_ = true;
 };
 
 }  // namespace bitnet

@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kMaxCols = 65536;  // the bound of the int32 accumulators, see kernels.h
 
-Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
+Linear shaped(Scheme scheme, int rows, int cols, int n_groups, Arena* arena) {
   if (rows < 1 || cols < 1 || cols > kMaxCols) throw std::invalid_argument("a matrix needs 1 or more rows and 1 to 65536 columns");
   Linear w;
   w.scheme = scheme, w.rows = rows, w.cols = cols;
@@ -30,7 +30,7 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups) {
     w.padded_cols = round_up(cols, 4);
     w.panel_bytes = int64_t{w.padded_cols} * kPanelRows * (scheme == Scheme::f32 ? 4 : 2);
   }
-  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes + kSlack);
+  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes + kSlack, arena);
   return w;
 }
 
@@ -65,7 +65,7 @@ void halve_scales(Linear& w) {
 
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups) {
   if (scheme == Scheme::ternary_base3) return repack_base3(kScalar, repack_integer(Scheme::ternary, codes, scales, rows, cols, n_groups));
-  Linear w = shaped(scheme, rows, cols, n_groups);
+  Linear w = shaped(scheme, rows, cols, n_groups, nullptr);
   const int bits = layout(scheme).bits;
   const unsigned bias = layout(scheme).bias, top = layout(scheme).top;
   uint8_t* packed = w.panels.data();
@@ -88,7 +88,7 @@ Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, i
 }
 
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
-  Linear w = shaped(scheme, rows, cols, 1);
+  Linear w = shaped(scheme, rows, cols, 1, nullptr);
   const size_t size = scheme == Scheme::f32 ? 4 : 2;
   for (int r = 0; r < rows; r++) {
     const uint8_t* from = static_cast<const uint8_t*>(values) + size_t(r) * cols * size;
@@ -98,10 +98,10 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
   return w;
 }
 
-Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups) { return shaped(scheme, rows, cols, n_groups); }
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena) { return shaped(scheme, rows, cols, n_groups, arena); }
 
-Linear repack_base3(const Kernels& k, Linear two_bit) {
-  Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups);
+Linear repack_base3(const Kernels& k, Linear two_bit, Arena* arena) {
+  Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups, arena);
   const int most_tiles = std::max(two_bit.group_vectors * 4, w.group_vectors * 5);
   Buffer<uint8_t> tiles(size_t(most_tiles) * 64);
   const int64_t last = two_bit.panel_bytes / 64 - int64_t{two_bit.n_groups - 1} * two_bit.group_vectors;
@@ -125,9 +125,9 @@ Linear repack_base3(const Kernels& k, Linear two_bit) {
   return w;
 }
 
-Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed) {
-  if (scheme == Scheme::ternary_base3) return repack_base3(k, random_linear(k, Scheme::ternary, rows, cols, n_groups, seed));
-  Linear w = shaped(scheme, rows, cols, n_groups);
+Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed, Arena* arena) {
+  if (scheme == Scheme::ternary_base3) return repack_base3(k, random_linear(k, Scheme::ternary, rows, cols, n_groups, seed, nullptr), arena);
+  Linear w = shaped(scheme, rows, cols, n_groups, arena);
   uint64_t state = seed * 2 + 1;
   auto next = [&state] { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 32; };
   float scale = 1.0f / std::sqrt(float(cols));

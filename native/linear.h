@@ -48,18 +48,19 @@ struct Linear {
   }
 };
 
+// arena: whose memory the panels take; null for their own.
 // codes [rows, cols]: trits in {-1, 0, 1}, or int4 in [-8, 7], or int8; scales [rows, n_groups]. Throws std::invalid_argument.
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
 // A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
-Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups);
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena = nullptr);
 // Several scales a row take half the memory wherever f16 holds them exactly: to be called when all are there.
 void halve_scales(Linear& w);
 // The same weights from two-bit codes to base-3.
-Linear repack_base3(const Kernels& k, Linear two_bit);
+Linear repack_base3(const Kernels& k, Linear two_bit, Arena* arena = nullptr);
 // Random trits or codes and scales near 1 / sqrt(cols), made in place: shapes for benchmarks without a file.
-Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed);
+Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed, Arena* arena = nullptr);
 
 // Row `row` as float32 [cols].
 void dequantize_row(const Kernels& k, const Linear& w, int row, float* out);

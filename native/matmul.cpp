@@ -26,6 +26,12 @@ FewTokens kernels_for(const Kernels& k, Scheme s) {
   return {k.multiply_i8, k.gemm_i8, nullptr};
 }
 
+// Sums of up to kGemmTokens tokens from t0 on and two panels.
+struct Dots {
+  alignas(64) int32_t sums[2 * kGemmTokens * kPanelRows];
+  int panel, n_panels, t0, n;
+};
+
 // Panels [first, end), two at a time, their codes unpacked once for all tokens; the scales are applied to the exact sums of each run.
 void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, int first, int end, float* y) {
   static thread_local Buffer<uint8_t> unpacked;
@@ -41,8 +47,13 @@ void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, in
     for (int r = 0; r < x.n_runs; r++) bits |= inputs(r);
     k.begin_gemm(bits);
   }
-  alignas(64) int32_t dots[2 * kGemmTokens * kPanelRows];
-  alignas(64) float sums[2 * kGemmTokens * kPanelRows];
+  // With one run, the sums of a block become y while those of the next are under way: the units for tiles and for vectors are two.
+  const bool one_run = x.n_runs == 1 && !x.grouped;
+  Dots blocks[2];
+  Dots *dots = &blocks[0], *done = nullptr;
+  auto write = [&](const Dots& d) {
+    k.write_run(matrix, x, d.panel, d.n_panels, d.t0, d.n, d.sums, y);
+  };
   for (int panel = first; panel < end; panel += 2) {
     const int n_panels = std::min(2, end - panel);
     const uint8_t* codes = w.panels.data() + panel * w.panel_bytes;
@@ -61,17 +72,19 @@ void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, in
     }
     for (int t0 = 0; t0 < x.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x.n_tokens - t0);
-      if (x.n_runs == 1 && !x.grouped) {
-        f.gemm(codes, panel_bytes, n_panels, inputs(0), x.q + t0 * x.stride, x.stride, n, dots);
-        for (int p = 0; p < n_panels; p++) k.write_run(matrix, x, panel + p, t0, n, dots + p * kGemmTokens * kPanelRows, y);
+      dots->panel = panel, dots->n_panels = n_panels, dots->t0 = t0, dots->n = n;
+      if (one_run) {
+        f.gemm(codes, panel_bytes, n_panels, inputs(0), x.q + t0 * x.stride, x.stride, n, dots->sums);
+        if (done) write(*done);
+        done = dots, dots = &blocks[dots == &blocks[0]];
         continue;
       }
-      std::fill_n(sums, 2 * kGemmTokens * kPanelRows, 0.0f);
+      alignas(64) float sums[2 * kGemmTokens * kPanelRows] = {};
       for (int r = 0; r < x.n_runs; r++) {
-        const Run& run = x.runs[r];
-        f.gemm(codes + 16 * int64_t{run.first}, panel_bytes, n_panels, inputs(r), x.q + t0 * x.stride + run.first, x.stride, n, dots);
+        const int64_t at = x.runs[r].first;
+        f.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x.q + t0 * x.stride + at, x.stride, n, dots->sums);
         for (int p = 0; p < n_panels; p++)
-          k.add_run(matrix, x, r, panel + p, t0, n, dots + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+          k.add_run(matrix, x, r, panel + p, t0, n, dots->sums + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
       }
       for (int p = 0; p < n_panels; p++) {
         const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
@@ -83,6 +96,7 @@ void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, in
       }
     }
   }
+  if (done) write(*done);
   if (k.end_gemm) k.end_gemm();
 }
 

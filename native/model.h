@@ -41,6 +41,7 @@ struct Model {
   Config config;
   const Kernels* kernels;
   ThreadPool pool;
+  Arena arena;           // the matrices' memory
   Linear embedding;      // [vocab_size, hidden_size]; also the head if `head` is empty
   Linear head;
   Buffer<float> final_norm;   // [hidden_size]

@@ -304,13 +304,12 @@ bool fill_typed(ThreadPool& pool, Linear& w, int first_row, int n_rows, const ui
 }  // namespace
 
 void prefault(ThreadPool& pool, Linear& w) {
-  constexpr size_t kHuge = 2 << 20;
-  const size_t bytes = w.panels.size();
-  if (bytes < kHuge) return;
-  volatile uint8_t* p = w.panels.data();
-  pool.run(int((bytes + kHuge - 1) / kHuge), [&](int i, int) {
-    const size_t end = std::min(bytes, (size_t(i) + 1) * kHuge);
-    for (size_t at = i * kHuge; at < end; at += 4096) p[at] = 0;
+  const size_t begin = reinterpret_cast<size_t>(w.panels.data()), end = begin + w.panels.size();
+  if (end - begin < kHugePage) return;
+  const size_t first = begin / kHugePage, last = (end - 1) / kHugePage;
+  pool.run(int(last - first + 1), [&](int i, int) {
+    const size_t from = std::max(begin, (first + i) * kHugePage), to = std::min(end, (first + i + 1) * kHugePage);
+    for (size_t at = from; at < to; at += 4096) *reinterpret_cast<volatile uint8_t*>(at) = 0;
   });
 }
 

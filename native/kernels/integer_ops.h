@@ -18,9 +18,12 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
 template <class Codec, int T>
 static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
   const uint8_t* codes = w.panels + panel * w.panel_bytes;
+  const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
   v16 sums[T];
   for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
   for (int r = 0; r < x.n_runs; r++) {
+    const int64_t ahead = scales + 16 * x.runs[r].weight_group;
+    __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead));
     const Run& run = x.runs[r];
     i16x dots[T];
     Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
@@ -64,15 +67,20 @@ static void add_run(const IntegerMatrix& w, const QuantizedRows& x, int r, int p
   }
 }
 
-static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, int n_tokens, const int32_t* dots, float* y) {
-  const v16 scale = load_scales(w, panel, 0);
+static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y) {
+  v16 scale[2] = {};
+  for (int p = 0; p < n_panels; p++) scale[p] = load_scales(w, panel + p, 0);
   const int rows = w.rows - 16 * panel;
   for (int t = 0; t < n_tokens; t++) {
-    const i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - w.bias * x.run_sums[t0 + t];
-    const v16 result = __builtin_convertvector(exact, v16) * scale * x.steps[t0 + t];
+    const int32_t correction = w.bias * x.run_sums[t0 + t];
+    const float step = x.steps[t0 + t];
     float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
-    if (rows >= 16) store(to, result);
-    else store_tail(to, rows, result);
+    for (int p = 0; p < n_panels; p++) {
+      const i16x exact = *reinterpret_cast<const i16x*>(dots + (p * bitnet::kGemmTokens + t) * 16) - correction;
+      const v16 result = __builtin_convertvector(exact, v16) * scale[p] * step;
+      if (rows - 16 * p >= 16) store(to + 16 * p, result);
+      else store_tail(to + 16 * p, rows - 16 * p, result);
+    }
   }
 }
 

@@ -83,8 +83,8 @@ struct Kernels {
   Unpack unpack_t2, unpack_b3, unpack_i4;
   // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
   void (*add_run)(const IntegerMatrix& w, const QuantizedRows& x, int run, int panel, int t0, int n_tokens, const int32_t* dots, float* sums);
-  // y [n_tokens, rows] of the panel for tokens t0.., where there is one run, given its dots [n_tokens, 16]
-  void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, int n_tokens, const int32_t* dots, float* y);
+  // y [n_tokens, rows] of the panels for tokens t0.., where there is one run, given its dots [n_panels, kGemmTokens, 16]
+  void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
   DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from bitnet.engine import Engine
     from bitnet.tokenizer import Tokenizer
 
-PREFILL_CHUNK = 256  # prompt tokens per forward call
+PREFILL_CHUNK = 512  # prompt tokens per forward call
 FinishReason = Literal["stop", "length"]
 
 

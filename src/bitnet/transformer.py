@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet.chat import ChatTemplate, Message, encode_chat, find_template, missing_template
 from bitnet.errors import FormatError, UsageError
-from bitnet.generation import PREFILL_CHUNK, Generation, GenerationStream
+from bitnet.generation import Generation, GenerationStream
 from bitnet.hub import fetch, is_hub_name
 from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from bitnet.tuning import Choice
 
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
+LOGITS_CHUNK = 256  # tokens whose logits are held at once
 
 
 class TernaryTransformer:
@@ -183,7 +184,7 @@ class TernaryTransformer:
         """`logits` in blocks of at most 256 rows, so that a long text need not hold [tokens, vocab] at once."""
         ids = self._checked(token_ids)
         cache = self.engine.sequence()
-        return (self.engine.forward([(cache, ids[at : at + PREFILL_CHUNK])], all_logits=True) for at in range(0, len(ids), PREFILL_CHUNK))
+        return (self.engine.forward([(cache, ids[at : at + LOGITS_CHUNK])], all_logits=True) for at in range(0, len(ids), LOGITS_CHUNK))
 
     def _prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         if isinstance(prompt, str):
