@@ -11,7 +11,7 @@ namespace {
 constexpr int kManyTokens = 8;             // from here on codes are unpacked once for all of them
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
 constexpr int kTokenPiece = 4;              // of tokens, that a thread quantizes at a time
-constexpr int64_t kPieceBytes = 16384;     // of weights, that a thread takes at a time
+constexpr int64_t kPieceBytes = 32768;     // of weights, that a thread takes at a time
 constexpr int64_t kCachedBytes = 1 << 20;  // of activations, that stay in a core's L2 while panel after panel meets them
 
 struct FewTokens {

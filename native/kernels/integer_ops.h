@@ -16,44 +16,47 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
 
 // Not inlined: each number of tokens wants all registers for itself.
 template <class Codec, int T>
-static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
-  const uint8_t* codes = w.panels + panel * w.panel_bytes;
-  const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
-  v16 sums[T];
-  for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
-  for (int r = 0; r < x.n_runs; r++) {
-    const int64_t ahead = scales + 16 * x.runs[r].weight_group;
-    __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead));
-    const Run& run = x.runs[r];
-    i16x dots[T];
-    Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
-    const v16 scale = load_scales(w, panel, run.weight_group);
-    for (int t = 0; t < T; t++) {
-      const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
-      const v16 part = __builtin_convertvector(exact, v16) * scale;
-      sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
+static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int first, int end, int t0, float* y) {
+  for (int panel = first; panel < end; panel++) {
+    const uint8_t* codes = w.panels + panel * w.panel_bytes;
+    const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
+    v16 sums[T];
+    for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
+    for (int r = 0; r < x.n_runs; r++) {
+      const Run& run = x.runs[r];
+      const int64_t ahead = scales + 16 * run.weight_group;
+      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead));
+      i16x dots[T];
+      Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
+      const v16 scale = load_scales(w, panel, run.weight_group);
+      for (int t = 0; t < T; t++) {
+        const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
+        const v16 part = __builtin_convertvector(exact, v16) * scale;
+        sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
+      }
     }
-  }
-  const int rows = w.rows - 16 * panel;
-  for (int t = 0; t < T; t++) {
-    const v16 result = x.grouped ? sums[t] : sums[t] * x.steps[t0 + t];
-    float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
-    if (rows >= 16) store(to, result);
-    else store_tail(to, rows, result);
+    const int rows = w.rows - 16 * panel;
+    for (int t = 0; t < T; t++) {
+      const v16 result = x.grouped ? sums[t] : sums[t] * x.steps[t0 + t];
+      float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
+      if (rows >= 16) store(to, result);
+      else store_tail(to, rows, result);
+    }
   }
 }
 template <class Codec>
 static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, float* y) {
-  if (x.n_tokens == 1) {
-    for (int p = panel; p < panel + n_panels; p++) multiply_tokens<Codec, 1>(w, x, p, 0, y);
-    return;
-  }
-  for (int p = panel; p < panel + n_panels; p++) {  // a panel stays in the cache for all tokens
+  const int end = panel + n_panels;
+  if (x.n_tokens == 1) return multiply_tokens<Codec, 1>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 2) return multiply_tokens<Codec, 2>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 4) return multiply_tokens<Codec, 4>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 8) return multiply_tokens<Codec, 8>(w, x, panel, end, 0, y);
+  for (int p = panel; p < end; p++) {  // a panel stays in the cache for all tokens
     int t = 0;
-    for (; t + 8 <= x.n_tokens; t += 8) multiply_tokens<Codec, 8>(w, x, p, t, y);
-    for (; t + 4 <= x.n_tokens; t += 4) multiply_tokens<Codec, 4>(w, x, p, t, y);
-    for (; t + 2 <= x.n_tokens; t += 2) multiply_tokens<Codec, 2>(w, x, p, t, y);
-    for (; t < x.n_tokens; t++) multiply_tokens<Codec, 1>(w, x, p, t, y);
+    for (; t + 8 <= x.n_tokens; t += 8) multiply_tokens<Codec, 8>(w, x, p, p + 1, t, y);
+    for (; t + 4 <= x.n_tokens; t += 4) multiply_tokens<Codec, 4>(w, x, p, p + 1, t, y);
+    for (; t + 2 <= x.n_tokens; t += 2) multiply_tokens<Codec, 2>(w, x, p, p + 1, t, y);
+    for (; t < x.n_tokens; t++) multiply_tokens<Codec, 1>(w, x, p, p + 1, t, y);
   }
 }
 
