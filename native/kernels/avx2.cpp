@@ -99,9 +99,10 @@ using Base3 = UnpackedBase3<Halves<TileHalf>>;
 
 // T tokens x 16 rows in 16-bit sums, widened every Steps steps of 4 inputs: Steps * 2 * code * 128 < 2^15.
 template <int T, int Steps>
-static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t* x, int64_t x_stride, int32_t* out) {
+static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t* x, int64_t x_stride, bool first, int32_t* out) {
   __m256i wide[T][2];
-  for (int t = 0; t < T; t++) wide[t][0] = wide[t][1] = _mm256_setzero_si256();
+  for (int t = 0; t < T; t++)
+    for (int h = 0; h < 2; h++) wide[t][h] = first ? _mm256_setzero_si256() : _mm256_loadu_si256((const __m256i*)(out + 16 * t) + h);
   for (int64_t k0 = 0; k0 < inputs; k0 += 4 * Steps) {
     const int64_t end = k0 + 4 * Steps < inputs ? k0 + 4 * Steps : inputs;
     __m256i acc[T][2];
@@ -121,12 +122,12 @@ static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t
 }
 template <int Steps>
 static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
-                 int32_t* out) {
+                 bool first, bool, int32_t* out) {
   for (int p = 0; p < n_panels; p++) {
     int32_t* to = out + p * bitnet::kGemmTokens * 16;
     int t = 0;
-    for (; t + 4 <= n_tokens; t += 4) gemm_block<4, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
-    for (; t < n_tokens; t++) gemm_block<1, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
+    for (; t + 4 <= n_tokens; t += 4) gemm_block<4, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, first, to + 16 * t);
+    for (; t < n_tokens; t++) gemm_block<1, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, first, to + 16 * t);
   }
 }
 constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_i8 in blocks

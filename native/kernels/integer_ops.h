@@ -90,16 +90,16 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
 typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
 
-static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_t2(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
   }
 }
-static void unpack_i4(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_i4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
   }
@@ -111,9 +111,9 @@ BITNET_INLINE void base3_digits(w32x byte, w32x digits[5]) {
   digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                   // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
-static void unpack_b3(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     w32x even[5], odd[5];
     base3_digits(packed & 0xff, even), base3_digits(packed >> 8, odd);
@@ -130,7 +130,7 @@ struct UnpackedBase3 {
     for (int t = 0; t < T; t++) dots[t] = i16x{};
     for (int64_t v = 0; v < n_vectors; v += kVectors) {
       const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
-      unpack_b3(codes + 64 * v, n, tiles);
+      unpack_b3(codes + 64 * v, n, 4096, tiles);
       i16x part[T];
       Tile::template dot<T>(tiles, 5 * n, x + 20 * v, x_stride, part);
       for (int t = 0; t < T; t++) dots[t] += part[t];
