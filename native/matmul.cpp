@@ -8,7 +8,6 @@
 namespace bitnet {
 namespace {
 
-constexpr int kManyTokens = 8;             // from here on codes are unpacked once for all of them
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
 constexpr int kTokenPiece = 4;              // of tokens, that a thread quantizes at a time
 constexpr int64_t kPieceBytes = 32768;     // of weights, that a thread takes at a time
@@ -146,6 +145,13 @@ class ManyTokens {
   Dots* done_ = nullptr;  // summed, not yet written
 };
 
+// From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.
+int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
+  if (x.n_runs > 1 && x.runs[0].inputs < 64) return 33;
+  if (!k.begin_gemm) return 8;
+  return scheme == Scheme::ternary_base3 ? 4 : 5;
+}
+
 void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
   const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
   const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
@@ -224,7 +230,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   const float* dense = nullptr;
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
-  const bool many = w0.integer() && n_tokens >= kManyTokens && kernels_for(k, w0.scheme).gemm;
+  const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
   const bool streams = !many || n_tokens <= kLongStreamTokens;
   const int piece = streams ? std::max(2, int(kPieceBytes / std::max<int64_t>(1, bytes / n)) & ~1) : 2;
