@@ -25,7 +25,7 @@ static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, co
     for (int r = 0; r < x.n_runs; r++) {
       const Run& run = x.runs[r];
       const int64_t ahead = scales + 16 * run.weight_group;
-      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead));
+      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
       i16x dots[T];
       Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
       const v16 scale = load_scales(w, panel, run.weight_group);
