@@ -2,7 +2,7 @@
 
     pip install '.[train,test]' llama-cpp-python      # matplotlib and gguf come with the extras
     python benchmarks/compare.py --quick
-    python benchmarks/compare.py --shapes article-12x512,bitnet-2b-4t --types TQ2_0,TQ1_0,Q4_0,Q8_0 --heads int8 --update-docs
+    python benchmarks/compare.py --shapes article-12x512,bitnet-2b-4t --types TQ2_0,TQ1_0,Q4_0,Q8_0 --ours b3:int8,t2:int8 --update-docs
 
 Both run random weights of a shape of `bitnet.shapes`: bitnet makes them in memory, llama.cpp reads a GGUF file that random_gguf.py writes
 once. A round is one turn of each, one after the other and never at the same time; what waits uses no processor. A turn is one token that
@@ -26,6 +26,7 @@ import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import comparison_report as report
@@ -34,11 +35,11 @@ import random_gguf
 
 import bitnet
 from bitnet import machine
-from bitnet.bench.speed import ROOFLINE_BYTES, read_bandwidth
-from bitnet.engine import Engine
+from bitnet.bench.speed import ROOFLINE_BYTES, read_bandwidths
+from bitnet.engine import CODECS, Engine
 from bitnet.errors import BitNetError
 from bitnet.generation import PREFILL_CHUNK
-from bitnet.shapes import SHAPES, random_engine, shape_bytes
+from bitnet.shapes import HEADS, SHAPES, random_engine, shape_bytes
 
 ROOT = Path(__file__).resolve().parents[1]
 WORKER = Path(__file__).with_name("peer_llama_cpp.py")
@@ -55,10 +56,9 @@ Turn = dict[str, Any]  # prefill_s, decode_s, cpu_s: processor time of all threa
 class Bitnet:
     """Our side: an engine in this process."""
 
-    def __init__(self, shape: str, head: str, threads: int) -> None:
-        with contextlib.suppress(KeyError):  # a head newer than shape_bytes
-            machine.require_memory(f"{shape} with head {head}", shape_bytes(shape, head))
-        self.engine: Engine = random_engine(shape, threads=threads, head=head)
+    def __init__(self, shape: str, codec: str, head: str, threads: int) -> None:
+        machine.require_memory(f"{shape} with head {head}", shape_bytes(shape, head))
+        self.engine: Engine = random_engine(shape, threads=threads, head=head, codec=codec)
         self.sequence = self.engine.sequence()
         self.result = {
             "shape": shape, "engine": report.BITNET, "weights": self.engine.codec, "head": head,
@@ -158,7 +158,7 @@ def main() -> None:
 def compare(shape: str, args: argparse.Namespace, record: dict[str, Any]) -> None:
     """All of one shape, loaded side by side and measured in turns; what fails is noted and left out."""
     makers: list[tuple[str, str, Callable[[], Any]]] = [
-        *((report.BITNET, f"head {head}", lambda head=head: Bitnet(shape, head, args.threads)) for head in args.heads),
+        *((report.BITNET, what, lambda what=what: Bitnet(shape, *what.split(":"), args.threads)) for what in args.ours),
         *((report.PEER, kind, lambda kind=kind: peer(shape, kind, args)) for kind in args.types),
     ]  # fmt: skip
     rng = np.random.default_rng(TOKENS_SEED)
@@ -226,7 +226,7 @@ def reading(threads: int) -> float:
 
     def step() -> dict[str, Any]:
         before = time.process_time()
-        return {"gb_s": read_bandwidth(threads), "cpu_s": time.process_time() - before}
+        return {"gb_s": median(read_bandwidths(threads)), "cpu_s": time.process_time() - before}
 
     gb_s = float(undisturbed(step)["gb_s"])
     say(f"reading alone: {gb_s:.1f} GB/s")
@@ -265,7 +265,7 @@ def commit() -> str:
 def command(args: argparse.Namespace) -> str:
     """What to type for the same run, without the paths of this machine."""
     parts = ["python benchmarks/compare.py"]
-    parts += [f"--{name} {','.join(getattr(args, name))}" for name in ("shapes", "types", "heads")]
+    parts += [f"--{name} {','.join(getattr(args, name))}" for name in ("shapes", "types", "ours")]
     parts += [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in ("repetitions", "threads", "prompt_tokens", "new_tokens")]
     return " ".join(parts)
 
@@ -287,7 +287,9 @@ def arguments() -> argparse.Namespace:
     p = argparse.ArgumentParser(description="bitnet and llama.cpp on the same shapes, in turns, in one run.")
     p.add_argument("--shapes", type=names, default="article-12x512,bitnet-2b-4t", help=f"of {', '.join(SHAPES)} (default: %(default)s)")
     p.add_argument("--types", type=names, default="TQ2_0,TQ1_0,Q4_0,Q8_0", help="llama.cpp's weights (default: %(default)s)")
-    p.add_argument("--heads", type=names, default="int8", help="bitnet's embedding and head (default: %(default)s)")
+    p.add_argument(
+        "--ours", type=names, default="b3:int8,b3:int4,t2:int8", help="bitnet's codec:head, the first for ratios (default: %(default)s)"
+    )
     p.add_argument("--repetitions", type=positive, default=5, help="rounds (default: %(default)s)")
     p.add_argument("--threads", type=positive, default=machine.usable_cores(), help="of both (default: %(default)s)")
     p.add_argument("--prompt-tokens", type=positive, default=512, help="default: %(default)s")
@@ -302,7 +304,8 @@ def arguments() -> argparse.Namespace:
     if args.quick:
         args.shapes, args.types, args.repetitions, args.prompt_tokens, args.new_tokens = ["article-12x512"], ["TQ2_0"], 2, 64, 16
         args.out = args.models
-    for kind, wanted, known in (("shape", args.shapes, SHAPES), ("type", args.types, random_gguf.HEADS)):
+    ours = [f"{codec}:{head}" for codec in CODECS for head in HEADS]
+    for kind, wanted, known in (("shape", args.shapes, SHAPES), ("type", args.types, random_gguf.HEADS), ("codec:head", args.ours, ours)):
         for name in wanted:
             if name not in known:
                 p.error(f"no {kind} is called {name!r}; there are {', '.join(known)}")

@@ -19,6 +19,7 @@ from typing import Any
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "performance.md"
 BITNET, PEER = "bitnet", "llama.cpp"
+CODECS = {"t2": "two-bit", "b3": "base-3"}  # of bitnet.engine, in words
 RATES = ("prefill_tok_s", "decode_tok_s")
 BEGIN, END = "<!-- compare -->", "<!-- /compare -->"
 COLORS = {BITNET: "#c2410c", PEER: "#475569"}
@@ -37,7 +38,7 @@ def summarize(record: dict[str, Any]) -> dict[str, Any]:
     pairs = [
         {
             "shape": ours["shape"],
-            "bitnet": f"{ours['weights']}, head {ours['head']}",
+            "bitnet": label(ours),
             "llama_cpp": theirs["weights"],
             "prefill": ratio(ours["prefill_tok_s"], theirs["prefill_tok_s"]),
             "decode": ratio(ours["decode_tok_s"], theirs["decode_tok_s"]),
@@ -60,7 +61,7 @@ def spread(results: list[dict[str, Any]], rate: str) -> float:
 
 
 def label(r: dict[str, Any]) -> str:
-    return f"{r['engine']} {r['weights']}"
+    return f"{r['engine']} {CODECS.get(r['weights'], r['weights'])}, head {r['head']}"
 
 
 def rate(value: float) -> str:
@@ -70,11 +71,10 @@ def rate(value: float) -> str:
 def table(summary: dict[str, Any], shape: str) -> str:
     """One shape, markdown. Ratios are of bitnet's first row over the llama.cpp row they stand in."""
     results = [r for r in summary["results"] if r["shape"] == shape]
-    first = next((f"{r['weights']}, head {r['head']}" for r in results if r["engine"] == BITNET), None)
+    first = next((label(r) for r in results if r["engine"] == BITNET), None)
     ratios = {p["llama_cpp"]: p for p in summary["ratios"] if p["shape"] == shape and p["bitnet"] == first}
     head = (
         shape,
-        "head",
         "MB a token",
         "prompt tokens/s",
         "decode tokens/s",
@@ -88,7 +88,7 @@ def table(summary: dict[str, Any], shape: str) -> str:
         pair = ratios.get(r["weights"]) if r["engine"] == PEER else None
         times = [f"{pair[what]:.2f} x" for what in ("prefill", "decode")] if pair else ["", ""]
         cells = [
-            label(r), r["head"], f"{r['weight_bytes_per_token'] / 1e6:,.1f}", rate(r["medians"]["prefill"]), rate(r["medians"]["decode"]),
+            label(r), f"{r['weight_bytes_per_token'] / 1e6:,.1f}", rate(r["medians"]["prefill"]), rate(r["medians"]["decode"]),
             f"{r['weights_gb_s']:.1f}", f"{r['share_of_limit']:.0%}", *times,
         ]  # fmt: skip
         rows.append(f"| {' | '.join(cells)} |")
@@ -174,7 +174,9 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
                 continue
             axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=42, zorder=3, label=f"{engine}, {shape}")
             for r, point in zip(here, points, strict=True):
-                name, at = (f"head {r['head']}", (-4, 7)) if engine == BITNET else (r["weights"], (-8, -3))
+                name, at = (
+                    (f"{CODECS.get(r['weights'], r['weights'])}, {r['head']}", (-4, 7)) if engine == BITNET else (r["weights"], (-8, -3))
+                )
                 box = {"color": "white", "pad": 0.5}  # where the line would cross it
                 axes.annotate(name, point, xytext=at, textcoords="offset points", ha="right", fontsize=8, color=color, bbox=box)
     axes.set(xscale="log", yscale="log", xlabel="MB of weights a token", ylabel="tokens/s, decoding")
@@ -196,7 +198,7 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
     )
     for axes, shape in zip(rows[:, 0], shapes, strict=True):
         here = [r for r in results if r["shape"] == shape]
-        names = [f"{label(r)}, head {r['head']}" for r in here]
+        names = [label(r) for r in here]
         axes.axvline(100, color="black", linewidth=1, zorder=1)
         bars = axes.barh(names, [100 * r["share_of_limit"] for r in here], height=0.7, color=[COLORS[r["engine"]] for r in here], zorder=2)
         said = [f"{r['share_of_limit']:.0%}, {rate(r['medians']['decode'])} tokens/s" for r in here]
@@ -214,7 +216,7 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
 
 def publish(path: Path, update_docs: bool) -> None:
     """Draws the pictures beside the JSON, prints the report, and puts it into the document if asked."""
-    summary = json.loads(path.read_text())
+    summary = summarize(json.loads(path.read_text()))
     try:
         pictures = draw(summary, path.with_suffix(""))
     except ImportError as e:

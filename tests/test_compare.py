@@ -104,12 +104,39 @@ def test_ratios_are_medians_of_the_rounds(record: dict[str, Any]) -> None:
 
 def test_report(record: dict[str, Any]) -> None:
     text = report.markdown(report.summarize(record), ["picture.png"])
-    assert "| bitnet t2 | int8 | 1.0 | 20.0 | 5,000 | 5.0 | 50% |  |  |" in text
-    assert "| llama.cpp Q8_0 | int8 | 4.0 | 80.0 | 1,000 | 4.0 | 40% | 0.25 x | 5.00 x |" in text
-    assert "llama.cpp is faster at prompts of s, Q8_0 against t2, head int8: 4.00 x." in text
+    assert "| bitnet two-bit, head int8 | 1.0 | 20.0 | 5,000 | 5.0 | 50% |  |  |" in text
+    assert "| llama.cpp Q8_0, head int8 | 4.0 | 80.0 | 1,000 | 4.0 | 40% | 0.25 x | 5.00 x |" in text
+    assert "llama.cpp is faster at prompts of s, Q8_0 against bitnet two-bit, head int8: 4.00 x." in text
     assert "- s, llama.cpp Q4_0: llama.cpp crashed (signal 11)" in text
     assert "](picture.png)" in text and "built here" in text
+    assert report.summarize(report.summarize(record)) == report.summarize(record), "a report is made again from its JSON"
     assert "other programs used at most 0.2 cores during a turn" in text
+
+
+@pytest.mark.parametrize(("codec", "words"), [("t2", "bitnet two-bit, head int4"), ("b3", "bitnet base-3, head int4")])
+def test_our_side_is_measured(monkeypatch: pytest.MonkeyPatch, codec: str, words: str) -> None:
+    monkeypatch.setitem(compare.SHAPES, "tiny", TINY)
+    side = compare.Bitnet("tiny", codec, "int4", 1)
+    turn = side.measure(list(range(20)), [1, 2, 3])
+    assert set(turn) == {"prefill_s", "decode_s", "cpu_s"} and min(turn["prefill_s"], turn["decode_s"]) > 0
+    assert report.label(side.result) == words and side.result["weight_bytes_per_token"] > 0
+    side.close()
+
+
+def test_arguments(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["compare.py"])
+    args = compare.arguments()
+    assert args.ours == ["b3:int8", "b3:int4", "t2:int8"] and "--ours b3:int8,b3:int4,t2:int8 --repetitions 5" in compare.command(args)
+    monkeypatch.setattr(sys, "argv", ["compare.py", "--ours", "t2"])
+    with pytest.raises(SystemExit):
+        compare.arguments()
+    assert "no codec:head is called 't2'; there are t2:f16, t2:int8, t2:int4, t2:ternary, b3:f16" in capsys.readouterr().err
+
+
+def test_reading_is_the_bandwidth_that_bench_measures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compare, "REST_S", 0)
+    monkeypatch.setattr(compare, "read_bandwidths", lambda threads: [1.0 * threads, 9.0, 7.0])
+    assert compare.reading(2) == 7.0
 
 
 @pytest.mark.parametrize(("disturbed", "turns"), [(0, 1), (2, 3), (9, compare.TRIES)])

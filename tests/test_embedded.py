@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from bitnet import _native
+from bitnet.engine import chosen_codec
 from bitnet.evaluate.perplexity import read_text, score_text
 from bitnet.files import safetensors
 from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
@@ -43,7 +44,7 @@ def test_sizes(model: TernaryTransformer) -> None:
     assert c.hidden_size % 256 == 0 and c.ffn_size % 256 == 0
     layer = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.hidden_size * c.ffn_size
     assert 5e6 <= c.vocab_size * c.hidden_size + c.n_layers * layer <= 7e6
-    assert model.engine.codec == "t2"
+    assert model.engine.codec == chosen_codec("auto", model.engine.isa)
 
 
 def story(isa: str, threads: int, *options: str) -> dict:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from bitnet import packing, ternary, weights
-from bitnet.engine import DEFAULT_CODEC, Engine
+from bitnet import _native, packing, ternary, weights
+from bitnet.engine import BASE3_ISAS, Engine, chosen_codec
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
+from bitnet.evaluate.accuracy import losses
 from bitnet.files import safetensors
-from bitnet.models import open_checkpoint
+from bitnet.models import Canonical, Checkpoint, canonical, open_checkpoint
 from bitnet.shapes import SHAPES, random_engine
 from bitnet.weights import load_engine
 
@@ -70,7 +72,7 @@ def load(folder: Path, **kwargs: Any) -> Engine:
 
 def test_a_packed_model_loads(tmp_path: Path) -> None:
     engine = load(write(tmp_path))
-    assert engine.codec == "t2" and engine.config.sub_norms and engine.config.head_dim == 8
+    assert engine.codec in ("t2", "b3") and engine.config.sub_norms and engine.config.head_dim == 8
     logits = engine.forward([(engine.sequence(), [1, 2, 3])], all_logits=True)
     assert logits.shape == (3, 60) and logits.dtype == np.float32 and np.isfinite(logits).all()
     # 32 x 32 trits: two panels of 2 vectors of 64 bytes and 16 float32 scales; and so on for the others, the norms, the f32 embedding
@@ -115,12 +117,73 @@ def test_a_head_in_int4_is_that_of_the_reference(tmp_path: Path) -> None:
 def test_codecs_give_the_same_bits(tmp_path: Path) -> None:
     write(tmp_path)
     t2, b3 = (load(tmp_path, codec=codec) for codec in ("t2", "b3"))
-    assert (t2.codec, b3.codec) == ("t2", "b3") and load(tmp_path).codec == DEFAULT_CODEC
+    assert (t2.codec, b3.codec) == ("t2", "b3") and load(tmp_path).codec == ("b3" if t2.isa in BASE3_ISAS else "t2")
     ids = [3, 1, 4, 1, 5]
     one, other = (e.forward([(e.sequence(), ids)], all_logits=True) for e in (t2, b3))
     assert np.array_equal(one, other)
     shapes = [random_engine("article-12x512", threads=1, head="int4", codec=codec) for codec in ("t2", "b3")]
     assert [(e.codec, e.head) for e in shapes] == [("t2", "int4"), ("b3", "int4")]
+
+
+@pytest.mark.parametrize(
+    ("expected", "codec", "isa", "groups"),
+    [
+        ("b3", "auto", "amx", {}),
+        ("b3", "auto", "avx512vbmi", {}),
+        ("b3", "auto", "amx", {"scale_group": 128}),
+        ("t2", "auto", "avx512vnni", {}),
+        ("t2", "auto", "avx2", {}),
+        ("t2", "auto", "scalar", {}),
+        ("t2", "auto", "amx", {"activation_group": 32}),
+        ("t2", "auto", "amx", {"scale_group": 64}),
+        ("t2", "t2", "amx", {}),
+        ("b3", "b3", "scalar", {"scale_group": 64}),
+    ],
+)
+def test_the_rule_for_codecs(expected: str, codec: str, isa: str, groups: dict[str, int]) -> None:
+    assert chosen_codec(codec, isa, **groups) == expected
+
+
+@pytest.mark.parametrize("isa", [name for name, state in _native.self_test().items() if state == "ok"])
+def test_the_rule_follows_the_instruction_set(tmp_path: Path, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("BITNET_ISA", isa)
+    engines = load(write(tmp_path)), random_engine("article-12x512", threads=1)
+    assert [e.codec for e in engines] == ["b3" if isa in ("amx", "avx512vbmi") else "t2"] * 2
+
+
+def test_base_3_has_one_activation_step_per_token(tmp_path: Path) -> None:
+    checkpoint, model = unquantized(write(tmp_path))
+    for group in (0, 32):
+        auto = load_engine(checkpoint, model=model, threads=1, activation_group=group)
+        assert auto.codec == ("t2" if group else chosen_codec("auto", auto.isa)) and auto.activation_group == group
+    with pytest.raises(UsageError, match=r"^codec is 'b3' and activation_group 32; base-3 weights meet activations with one step"):
+        load_engine(checkpoint, model=model, threads=1, activation_group=32, codec="b3")
+    b3 = load_engine(checkpoint, model=model, threads=1, codec="b3")
+    with pytest.raises(UsageError, match=r"^activation_group is 32; base-3 weights meet .* load the model with codec='t2'$"):
+        b3.activation_group = 32
+    b3.activation_group = 0
+    assert b3.activation_group == 0 and np.isfinite(b3.forward([(b3.sequence(), [1, 2])])).all()
+    t2 = load_engine(checkpoint, model=model, threads=1, codec="t2")
+    t2.activation_group = 32
+    assert t2.activations == "int8 per 32 inputs"
+
+
+def unquantized(folder: Path) -> tuple[Checkpoint, Canonical]:
+    """The model as a file of packed ternary weights that says nothing of int8 activations, as GGUF files of other families do."""
+    checkpoint = open_checkpoint(folder)
+    return replace(checkpoint, layout="gguf"), replace(canonical(checkpoint), quantization=None)
+
+
+def test_what_integer_activations_cost_ternary_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint, model = unquantized(write(tmp_path))
+    for module in ("evaluate.accuracy", "weights"):
+        monkeypatch.setattr(f"bitnet.{module}.canonical", lambda _: model)
+    exact, *others = losses(checkpoint, list(range(20)), threads=1)
+    runs = load_engine(checkpoint, threads=1)
+    assert [(loss.weights, loss.default) for loss in others] == [(runs.codec, True), *[("t2", False)] * 3] and not exact.default
+    assert others[0].weight_bytes_per_token == runs.weight_bytes_per_token
+    assert [loss.activations for loss in others] == ["int8 per token", *(f"int8 per {g} inputs" for g in (128, 64, 32))]
+    assert all(0 < loss.kl < 1 for loss in others)
 
 
 def test_a_codec_is_for_ternary_layers(tmp_path: Path) -> None:
@@ -296,7 +359,7 @@ def test_a_full_context_takes_no_token(tmp_path: Path) -> None:
 
 
 def test_random_shapes() -> None:
-    engine = random_engine("article-12x512", threads=2)
+    engine = random_engine("article-12x512", threads=2, codec="t2")
     logits = engine.forward([(engine.sequence(), [1, 2, 3])])
     assert logits.shape == (1, 32000) and np.isfinite(logits).all() and logits.std() > 0
     s = SHAPES["article-12x512"]

@@ -21,7 +21,7 @@ from bitnet.chat import ChatTemplate
 from bitnet.errors import BitNetError, UsageError
 from bitnet.generation import PREFILL_CHUNK, Generation, StopFilter
 from bitnet.tokenizer import Tokenizer
-from bitnet.transformer import TernaryTransformer, check_options, resolve
+from bitnet.transformer import LOGITS_CHUNK, TernaryTransformer, check_options, resolve
 
 BOS, VOCAB = 0, 257
 
@@ -110,9 +110,9 @@ def test_a_single_token_has_no_decoding_rate() -> None:
 
 
 def test_prompts_are_fed_in_chunks_and_the_last_token_is_not_fed() -> None:
-    m = model("xy", prompt="a" * 600, max_context=1000)
-    assert m.generate("a" * 600, temperature=0, max_new_tokens=2).text == "xy"
-    assert calls(m) == [PREFILL_CHUNK, PREFILL_CHUNK, 601 - 2 * PREFILL_CHUNK, 1]
+    m = model("xy", prompt="a" * (2 * PREFILL_CHUNK + 88), max_context=4 * PREFILL_CHUNK)
+    assert m.generate("a" * (2 * PREFILL_CHUNK + 88), temperature=0, max_new_tokens=2).text == "xy"
+    assert calls(m) == [PREFILL_CHUNK, PREFILL_CHUNK, 89, 1]  # a BOS before the prompt
 
 
 def test_an_emoji_streams_whole_and_an_unfinished_one_ends_the_text() -> None:
@@ -171,7 +171,7 @@ def test_logits_are_teacher_forced_and_chunked() -> None:
     m = model("hello", max_context=1000)
     rows = m.logits(np.arange(600) % VOCAB)
     assert rows.shape == (600, VOCAB) and rows.dtype == np.float32
-    assert calls(m) == [PREFILL_CHUNK, PREFILL_CHUNK, 600 - 2 * PREFILL_CHUNK]
+    assert calls(m) == [LOGITS_CHUNK, LOGITS_CHUNK, 600 - 2 * LOGITS_CHUNK]
     assert m.logits([1]).shape == (1, VOCAB)
 
 

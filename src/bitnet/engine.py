@@ -20,7 +20,9 @@ from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
 
 CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
-DEFAULT_CODEC = "t2"
+BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits
+BASE3_GROUP = 128  # inputs that share a scale, from which on base-3 is the smaller: every group starts a new vector of 20 inputs
+BASE3_STEPS = "base-3 weights meet activations with one step per token (0); for groups load the model with codec='t2'"
 MOST_THREADS = 1024  # that the native pool takes
 
 
@@ -59,6 +61,8 @@ class Engine:
 
     @activation_group.setter
     def activation_group(self, group: int) -> None:
+        if group and self.codec == "b3":
+            raise UsageError(f"activation_group is {group}; {BASE3_STEPS}")
         self._native.activation_group = group
 
     @property
@@ -110,11 +114,25 @@ class Engine:
         return np.ascontiguousarray(ids, np.int32)
 
 
-def chosen_codec(codec: str) -> str:
-    """The codec of ternary layers that `codec` means: "auto" is the rule's. The results are the same bits. Raises `UsageError`."""
+def check_codec(codec: str) -> None:
+    """Raises `UsageError` for a codec that is none."""
     if codec != "auto" and codec not in CODECS:
         raise UsageError(f"codec is {codec!r}; expected one of auto, {', '.join(CODECS)}")
-    return DEFAULT_CODEC if codec == "auto" else codec
+
+
+def chosen_codec(codec: str, isa: str, activation_group: int = 0, scale_group: int = 0) -> str:
+    """The codec of ternary layers that `codec` means; the results are the same bits.
+
+    "auto" is base-3 where its kernels are the faster ones, it is the smaller one, and activations have one step per token; else two-bit.
+    `scale_group`: inputs that share a scale of the weights, 0 for whole rows. Raises `UsageError` for base-3 with groups of activations.
+    """
+    check_codec(codec)
+    if codec == "b3" and activation_group:
+        raise UsageError(f"codec is 'b3' and activation_group {activation_group}; {BASE3_STEPS}")
+    if codec != "auto":
+        return codec
+    smaller = not scale_group or scale_group >= BASE3_GROUP
+    return "b3" if isa in BASE3_ISAS and smaller and not activation_group else "t2"
 
 
 def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -> Any:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet.engine import CODECS, Engine, chosen_codec, new_native
+from bitnet.engine import CODECS, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.rope import Rope
@@ -62,7 +62,7 @@ def random_engine(shape: str, *, threads: int | None = None, head: str = "int8",
         raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
     if head not in HEADS:
         raise UsageError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
-    ternary_codec = chosen_codec(codec)
+    check_codec(codec)
     s = SHAPES[shape]
     config = ModelConfig(
         architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
@@ -71,6 +71,7 @@ def random_engine(shape: str, *, threads: int | None = None, head: str = "int8",
         attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
     )  # fmt: skip
     native = new_native(config, threads)
+    ternary_codec = chosen_codec(codec, native.isa, scale_group=s.group)
     shapes = weight_shapes(config)
 
     def groups(inputs: int) -> int:

@@ -76,20 +76,20 @@ class TernaryTransformer:
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
         - i2_s: "arm" for a GGUF whose I2_S tensors a build of bitnet.cpp for Arm wrote; the file does not tell (`bitnet doctor` tries it)
         - head: "stored", or "int8" or "int4" (quantized while loading: faster, not exact); None for what tuning chose, else as stored
-        - codec: of ternary layers in memory, "t2" or "b3", with the same results; "auto" for what tuning chose, else the rule
+        - codec: of ternary layers in memory, "t2" or "b3", with the same results; "auto" for what tuning chose, else base-3 on AVX-512 VBMI
         - tokenizer: a tokenizer.json instead of the model's own
         - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
-        from bitnet.engine import chosen_codec
+        from bitnet.engine import check_codec
         from bitnet.models import canonical, open_checkpoint
         from bitnet.tuning import Settings, settle
         from bitnet.weights import check_weights, load_engine
 
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
         check_weights(weights, activation_group, head or "stored")
-        chosen_codec(codec)
+        check_codec(codec)
         path = resolve(source, revision, file)
         start = time.perf_counter()
         as_tuned = weights == "stored" and activation_group is None  # what was measured

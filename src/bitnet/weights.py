@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from bitnet import ternary
 from bitnet._native import Matrix, release_freed_memory
-from bitnet.engine import CODECS, Engine, chosen_codec, new_native
+from bitnet.engine import CODECS, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
@@ -70,10 +70,10 @@ def load_engine(
     `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
-    `UsageError` for options that would not run a BitNet model as it was trained.
+    `UsageError` for options that would not run a BitNet model as it was trained, and for codec "b3" with groups of activations.
     """
     check_weights(weights, activation_group, head)
-    ternary_codec = chosen_codec(codec)
+    check_codec(codec)
     model = model or canonical(checkpoint)
     config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
     if model.quantization and (weights == "f16" or activation_group):
@@ -88,6 +88,10 @@ def load_engine(
         activation_group = INT8_GROUP if int8 else 0
     release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
     native = new_native(config, threads, activation_group)
+    layers = [tensors[theirs] for ours, theirs in model.names.items() if _kind(ours) in LINEARS]
+    packed = [tensor for tensor in layers if tensor.scheme in ("ternary", "binary")]
+    scale_group = min((tensor.scale_group for tensor in packed), default=0)
+    ternary_codec = chosen_codec(codec, native.isa, activation_group if packed else 0, scale_group)
     schemes = set()
     with ThreadPoolExecutor(native.threads) as pool:
         load = _Loader(native, model, checkpoint, weights, CODECS[ternary_codec], pool)

@@ -77,7 +77,7 @@ def test_a_random_model_is_noise(bitnet: Bitnet, model_folder: Path) -> None:
 
 @pytest.mark.parametrize("unknown", [False, True], ids=["known", "unknown"])
 def test_a_wrong_activation_is_named(bitnet: Bitnet, copy: Path, unknown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its bits per byte do not tell, in this model; its accuracy does."""
+    """Its bits per byte do not tell, in this model; the probability of the right tokens does."""
     if unknown:
         monkeypatch.setattr("bitnet.evaluate.trials.KNOWN", {})
     configure(copy, hidden_act="silu")

@@ -88,8 +88,8 @@ def test_scales_far_apart_between_layers() -> None:
     assert "holds +2" in finding.detail
 
 
-def score(bits: float, accuracy: float) -> Score:
-    return Score(400, 1500, 2**bits, bits, accuracy)
+def score(bits: float, accuracy: float, probability: float = 0.25) -> Score:
+    return Score(400, 1500, 2**bits, bits, accuracy, probability)
 
 
 @pytest.mark.parametrize(
@@ -99,13 +99,14 @@ def score(bits: float, accuracy: float) -> Score:
         ((3.5, 0.02), [(3.2, 0.04), (2.9, 0.05)], None),  # less bad, and still noise
         ((1.3, 0.35), [(1.29, 0.36), (1.5, 0.3)], None),  # no more than chance
         ((1.3, 0.35), [(1.5, 0.3), (1.1, 0.4)], 1),
-        ((1.25, 0.34), [(1.254, 0.38), (1.24, 0.345)], 0),  # no better by bits per byte, clearly by hits
-        ((1.25, 0.34), [(1.5, 0.38)], None),
+        ((1.25, 0.34, 0.246), [(1.256, 0.37, 0.274), (1.24, 0.37, 0.25)], 0),  # no better by bits per byte, clearly by its confidence
+        ((1.25, 0.34, 0.246), [(1.256, 0.38, 0.264)], None),  # hits are too coarse to tell
+        ((1.25, 0.34, 0.246), [(1.5, 0.38, 0.3)], None),
         (None, [(9.0, 0.0), (1.2, 0.4)], 1),  # no finite logits before
         ((1.2, 0.4), [], None),
     ],
 )
-def test_which_trial_is_believed(first: Any, others: list[tuple[float, float]], best: int | None) -> None:
+def test_which_trial_is_believed(first: Any, others: list[tuple[float, ...]], best: int | None) -> None:
     scores: Any = [(i, score(*other)) for i, other in enumerate(others)]
     found = trials.cause(score(*first) if first else None, scores, None)
     assert (None if found is None else found[0]) == best

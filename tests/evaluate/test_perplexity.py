@@ -56,9 +56,9 @@ def byte_tokenizer(bos: bool) -> Tokenizer:
     return Tokenizer.from_json(library.to_str().encode(), VOCAB)
 
 
-def definition(engine: BigramEngine, ids: list[int], bos: bool) -> tuple[int, float, int]:
-    """(tokens, nll, right), one token at a time."""
-    tokens, nll, right = 0, 0.0, 0
+def definition(engine: BigramEngine, ids: list[int], bos: bool) -> tuple[int, float, int, float]:
+    """(tokens, nll, right, sum of p), one token at a time."""
+    tokens, nll, right, probability = 0, 0.0, 0, 0.0
     width = engine.config.max_context - bos
     for at in range(0, len(ids), width):
         window = [0] * bos + ids[at : at + width]
@@ -66,8 +66,9 @@ def definition(engine: BigramEngine, ids: list[int], bos: bool) -> tuple[int, fl
             row = engine.row(window[i - 1], i - 1).astype(np.float64)
             nll += math.log(np.exp(row).sum()) - row[window[i]]
             right += int(row.argmax() == window[i])
+            probability += np.exp(row[window[i]]) / np.exp(row).sum()
             tokens += 1
-    return tokens, nll, right
+    return tokens, nll, right, probability
 
 
 @pytest.mark.parametrize("context", [2, 7, 300, 600, 10_000])
@@ -78,10 +79,11 @@ def test_equals_the_definition(context: int, bos: bool) -> None:
     assert len(ids) == len(TEXT.encode())
     done = []
     score = score_text(TernaryTransformer(engine, tokenizer), TEXT, lambda at, total: done.append((at, total)))  # type: ignore[arg-type]
-    tokens, nll, right = definition(engine, ids, bos)
+    tokens, nll, right, probability = definition(engine, ids, bos)
     assert score.tokens == tokens
     assert score.next_token_accuracy == right / tokens
     # float64 sums of some hundred terms in another order
+    assert score.mean_probability == pytest.approx(probability / tokens, rel=1e-12)
     assert score.perplexity == pytest.approx(math.exp(nll / tokens), rel=1e-12)
     assert score.bits_per_byte == pytest.approx(nll / math.log(2) / score.bytes, rel=1e-12)
     if bos:

@@ -41,7 +41,8 @@ def candidates(checkpoint: Checkpoint, ids: list[int], progress: Callable[[int, 
     cores = usable_cores()
     counts = [count for count in thread_counts(cores) if count != cores]
     stored = load_engine(checkpoint, threads=cores)
-    codecs = list(CODECS) if stored.codec in CODECS else ["auto"]
+    codecs = ["t2"] if stored.activation_group else list(CODECS)  # base-3 has no groups of activations
+    codecs = codecs if stored.codec in CODECS else ["auto"]
     total, found = len(codecs) * len(HEADS) + len(counts), []
 
     def add(codec: str, head: str, threads: int, cost: HeadCost | None = None) -> HeadCost:

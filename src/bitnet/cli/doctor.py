@@ -220,12 +220,14 @@ def model_findings() -> Iterator[Finding]:
     """One forward of the embedded model."""
     import numpy as np
 
-    from bitnet.engine import DEFAULT_CODEC
+    from bitnet._native import choose_isa
+    from bitnet.engine import chosen_codec
     from bitnet.evaluate.finding import FAILED, OK, Finding
     from bitnet.machine import usable_cores
     from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
 
-    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, codec=DEFAULT_CODEC, head="stored", threads=usable_cores())  # untuned
+    codec = chosen_codec("auto", choose_isa()[0])
+    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, codec=codec, head="stored", threads=usable_cores())  # untuned
     logits = model.logits(model.tokenizer.encode("Once upon a time"))
     finite = bool(np.isfinite(logits).all())
     detail = f"{EMBEDDED_MODEL} loaded in {model.load_s:.2f} s and ran on {model.engine.isa}"

@@ -58,7 +58,7 @@ def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip:
     for name, text in texts:
         with DelayedBar(Path(name).name) as bar:
             score = score_text(loaded, text, bar)
-        results.append({"model": model, "data": name, **asdict(score)})
+        results.append({"model": model, "data": name, **{key: value for key, value in asdict(score).items() if key != "mean_probability"}})
         click.echo(
             f"{name}: {score.bits_per_byte:.4f} bits per byte, perplexity {score.perplexity:.3f}, next-token accuracy "
             f"{score.next_token_accuracy:.1%} ({score.tokens:,} tokens, {score.bytes:,} bytes)"

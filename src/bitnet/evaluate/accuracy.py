@@ -56,25 +56,30 @@ def losses(checkpoint: Checkpoint, ids: list[int], *, threads: int | None = None
     default = load_engine(checkpoint, threads=threads)
     default_group = default.activation_group
     ran_dense = default.codec == "dense"
-    integer = load_engine(checkpoint, threads=threads, weights="int8") if ran_dense else default
+    integer = default
+    if ran_dense:
+        integer = load_engine(checkpoint, threads=threads, weights="int8")
+    elif default.codec == "b3":  # which has no groups of activations
+        integer = load_engine(checkpoint, threads=threads, codec="t2")
+    engines = [default if group == default_group and not ran_dense else integer for group in GROUPS]
     ids = ids[: exact.config.max_context]
     sums = np.zeros((1 + len(GROUPS), 3))  # of -ln p(next), KL, agreement
-    sequences = [engine.sequence() for engine in (exact, *[integer] * len(GROUPS))]
+    sequences = [engine.sequence() for engine in (exact, *engines)]
     for at in range(0, len(ids) - 1, CHUNK):
         inputs = ids[at : min(at + CHUNK, len(ids) - 1)]
         targets = np.array(ids[at + 1 : at + 1 + len(inputs)])
         p = _log_softmax(exact.forward([(sequences[0], inputs)], all_logits=True))
         sums[0] += _compare(p, p, targets)
-        for row, group in enumerate(GROUPS, 1):
-            integer.activation_group = group
-            sums[row] += _compare(p, _log_softmax(integer.forward([(sequences[row], inputs)], all_logits=True)), targets)
+        for row, (group, engine) in enumerate(zip(GROUPS, engines, strict=True), 1):
+            engine.activation_group = group
+            sums[row] += _compare(p, _log_softmax(engine.forward([(sequences[row], inputs)], all_logits=True)), targets)
         if progress:
             progress(at + len(inputs), len(ids) - 1)
     means = sums / (len(ids) - 1)
     found = [_loss(exact, means[0], ran_dense)]
-    for mean, group in zip(means[1:], GROUPS, strict=True):
-        integer.activation_group = group
-        found.append(_loss(integer, mean, not ran_dense and group == default_group))
+    for mean, group, engine in zip(means[1:], GROUPS, engines, strict=True):
+        engine.activation_group = group
+        found.append(_loss(engine, mean, engine is default and group == default_group))
     return found
 
 

@@ -38,6 +38,7 @@ class Score:
     perplexity: float
     bits_per_byte: float
     next_token_accuracy: float  # share of tokens that had the largest logit
+    mean_probability: float  # that the tokens had: the share that sampling would get right
 
 
 def read_text(path: Path, max_bytes: int | None = None) -> str:
@@ -75,28 +76,27 @@ def score_text(model: TernaryTransformer, text: str, progress: Progress | None =
     if width <= skipped:
         raise UsageError(f"the model's context of {context} tokens leaves nothing to predict")
     sizes = [] if bos else token_bytes(text, ends)
-    nll, right, tokens, counted = 0.0, 0, 0, len(text.encode())
+    sums, tokens, counted = np.zeros(3), 0, len(text.encode())
     for at in range(0, len(ids), width):
         window = ids[at : at + width]
-        window_nll, window_right = score_window(model, bos, window)
-        nll, right = nll + window_nll, right + window_right
+        sums += score_window(model, bos, window)
         tokens += len(window) - skipped
         counted -= sum(sizes[at : at + skipped])
         if progress:
             progress(at + len(window), len(ids))
     if tokens <= 0 or counted <= 0:
         raise UsageError(f"a text of {len(ids)} tokens leaves nothing to predict; give a longer one")
-    mean = nll / tokens
-    return Score(tokens, counted, math.exp(min(mean, LARGEST_EXPONENT)), nll / math.log(2) / counted, right / tokens)
+    mean, accuracy, probability = (sums / tokens).tolist()
+    return Score(tokens, counted, math.exp(min(mean, LARGEST_EXPONENT)), float(sums[0]) / math.log(2) / counted, accuracy, probability)
 
 
-def score_window(model: TernaryTransformer, bos: list[int], window: list[int]) -> tuple[float, int]:
-    """Sum of -ln p over the predicted tokens of one window, and how many of them had the largest logit."""
+def score_window(model: TernaryTransformer, bos: list[int], window: list[int]) -> tuple[float, int, float]:
+    """Over the predicted tokens of one window: the sum of -ln p, how many had the largest logit, and the sum of p."""
     inputs = [*bos, *window]
     first = max(len(bos), 1)  # index into inputs of the first predicted token
     if len(inputs) <= first:
-        return 0.0, 0
-    nll, right = 0.0, 0
+        return 0.0, 0, 0.0
+    nll, right, probability = 0.0, 0, 0.0
     at = 0
     for rows in model.iter_logits(inputs[:-1]):  # row i predicts inputs[i + 1]
         start = max(first - 1 - at, 0)
@@ -104,10 +104,11 @@ def score_window(model: TernaryTransformer, bos: list[int], window: list[int]) -
         for low in range(0, len(targets), BLOCK_ROWS):
             part = targets[low : low + BLOCK_ROWS]
             block = rows[start + low : start + low + len(part)]
-            nll -= float(log_probabilities(block, part).sum())
+            chosen = log_probabilities(block, part)
+            nll, probability = nll - float(chosen.sum()), probability + float(np.exp(chosen).sum())
             right += int((block.argmax(axis=1) == part).sum())
         at += len(rows)
-    return nll, right
+    return nll, right, probability
 
 
 def log_probabilities(logits: NDArray[np.float32], targets: NDArray[np.intp]) -> NDArray[np.float64]:

@@ -85,6 +85,12 @@ class Tensor:
         if hasattr(self.data, "madvise"):  # not on every system, nor of bytes that are no file
             self.data.madvise(mmap.MADV_DONTNEED)
 
+    @property
+    def scale_group(self) -> int:
+        """Inputs that share a scale in packed ternary or binary weights; 0 where all do."""
+        blocks = BLOCKS.get(self.codec)
+        return 0 if blocks is None or blocks.scale_at is None else blocks.block
+
     def two_bit_blocks(self) -> TwoBitBlocks | None:
         """How two-bit codes lie in row_bytes(); None where they are none, and where a block holds more than one row."""
         if self.kind is None or not self.codec or prod(self.shape[1:]) % self.kind.block:
