@@ -34,15 +34,15 @@ int to_int(size_t n) {
   return int(n);
 }
 
+// Not initialized. From malloc, which keeps what was freed: fresh pages for every token's logits would cost more than their argmax.
 template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   size_t n = 1;
   for (size_t s : shape) n *= s;
-  auto owner = std::make_unique<Buffer<T>>(n);
-  *data = owner->data();
-  nb::capsule capsule(owner.get(), [](void* p) noexcept { delete static_cast<Buffer<T>*>(p); });
-  owner.release();
-  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, capsule));
+  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))));
+  if (!*data) throw std::bad_alloc();
+  nb::capsule owner(*data, [](void* p) noexcept { std::free(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }
 
 Scheme scheme_named(const std::string& name) {
