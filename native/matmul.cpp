@@ -233,7 +233,8 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
   const bool streams = !many || n_tokens <= kLongStreamTokens;
-  const int piece = streams ? std::max(2, int(kPieceBytes / std::max<int64_t>(1, bytes / n)) & ~1) : 2;
+  const int fair = n / (8 * pool.size());  // small matrices in smaller pieces, or one thread would wait for the other's
+  const int piece = streams ? std::max(2, std::min(fair, int(kPieceBytes / std::max<int64_t>(1, bytes / n))) & ~1) : 2;
   // As many tokens at once as stay in the cache.
   const int block = many && !streams ? std::max<int>(kGemmTokens, int(kCachedBytes / round_up(x.cols(), 64)) / kGemmTokens * kGemmTokens) : n_tokens;
   for (int t0 = 0; t0 < n_tokens; t0 += block) {
