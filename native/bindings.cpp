@@ -238,7 +238,7 @@ NB_MODULE(_native, m) {
            "windowed"_a, "activation_group"_a, "sub_norms"_a, "post_norms"_a, "qk_norms"_a, "rope_interleaved"_a, "threads"_a, "isa"_a)
       .def("set_matrix", [](PyModel& self, const std::string& name, PyMatrix& matrix) {
              if (&matrix.pool != &self.model.pool || !matrix.w.rows) throw std::invalid_argument("a matrix of another model, or given away");
-             halve_scales(matrix.w);
+             if (matrix.w.integer()) compact_scales(matrix.w, &self.model.arena);
              self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
            }, "name"_a, "matrix"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {

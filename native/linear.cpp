@@ -48,16 +48,26 @@ void for_each_quad(const Linear& w, int row, Visit visit) {
 }
 }  // namespace
 
-void halve_scales(Linear& w) {
-  if (w.n_groups == 1) return;
+void compact_scales(Linear& w, Arena* arena) {
+  auto keep = [&](size_t n) {  // the first n, as they are
+    Buffer<float> kept(n, arena);
+    std::copy_n(w.scales.data(), n, kept.data());
+    w.scales = std::move(kept);
+  };
+  if (w.n_groups == 1) {
+    const float first = w.scales[0];
+    w.one_scale = std::all_of(w.scales.data(), w.scales.data() + w.rows, [&](float s) { return std::memcmp(&s, &first, sizeof s) == 0; });
+    if (w.one_scale) std::fill_n(w.scales.data(), kPanelRows, first);
+    return keep(w.one_scale ? kPanelRows : w.scales.size());
+  }
   const int n = int(std::min<size_t>(w.scales.size(), 1 << 20));  // pieces: the kernels count in int
-  Buffer<uint16_t> halves(w.scales.size());
+  Buffer<uint16_t> halves(w.scales.size(), arena);
   std::vector<float> back(n);
   for (size_t at = 0; at < w.scales.size(); at += n) {
     const int here = int(std::min<size_t>(n, w.scales.size() - at));
     kScalar.store_f16(&w.scales[at], here, &halves[at]);
     kScalar.load_f16(&halves[at], here, back.data());
-    if (std::memcmp(back.data(), &w.scales[at], here * sizeof(float))) return;
+    if (std::memcmp(back.data(), &w.scales[at], here * sizeof(float))) return keep(w.scales.size());
   }
   w.half_scales = std::move(halves);
   w.scales = Buffer<float>();
@@ -83,7 +93,7 @@ Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, i
     for (int g = 0; g < n_groups; g++)
       w.scales[(size_t(r / kPanelRows) * n_groups + g) * kPanelRows + r % kPanelRows] = scales[int64_t{r} * n_groups + g];
   }
-  halve_scales(w);
+  compact_scales(w, nullptr);
   return w;
 }
 
@@ -121,7 +131,12 @@ Linear repack_base3(const Kernels& k, Linear two_bit, Arena* arena) {
         }
       }
     }
-  w.scales = std::move(two_bit.scales), w.half_scales = std::move(two_bit.half_scales), w.bias = std::move(two_bit.bias);
+  w.scales = std::move(two_bit.scales), w.half_scales = std::move(two_bit.half_scales), w.one_scale = two_bit.one_scale, w.bias = std::move(two_bit.bias);
+  if (arena && w.half_scales.size()) {
+    Buffer<uint16_t> kept(w.half_scales.size(), arena);
+    std::copy_n(w.half_scales.data(), kept.size(), kept.data());
+    w.half_scales = std::move(kept);
+  }
   return w;
 }
 
@@ -157,14 +172,14 @@ Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_
       std::memcpy(w.panels.data() + i, &r, 4);
     }
   }
-  halve_scales(w);
+  if (w.integer()) compact_scales(w, arena);
   return w;
 }
 
 void dequantize_row(const Kernels& k, const Linear& w, int row, float* out) {
   if (w.integer()) {
     const CodeLayout codes = layout(w.scheme);
-    const int64_t scales = int64_t{row / kPanelRows} * w.n_groups * kPanelRows + row % kPanelRows;
+    const int64_t scales = row / kPanelRows * w.view().panel_scales + row % kPanelRows;
     std::vector<float> scale(w.n_groups);
     for (int g = 0; g < w.n_groups; g++) {
       if (w.scales.size()) {

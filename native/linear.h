@@ -35,16 +35,18 @@ struct Linear {
   int n_groups = 0, group_vectors = 0;  // vectors per group
   int64_t panel_bytes = 0;
   Buffer<uint8_t> panels;        // [ceil(rows/16), panel_bytes]
-  Buffer<float> scales;          // [ceil(rows/16), n_groups, 16], integer schemes only;
+  Buffer<float> scales;          // [ceil(rows/16), n_groups, 16], integer schemes only; [16] if one_scale;
+  bool one_scale = false;        // all rows have the same, and no groups
   Buffer<uint16_t> half_scales;  // instead, if there are several groups and every scale is one of f16
   Buffer<float> bias;            // [rows], added to the product; usually empty
 
   bool integer() const { return scheme < Scheme::f16; }
   bool ternary() const { return scheme == Scheme::ternary || scheme == Scheme::ternary_base3; }
   int n_panels() const { return (rows + kPanelRows - 1) / kPanelRows; }
-  int64_t bytes() const { return n_panels() * (panel_bytes + (integer() ? int64_t{scales.size() ? 64 : 32} * n_groups : 0)); }
+  int64_t bytes() const { return n_panels() * panel_bytes + int64_t(scales.size()) * 4 + int64_t(half_scales.size()) * 2; }
   IntegerMatrix view() const {
-    return {panels.data(), panel_bytes, scales.size() ? scales.data() : nullptr, half_scales.data(), n_groups, rows, layout(scheme).bias};
+    return {panels.data(), panel_bytes, scales.size() ? scales.data() : nullptr, half_scales.data(), one_scale ? 0 : int64_t{kPanelRows} * n_groups, rows,
+            layout(scheme).bias};
   }
 };
 
@@ -55,8 +57,9 @@ Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, i
 Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
 // A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
 Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena = nullptr);
-// Several scales a row take half the memory wherever f16 holds them exactly: to be called when all are there.
-void halve_scales(Linear& w);
+// One scale for all rows is kept once, and several a row take half the memory wherever f16 holds them exactly: to be called when all
+// are there. They move into the arena, if there is one.
+void compact_scales(Linear& w, Arena* arena);
 // The same weights from two-bit codes to base-3.
 Linear repack_base3(const Kernels& k, Linear two_bit, Arena* arena = nullptr);
 // Random trits or codes and scales near 1 / sqrt(cols), made in place: shapes for benchmarks without a file.

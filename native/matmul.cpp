@@ -46,21 +46,13 @@ class ManyTokens {
       else if (x_.n_tokens <= kGemmTokens && f_.unpack) one_block(panel, n_panels);
       else one_run_many_blocks(panel, n_panels);
     }
-    if (done_) write(*done_);
     if (k_.end_gemm) k_.end_gemm();
   }
 
  private:
-  // Sums of up to kGemmTokens tokens from t0 on and two panels.
-  struct Dots {
-    alignas(64) int32_t sums[2 * kGemmTokens * kPanelRows];
-    int panel, n_panels, t0, n;
-  };
-
   // A run reads on to a multiple of 16 inputs, the last one of 64 where it can: there x is zero.
   int inputs(int r) const { return round_up(x_.runs[r].inputs, r == last_run_ ? tail_ : 16); }
   const uint8_t* panel_codes(int panel) const { return w_.panels.data() + panel * w_.panel_bytes; }
-  void write(const Dots& d) const { k_.write_run(matrix_, x_, d.panel, d.n_panels, d.t0, d.n, d.sums, y_); }
   static uint8_t* scratch(size_t bytes) {
     static thread_local Buffer<uint8_t> unpacked;
     return unpacked.reserve(bytes);
@@ -87,41 +79,35 @@ class ManyTokens {
     const int all = inputs(0), per_vector = layout(w_.scheme).inputs();
     const int64_t part_bytes = int64_t{16} * kPartInputs + kSlack, vectors = w_.panel_bytes / 64;
     uint8_t* codes = scratch(2 * part_bytes + kSlack);
-    Dots& d = blocks_[0];
-    d.panel = panel, d.n_panels = n_panels, d.t0 = 0, d.n = x_.n_tokens;
     for (int at = 0; at < all; at += kPartInputs) {
       const int64_t first = at / per_vector, n = std::min<int64_t>(kPartInputs / per_vector, vectors - first);
       for (int p = 0; p < n_panels; p++) f_.unpack(panel_codes(panel + p) + 64 * first, n, 2 * w_.panel_bytes, codes + p * part_bytes);
-      f_.gemm(codes, part_bytes, n_panels, std::min(kPartInputs, all - at), x_.q + at, x_.stride, x_.n_tokens, at == 0, at + kPartInputs >= all, d.sums);
+      f_.gemm(codes, part_bytes, n_panels, std::min(kPartInputs, all - at), x_.q + at, x_.stride, x_.n_tokens, at == 0, at + kPartInputs >= all, dots_);
     }
-    write(d);
+    k_.write_run(matrix_, x_, panel, n_panels, 0, x_.n_tokens, dots_, y_);
   }
 
-  // The sums of a block become y while those of the next are under way: the units for tiles and for vectors are two.
   void one_run_many_blocks(int panel, int n_panels) {
     int64_t panel_bytes;
     const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
     for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
-      Dots* dots = &blocks_[done_ == &blocks_[0]];
-      dots->panel = panel, dots->n_panels = n_panels, dots->t0 = t0, dots->n = std::min(kGemmTokens, x_.n_tokens - t0);
-      f_.gemm(codes, panel_bytes, n_panels, inputs(0), x_.q + t0 * x_.stride, x_.stride, dots->n, true, true, dots->sums);
-      if (done_) write(*done_);
-      done_ = dots;
+      const int n = std::min(kGemmTokens, x_.n_tokens - t0);
+      f_.gemm(codes, panel_bytes, n_panels, inputs(0), x_.q + t0 * x_.stride, x_.stride, n, true, true, dots_);
+      k_.write_run(matrix_, x_, panel, n_panels, t0, n, dots_, y_);
     }
   }
 
   void several_runs(int panel, int n_panels) {
     int64_t panel_bytes;
     const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
-    int32_t* dots = blocks_[0].sums;
     for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x_.n_tokens - t0);
       alignas(64) float sums[2 * kGemmTokens * kPanelRows] = {};
       for (int r = 0; r < x_.n_runs; r++) {
         const int64_t at = x_.runs[r].first;
-        f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots);
+        f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots_);
         for (int p = 0; p < n_panels; p++)
-          k_.add_run(matrix_, x_, r, panel + p, t0, n, dots + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+          k_.add_run(matrix_, x_, r, panel + p, t0, n, dots_ + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
       }
       for (int p = 0; p < n_panels; p++) {
         const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w_.rows - row0);
@@ -141,8 +127,7 @@ class ManyTokens {
   const CodecKernels f_;
   const IntegerMatrix matrix_;
   const int last_run_, tail_;
-  Dots blocks_[2];
-  Dots* done_ = nullptr;  // summed, not yet written
+  alignas(64) int32_t dots_[2 * kGemmTokens * kPanelRows];  // of two panels and a block of tokens
 };
 
 // From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.

@@ -114,7 +114,7 @@ const char* first_difference(const Kernels& k) {
       for (int r = 0; r < 2; r++) runs[r] = {80 * r, 80, r * vectors / 2, vectors / 2, r, r};
       for (int half = 0; half < 2; half++)
         for (int tokens = 1; tokens <= kTokens; tokens += tokens < 9 ? 1 : 10) {
-          const IntegerMatrix w{panel, 64 * vectors, half ? nullptr : f, half ? halves : nullptr, 2, 30, c.bias};
+          const IntegerMatrix w{panel, 64 * vectors, half ? nullptr : f, half ? halves : nullptr, 32, 30, c.bias};
           const QuantizedRows rows{x, kInputs, runs, 2, sums, g, 2, half == 0, tokens};
           for (float& v : y1) v = 0.5f;
           memcpy(y2, y1, sizeof y1);

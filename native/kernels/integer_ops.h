@@ -10,7 +10,7 @@ using bitnet::QuantizedRows;
 using bitnet::Run;
 
 BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
-  const int64_t at = (int64_t{panel} * w.n_groups + group) * 16;
+  const int64_t at = panel * w.panel_scales + 16 * group;
   return w.scales ? load(w.scales + at) : load_f16(w.half_scales + at);
 }
 
@@ -19,7 +19,7 @@ template <class Codec, int T>
 static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int first, int end, int t0, float* y) {
   for (int panel = first; panel < end; panel++) {
     const uint8_t* codes = w.panels + panel * w.panel_bytes;
-    const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
+    const int64_t scales = (panel + 1) * w.panel_scales;  // the next panel's
     v16 sums[T];
     for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
     for (int r = 0; r < x.n_runs; r++) {

@@ -40,7 +40,8 @@ struct IntegerMatrix {
   int64_t panel_bytes;
   const float* scales;          // [ceil(rows / 16), n_groups, 16], or null and then
   const uint16_t* half_scales;  // the same in f16
-  int n_groups, rows, bias;
+  int64_t panel_scales;         // from a panel's scales to the next one's: 16 n_groups, or 0 if all rows share one scale
+  int rows, bias;
 };
 
 // A batch of activation rows in int8: x is about q * step. Bounds: |q| <= 128 and inputs <= 65536, so that int8 sums stay below

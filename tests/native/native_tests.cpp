@@ -124,10 +124,11 @@ void test_repack() {
             fill_codes(pool, w, first, rows, codes.data() + size_t(first) * c.cols), set_scales(w, first, rows, scales.data() + first);
             if (!cut) break;
           }
+        compact_scales(w, nullptr);
         check(same(w, expected), "fill_codes", "", c.rows, c.cols);
       }
       Linear expected = repack_integer(Scheme::ternary, trits.data(), scales.data(), c.rows, c.cols, 1), w = empty_linear(Scheme::ternary, c.rows, c.cols, 1);
-      set_scales(w, 0, c.rows, scales.data());
+      set_scales(w, 0, c.rows, scales.data()), compact_scales(w, nullptr);
       check(fill_banded(pool, w, banded.data()) && same(w, expected), "fill_banded", "", c.rows, c.cols);
       banded.back() |= 3;
       check(!fill_banded(pool, w, banded.data()), "a code of 3", "", c.rows, c.cols);
