@@ -34,15 +34,15 @@ int to_int(size_t n) {
   return int(n);
 }
 
+// Not initialized. From malloc, which keeps what was freed: fresh pages for every token's logits would cost more than their argmax.
 template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   size_t n = 1;
   for (size_t s : shape) n *= s;
-  auto owner = std::make_unique<Buffer<T>>(n);
-  *data = owner->data();
-  nb::capsule capsule(owner.get(), [](void* p) noexcept { delete static_cast<Buffer<T>*>(p); });
-  owner.release();
-  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, capsule));
+  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))));
+  if (!*data) throw std::bad_alloc();
+  nb::capsule owner(*data, [](void* p) noexcept { std::free(p); });
+  return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }
 
 Scheme scheme_named(const std::string& name) {
@@ -321,26 +321,22 @@ NB_MODULE(_native, m) {
     const Kernels* k = choose_kernels(wanted && *wanted ? wanted : nullptr, &failed);
     return std::make_pair(std::string(k ? k->name : ""), std::string(failed ? failed : ""));
   });
-  // GB/s of each repetition. As the matrices are read: a long stream per thread first, the last quarter in pieces to whoever comes first.
+  // GB/s of each repetition. As matrices are read: a stream per thread, who is done helps the others.
   m.def("read_bandwidths", [](int64_t bytes, int threads, int repetitions) {
     const char* failed = nullptr;
     const Kernels& k = *choose_kernels(nullptr, &failed);
-    constexpr int64_t kPiece = 4 << 20;
+    constexpr int64_t kPiece = 1 << 20;
     const int pieces = int(bytes / kPiece);
-    if (pieces < 1 || threads < 1 || repetitions < 1) throw std::invalid_argument("at least 4 MiB, one thread, one repetition");
+    if (pieces < 1 || threads < 1 || repetitions < 1) throw std::invalid_argument("at least 1 MiB, one thread, one repetition");
     nb::gil_scoped_release release;
     Buffer<uint8_t> memory(pieces * kPiece);
     std::memset(memory.data(), 1, memory.size());
     ThreadPool pool(threads);
-    const int large = pieces * 3 / (4 * threads), small = pieces - large * threads;
     std::vector<double> rates;
     std::atomic<uint64_t> sink{0};
     for (int r = 0; r < repetitions; r++) {
       auto start = std::chrono::steady_clock::now();
-      pool.run(threads + small, [&](int i, int) {
-        const int64_t at = i < threads ? int64_t{i} * large : int64_t{threads} * large + i - threads;
-        sink += k.read_bytes(memory.data() + at * kPiece, kPiece * (i < threads ? large : 1));
-      });
+      pool.run(pieces, [&](int i, int) { sink += k.read_bytes(memory.data() + i * kPiece, kPiece); });
       rates.push_back(double(memory.size()) / std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() / 1e9);
     }
     return rates;

@@ -52,7 +52,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     matmul(k, pool, products, in);
   };
   // Once per token, in pieces that are worth claiming.
-  auto for_tokens = [&](const std::function<void(int)>& work) {
+  auto for_tokens = [&](auto&& work) {
     pool.run_ranges(n, 4, [&](int first, int end, int) {
       for (int t = first; t < end; t++) work(t);
     });

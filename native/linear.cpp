@@ -111,7 +111,7 @@ Linear repack_base3(const Kernels& k, Linear two_bit, Arena* arena) {
       const bool ends = g + 1 == w.n_groups;
       const int64_t n2 = ends ? last : two_bit.group_vectors, n3 = ends ? last3 : w.group_vectors;
       std::memset(tiles.data(), 0, tiles.size());
-      k.unpack_t2(two_bit.panels.data() + p * two_bit.panel_bytes + int64_t{64} * g * two_bit.group_vectors, n2, tiles.data());
+      k.unpack_t2(two_bit.panels.data() + p * two_bit.panel_bytes + int64_t{64} * g * two_bit.group_vectors, n2, 4096, tiles.data());
       uint8_t* to = w.panels.data() + p * w.panel_bytes + int64_t{64} * g * w.group_vectors;
       for (int64_t v = 0; v < n3; v++, to += 64) {
         const uint8_t* from = tiles.data() + 320 * v;

@@ -8,96 +8,148 @@
 namespace bitnet {
 namespace {
 
-constexpr int kManyTokens = 8;             // from here on codes are unpacked once for all of them
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
 constexpr int kTokenPiece = 4;              // of tokens, that a thread quantizes at a time
-constexpr int64_t kPieceBytes = 16384;     // of weights, that a thread takes at a time
+constexpr int64_t kPieceBytes = 32768;     // of weights, that a thread takes at a time
+constexpr int kPartInputs = 320;            // whose codes of two panels stay in L1: a multiple of 64, 20, 16 and 8
 constexpr int64_t kCachedBytes = 1 << 20;  // of activations, that stay in a core's L2 while panel after panel meets them
 
-struct FewTokens {
+struct CodecKernels {
   MultiplyInteger multiply;
   GemmInteger gemm;
   Unpack unpack;  // null: codes are stored as gemm wants them
 };
-FewTokens kernels_for(const Kernels& k, Scheme s) {
+CodecKernels kernels_for(const Kernels& k, Scheme s) {
   if (s == Scheme::ternary) return {k.multiply_t2, k.gemm_ternary, k.unpack_t2};
   if (s == Scheme::ternary_base3) return {k.multiply_b3, k.gemm_ternary, k.unpack_b3};
   if (s == Scheme::int4) return {k.multiply_i4, k.gemm_i4, k.unpack_i4};
   return {k.multiply_i8, k.gemm_i8, nullptr};
 }
 
-// Sums of up to kGemmTokens tokens from t0 on and two panels.
-struct Dots {
-  alignas(64) int32_t sums[2 * kGemmTokens * kPanelRows];
-  int panel, n_panels, t0, n;
-};
-
 // Panels [first, end), two at a time, their codes unpacked once for all tokens; the scales are applied to the exact sums of each run.
-void multiply_many(const Kernels& k, const Linear& w, const QuantizedRows& x, int first, int end, float* y) {
-  static thread_local Buffer<uint8_t> unpacked;
-  const FewTokens f = kernels_for(k, w.scheme);
-  const IntegerMatrix matrix = w.view();
-  // A run reads on to a multiple of 16 inputs, the last one of 64 where it can: there x is zero.
-  const int last_run = x.n_runs - 1, tail = x.runs[last_run].first % 64 == 0 ? 64 : 16;
-  auto inputs = [&](int r) { return round_up(x.runs[r].inputs, r == last_run ? tail : 16); };
-  const int64_t unpacked_bytes = int64_t{16} * round_up(w.padded_cols, 64);
-  if (f.unpack) unpacked.reserve(2 * unpacked_bytes + 2 * kSlack);
-  if (k.begin_gemm) {
-    int64_t bits = 0;  // as many of 64 divide all runs as divide this
-    for (int r = 0; r < x.n_runs; r++) bits |= inputs(r);
-    k.begin_gemm(bits);
-  }
-  // With one run, the sums of a block become y while those of the next are under way: the units for tiles and for vectors are two.
-  const bool one_run = x.n_runs == 1 && !x.grouped;
-  Dots blocks[2];
-  Dots *dots = &blocks[0], *done = nullptr;
-  auto write = [&](const Dots& d) {
-    k.write_run(matrix, x, d.panel, d.n_panels, d.t0, d.n, d.sums, y);
-  };
-  for (int panel = first; panel < end; panel += 2) {
-    const int n_panels = std::min(2, end - panel);
-    const uint8_t* codes = w.panels.data() + panel * w.panel_bytes;
-    int64_t panel_bytes = w.panel_bytes;
-    if (f.unpack) {
-      panel_bytes = unpacked_bytes;
-      for (int p = 0; p < n_panels; p++) {
-        const uint8_t* from = codes + p * w.panel_bytes;
-        uint8_t* to = unpacked.data() + p * panel_bytes;  // what a group holds beyond its inputs the next one overwrites
-        for (int g = 0; g < w.n_groups; g++, to += int64_t{16} * w.group) {
-          const int64_t vectors = std::min<int64_t>(w.group_vectors, w.panel_bytes / 64 - int64_t{g} * w.group_vectors);
-          f.unpack(from + int64_t{64} * g * w.group_vectors, vectors, to);
-        }
-      }
-      codes = unpacked.data();
+class ManyTokens {
+ public:
+  ManyTokens(const Kernels& k, const Linear& w, const QuantizedRows& x, float* y)
+      : k_(k), w_(w), x_(x), y_(y), f_(kernels_for(k, w.scheme)), matrix_(w.view()), last_run_(x.n_runs - 1),
+        tail_(x.runs[last_run_].first % 64 == 0 ? 64 : 16) {}
+
+  void multiply(int first, int end) {
+    if (k_.begin_gemm) {
+      int64_t bits = 0;  // as many of 64 divide all runs as divide this
+      for (int r = 0; r < x_.n_runs; r++) bits |= inputs(r);
+      k_.begin_gemm(bits, x_.n_tokens);
     }
-    for (int t0 = 0; t0 < x.n_tokens; t0 += kGemmTokens) {
-      const int n = std::min(kGemmTokens, x.n_tokens - t0);
-      dots->panel = panel, dots->n_panels = n_panels, dots->t0 = t0, dots->n = n;
-      if (one_run) {
-        f.gemm(codes, panel_bytes, n_panels, inputs(0), x.q + t0 * x.stride, x.stride, n, dots->sums);
-        if (done) write(*done);
-        done = dots, dots = &blocks[dots == &blocks[0]];
-        continue;
+    const bool one_run = x_.n_runs == 1 && !x_.grouped;
+    for (int panel = first; panel < end; panel += 2) {
+      const int n_panels = std::min(2, end - panel);
+      if (!one_run) several_runs(panel, n_panels);
+      else if (x_.n_tokens <= kGemmTokens && f_.unpack) one_block(panel, n_panels);
+      else one_run_many_blocks(panel, n_panels);
+    }
+    if (done_) write(*done_);
+    if (k_.end_gemm) k_.end_gemm();
+  }
+
+ private:
+  // Sums of up to kGemmTokens tokens from t0 on and two panels.
+  struct Dots {
+    alignas(64) int32_t sums[2 * kGemmTokens * kPanelRows];
+    int panel, n_panels, t0, n;
+  };
+
+  // A run reads on to a multiple of 16 inputs, the last one of 64 where it can: there x is zero.
+  int inputs(int r) const { return round_up(x_.runs[r].inputs, r == last_run_ ? tail_ : 16); }
+  const uint8_t* panel_codes(int panel) const { return w_.panels.data() + panel * w_.panel_bytes; }
+  void write(const Dots& d) const { k_.write_run(matrix_, x_, d.panel, d.n_panels, d.t0, d.n, d.sums, y_); }
+  static uint8_t* scratch(size_t bytes) {
+    static thread_local Buffer<uint8_t> unpacked;
+    return unpacked.reserve(bytes);
+  }
+
+  // The codes of whole panels as gemm wants them, [n_panels][*panel_bytes].
+  const uint8_t* unpacked(int panel, int n_panels, int64_t* panel_bytes) const {
+    *panel_bytes = w_.panel_bytes;
+    if (!f_.unpack) return panel_codes(panel);
+    *panel_bytes = int64_t{16} * round_up(w_.padded_cols, 64);
+    uint8_t* codes = scratch(2 * *panel_bytes + 2 * kSlack);
+    for (int p = 0; p < n_panels; p++) {
+      uint8_t* to = codes + p * *panel_bytes;  // what a group holds beyond its inputs the next one overwrites
+      for (int g = 0; g < w_.n_groups; g++, to += int64_t{16} * w_.group) {
+        const int64_t at = int64_t{g} * w_.group_vectors, vectors = std::min<int64_t>(w_.group_vectors, w_.panel_bytes / 64 - at);
+        f_.unpack(panel_codes(panel + p) + 64 * at, vectors, 4096, to);
       }
+    }
+    return codes;
+  }
+
+  // All tokens in one block: codes are needed once, so they are unpacked in parts that stay in the nearest cache.
+  void one_block(int panel, int n_panels) {
+    const int all = inputs(0), per_vector = layout(w_.scheme).inputs();
+    const int64_t part_bytes = int64_t{16} * kPartInputs + kSlack, vectors = w_.panel_bytes / 64;
+    uint8_t* codes = scratch(2 * part_bytes + kSlack);
+    Dots& d = blocks_[0];
+    d.panel = panel, d.n_panels = n_panels, d.t0 = 0, d.n = x_.n_tokens;
+    for (int at = 0; at < all; at += kPartInputs) {
+      const int64_t first = at / per_vector, n = std::min<int64_t>(kPartInputs / per_vector, vectors - first);
+      for (int p = 0; p < n_panels; p++) f_.unpack(panel_codes(panel + p) + 64 * first, n, 2 * w_.panel_bytes, codes + p * part_bytes);
+      f_.gemm(codes, part_bytes, n_panels, std::min(kPartInputs, all - at), x_.q + at, x_.stride, x_.n_tokens, at == 0, at + kPartInputs >= all, d.sums);
+    }
+    write(d);
+  }
+
+  // The sums of a block become y while those of the next are under way: the units for tiles and for vectors are two.
+  void one_run_many_blocks(int panel, int n_panels) {
+    int64_t panel_bytes;
+    const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
+    for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
+      Dots* dots = &blocks_[done_ == &blocks_[0]];
+      dots->panel = panel, dots->n_panels = n_panels, dots->t0 = t0, dots->n = std::min(kGemmTokens, x_.n_tokens - t0);
+      f_.gemm(codes, panel_bytes, n_panels, inputs(0), x_.q + t0 * x_.stride, x_.stride, dots->n, true, true, dots->sums);
+      if (done_) write(*done_);
+      done_ = dots;
+    }
+  }
+
+  void several_runs(int panel, int n_panels) {
+    int64_t panel_bytes;
+    const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
+    int32_t* dots = blocks_[0].sums;
+    for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
+      const int n = std::min(kGemmTokens, x_.n_tokens - t0);
       alignas(64) float sums[2 * kGemmTokens * kPanelRows] = {};
-      for (int r = 0; r < x.n_runs; r++) {
-        const int64_t at = x.runs[r].first;
-        f.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x.q + t0 * x.stride + at, x.stride, n, dots->sums);
+      for (int r = 0; r < x_.n_runs; r++) {
+        const int64_t at = x_.runs[r].first;
+        f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots);
         for (int p = 0; p < n_panels; p++)
-          k.add_run(matrix, x, r, panel + p, t0, n, dots->sums + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+          k_.add_run(matrix_, x_, r, panel + p, t0, n, dots + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
       }
       for (int p = 0; p < n_panels; p++) {
-        const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+        const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w_.rows - row0);
         for (int t = 0; t < n; t++) {
-          const float step = x.grouped ? 1.0f : x.steps[t0 + t], *sum = sums + (p * kGemmTokens + t) * kPanelRows;
-          float* to = y + int64_t{t0 + t} * w.rows + row0;
+          const float step = x_.grouped ? 1.0f : x_.steps[t0 + t], *sum = sums + (p * kGemmTokens + t) * kPanelRows;
+          float* to = y_ + int64_t{t0 + t} * w_.rows + row0;
           for (int r = 0; r < n_rows; r++) to[r] = sum[r] * step;
         }
       }
     }
   }
-  if (done) write(*done);
-  if (k.end_gemm) k.end_gemm();
+
+  const Kernels& k_;
+  const Linear& w_;
+  const QuantizedRows& x_;
+  float* y_;
+  const CodecKernels f_;
+  const IntegerMatrix matrix_;
+  const int last_run_, tail_;
+  Dots blocks_[2];
+  Dots* done_ = nullptr;  // summed, not yet written
+};
+
+// From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.
+int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
+  if (x.n_runs > 1 && x.runs[0].inputs < 64) return 33;
+  if (!k.begin_gemm) return 8;
+  return scheme == Scheme::ternary_base3 ? 4 : 5;
 }
 
 void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
@@ -178,7 +230,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   const float* dense = nullptr;
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
-  const bool many = w0.integer() && n_tokens >= kManyTokens && kernels_for(k, w0.scheme).gemm;
+  const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
   const bool streams = !many || n_tokens <= kLongStreamTokens;
   const int piece = streams ? std::max(2, int(kPieceBytes / std::max<int64_t>(1, bytes / n)) & ~1) : 2;
@@ -192,7 +244,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
         const int here = std::min(end, p.w->n_panels());
         if (first < here) {
           float* y = p.y + int64_t{t0} * p.w->rows;
-          if (many) multiply_many(k, *p.w, rows, first, here, y);
+          if (many) ManyTokens(k, *p.w, rows, y).multiply(first, here);
           else if (p.w->integer()) kernels_for(k, p.w->scheme).multiply(p.w->view(), rows, first, here - first, y);
           else
             for (int panel = first; panel < here; panel++) multiply_dense(k, *p.w, dense, tokens, panel, y);

@@ -20,6 +20,19 @@ void wait_while_equal(std::atomic<T>& value, T old) {
   }
   while (value.load(std::memory_order_acquire) == old) value.wait(old, std::memory_order_acquire);
 }
+
+// Takes up to `piece` items from one end of a share.
+bool take(std::atomic<uint64_t>& share, int piece, bool from_front, int* first, int* end) {
+  uint64_t range = share.load(std::memory_order_acquire);
+  for (;;) {
+    const int b = int(range >> 32), e = int(uint32_t(range));
+    if (b >= e) return false;
+    const int n = std::min(piece, e - b);
+    *first = from_front ? b : e - n, *end = *first + n;
+    const uint64_t left = from_front ? uint64_t(b + n) << 32 | uint32_t(e) : uint64_t(b) << 32 | uint32_t(e - n);
+    if (share.compare_exchange_weak(range, left, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
+  }
+}
 }  // namespace
 
 ThreadPool::ThreadPool(int n_threads) : shares_(n_threads) {
@@ -28,68 +41,43 @@ ThreadPool::ThreadPool(int n_threads) : shares_(n_threads) {
 
 ThreadPool::~ThreadPool() {
   stop_.store(true, std::memory_order_release);
-  job_.fetch_add(1, std::memory_order_release);
-  job_.notify_all();
+  job_number_.fetch_add(1, std::memory_order_release);
+  job_number_.notify_all();
   for (std::thread& w : workers_) w.join();
 }
 
-void ThreadPool::take_items(int thread) {
-  uint64_t state = state_.load(std::memory_order_acquire);
-  while (uint32_t(state) != 0) {
-    if (!state_.compare_exchange_weak(state, state - 1, std::memory_order_acq_rel, std::memory_order_acquire)) continue;
-    (*work_)(n_items_ - int(uint32_t(state)), thread);
-    if (unfinished_.fetch_sub(1, std::memory_order_acq_rel) == 1) unfinished_.notify_one();
-    state = state_.load(std::memory_order_acquire);
-  }
+int ThreadPool::work_through(int thread, int piece) {
+  int done = 0, first, end;
+  for (int i = 0; i < size(); i++)
+    while (take(shares_[(thread + i) % size()].range, piece, i == 0, &first, &end)) {
+      job_.call(job_.work, first, end, thread);
+      done += end - first;
+    }
+  return done;
 }
 
-void ThreadPool::run(int n_items, const std::function<void(int, int)>& work, bool worth_sharing) {
-  if (workers_.empty() || n_items <= 1 || !worth_sharing) {
-    for (int i = 0; i < n_items; i++) work(i, 0);
-    return;
-  }
-  work_ = &work;
-  n_items_ = n_items;
-  unfinished_.store(n_items, std::memory_order_relaxed);
-  // The number of the job keeps a compare-exchange that began in an earlier job from succeeding in this one.
-  const uint32_t job = job_.load(std::memory_order_relaxed) + 1;
-  state_.store(uint64_t{job} << 32 | uint32_t(n_items), std::memory_order_release);
-  job_.store(job, std::memory_order_release);
-  job_.notify_all();
-  take_items(0);
-  for (int left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_while_equal(unfinished_, left);
-}
-
-bool ThreadPool::take_piece(Share& share, int piece, bool from_front, int* first, int* end) {
-  uint64_t range = share.range.load(std::memory_order_relaxed);
-  for (;;) {
-    const int b = int(range >> 32), e = int(uint32_t(range));
-    if (b >= e) return false;
-    const int n = std::min(piece, e - b);
-    *first = from_front ? b : e - n, *end = from_front ? b + n : e;
-    const uint64_t left = from_front ? uint64_t(b + n) << 32 | uint32_t(e) : uint64_t(b) << 32 | uint32_t(e - n);
-    if (share.range.compare_exchange_weak(range, left, std::memory_order_relaxed)) return true;
-  }
-}
-
-void ThreadPool::run_ranges(int n, int piece, const std::function<void(int, int, int)>& work, bool worth_sharing) {
-  if (workers_.empty() || n <= piece || !worth_sharing) return work(0, n, 0);
-  for (int t = 0; t < size(); t++)
-    shares_[t].range.store(uint64_t(share_begin(n, piece, t)) << 32 | uint32_t(share_begin(n, piece, t + 1)), std::memory_order_relaxed);
-  run(size(), [&](int, int thread) {
-    int first, end;
-    for (int i = 0; i < size(); i++)
-      while (take_piece(shares_[(thread + i) % size()], piece, i == 0, &first, &end)) work(first, end, thread);
-  });
+void ThreadPool::share_out(Job job, int n, int piece) {
+  job_ = job;
+  piece_.store(piece, std::memory_order_relaxed);
+  unfinished_.store(n, std::memory_order_relaxed);
+  const int64_t pieces = (n + piece - 1) / piece;
+  auto begin = [&](int t) { return uint64_t(std::min<int64_t>(n, pieces * t / size() * piece)); };
+  for (int t = 0; t < size(); t++) shares_[t].range.store(begin(t) << 32 | begin(t + 1), std::memory_order_release);
+  job_number_.fetch_add(1, std::memory_order_release);
+  job_number_.notify_all();
+  const int mine = work_through(0, piece);
+  int left = unfinished_.fetch_sub(mine, std::memory_order_acq_rel) - mine;
+  for (; left != 0; left = unfinished_.load(std::memory_order_acquire)) wait_while_equal(unfinished_, left);
 }
 
 void ThreadPool::worker_loop(int thread) {
   uint32_t seen = 0;
   for (;;) {
-    wait_while_equal(job_, seen);
-    seen = job_.load(std::memory_order_acquire);
+    wait_while_equal(job_number_, seen);
+    seen = job_number_.load(std::memory_order_acquire);
     if (stop_.load(std::memory_order_acquire)) return;
-    take_items(thread);
+    const int done = work_through(thread, piece_.load(std::memory_order_relaxed));
+    if (done && unfinished_.fetch_sub(done, std::memory_order_acq_rel) == done) unfinished_.notify_one();
   }
 }
 

@@ -21,10 +21,10 @@ struct alignas(64) TileConfig {
 // of a panel each. A step is the largest part of 64 inputs that divides a run.
 static thread_local int64_t step = 64;
 
-static void begin(int64_t inputs) {
+static void begin(int64_t inputs, int n_tokens) {
   step = inputs % 64 == 0 ? 64 : inputs % 32 == 0 ? 32 : 16;
   TileConfig c;
-  for (int t = 0; t < 8; t++) c.rows[t] = 16, c.row_bytes[t] = 64;
+  for (int t = 0; t < 8; t++) c.rows[t] = (uint8_t)(t < 6 && n_tokens < 16 ? n_tokens : 16), c.row_bytes[t] = 64;  // fewer rows are done sooner
   c.row_bytes[4] = c.row_bytes[5] = (uint16_t)step;
   c.rows[6] = c.rows[7] = (uint8_t)(step / 4);
   __asm__ volatile("" : : "r"(&c) : "memory");  // gcc 12's intrinsic says that it reads the first eight bytes only, and the rest is never stored
@@ -71,39 +71,39 @@ static void one_block(const uint8_t* codes, const uint8_t* other, int64_t inputs
 }
 
 static void gemm_u8_i8_amx(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
-                           int n_tokens, int32_t* out) {
+                           int n_tokens, bool first, bool last, int32_t* out) {
   const uint8_t* other = codes + (n_panels > 1 ? panel_bytes : 0);
   int32_t* out1 = out + kGemmTokens * 16;
-  _tile_zero(0);
-  _tile_zero(1);
-  _tile_zero(2);
-  _tile_zero(3);
-  if (n_tokens > 16) {
-    two_blocks(codes, other, inputs, x, x_stride);
-    _tile_stored(2, out + 16 * 16, 64);
-    if (n_panels > 1) _tile_stored(3, out1 + 16 * 16, 64);
-  } else {
-    alignas(64) int32_t odd[16 * 16];
-    one_block(codes, other, inputs, x, x_stride);
-    _tile_stored(2, odd, 64);
-    _tile_stored(0, out, 64);
-    for (int i = 0; i < 16 * n_tokens; i++) out[i] += odd[i];
-    if (n_panels > 1) {
-      _tile_stored(3, odd, 64);
-      _tile_stored(1, out1, 64);
-      for (int i = 0; i < 16 * n_tokens; i++) out1[i] += odd[i];
-    }
-    return;
+  if (first) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
   }
+  if (n_tokens > 16) two_blocks(codes, other, inputs, x, x_stride);
+  else one_block(codes, other, inputs, x, x_stride);
+  if (!last) return;
   _tile_stored(0, out, 64);
   if (n_panels > 1) _tile_stored(1, out1, 64);
+  if (n_tokens > 16) {
+    _tile_stored(2, out + 16 * 16, 64);
+    if (n_panels > 1) _tile_stored(3, out1 + 16 * 16, 64);
+    return;
+  }
+  alignas(64) int32_t odd[16 * 16];
+  _tile_stored(2, odd, 64);
+  for (int i = 0; i < 16 * n_tokens; i++) out[i] += odd[i];
+  if (n_panels > 1) {
+    _tile_stored(3, odd, 64);
+    for (int i = 0; i < 16 * n_tokens; i++) out1[i] += odd[i];
+  }
 }
 }  // namespace
 
 namespace bitnet {
 #ifndef BITNET_EMULATED_AMX
 const GemmInteger kGemmAmx = gemm_u8_i8_amx;
-void (*const kBeginAmx)(int64_t) = begin;
+void (*const kBeginAmx)(int64_t, int) = begin;
 void (*const kEndAmx)() = end;
 #endif
 }  // namespace bitnet

@@ -23,7 +23,7 @@ static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
   z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
   return z.all;
 }
-constexpr int kSums = 4;  // of two registers each
+constexpr int kSums = 6;  // of two registers each
 
 static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
 
@@ -97,36 +97,34 @@ using Int4 = Halves<Int4Half>;
 using Int8 = Halves<Int8Half>;
 using Base3 = UnpackedBase3<Halves<TileHalf>>;
 
-// T tokens x 16 rows in 16-bit sums, widened every Steps steps of 4 inputs: Steps * 2 * code * 128 < 2^15.
+// T tokens x 8 rows in 16-bit sums, widened every Steps steps of 4 inputs: Steps * 2 * code * 128 < 2^15.
 template <int T, int Steps>
-static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t* x, int64_t x_stride, int32_t* out) {
-  __m256i wide[T][2];
-  for (int t = 0; t < T; t++) wide[t][0] = wide[t][1] = _mm256_setzero_si256();
+static inline void gemm_block(const uint8_t* codes, int64_t inputs, const int8_t* x, int64_t x_stride, bool first, int32_t* out) {
   for (int64_t k0 = 0; k0 < inputs; k0 += 4 * Steps) {
     const int64_t end = k0 + 4 * Steps < inputs ? k0 + 4 * Steps : inputs;
-    __m256i acc[T][2];
-    for (int t = 0; t < T; t++) acc[t][0] = acc[t][1] = _mm256_setzero_si256();
+    __m256i acc[T];
+    for (int t = 0; t < T; t++) acc[t] = _mm256_setzero_si256();
     for (int64_t k = k0; k < end; k += 4) {
-      const __m256i c0 = _mm256_loadu_si256((const __m256i*)(codes + 16 * k)), c1 = _mm256_loadu_si256((const __m256i*)(codes + 16 * k + 32));
-      for (int t = 0; t < T; t++) {
-        acc[t][0] = _mm256_add_epi16(acc[t][0], pairs(c0, x + t * x_stride + k));
-        acc[t][1] = _mm256_add_epi16(acc[t][1], pairs(c1, x + t * x_stride + k));
-      }
+      const __m256i c = _mm256_loadu_si256((const __m256i*)(codes + 16 * k));
+      for (int t = 0; t < T; t++) acc[t] = _mm256_add_epi16(acc[t], pairs(c, x + t * x_stride + k));
     }
-    for (int t = 0; t < T; t++)
-      for (int h = 0; h < 2; h++) wide[t][h] = _mm256_add_epi32(wide[t][h], widen(acc[t][h]));
+    for (int t = 0; t < T; t++) {
+      __m256i* to = (__m256i*)(out + 16 * t);
+      const __m256i before = first && k0 == 0 ? _mm256_setzero_si256() : _mm256_loadu_si256(to);
+      _mm256_storeu_si256(to, _mm256_add_epi32(before, widen(acc[t])));
+    }
   }
-  for (int t = 0; t < T; t++)
-    for (int h = 0; h < 2; h++) _mm256_storeu_si256((__m256i*)(out + 16 * t) + h, wide[t][h]);
 }
 template <int Steps>
 static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
-                 int32_t* out) {
-  for (int p = 0; p < n_panels; p++) {
-    int32_t* to = out + p * bitnet::kGemmTokens * 16;
+                 bool first, bool, int32_t* out) {
+  for (int half = 0; half < 2 * n_panels; half++) {
+    const uint8_t* from = codes + half / 2 * panel_bytes + 32 * (half % 2);
+    int32_t* to = out + half / 2 * bitnet::kGemmTokens * 16 + 8 * (half % 2);
     int t = 0;
-    for (; t + 4 <= n_tokens; t += 4) gemm_block<4, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
-    for (; t < n_tokens; t++) gemm_block<1, Steps>(codes + p * panel_bytes, inputs, x + t * x_stride, x_stride, to + 16 * t);
+    for (; t + 8 <= n_tokens; t += 8) gemm_block<8, Steps>(from, inputs, x + t * x_stride, x_stride, first, to + 16 * t);
+    for (; t + 4 <= n_tokens; t += 4) gemm_block<4, Steps>(from, inputs, x + t * x_stride, x_stride, first, to + 16 * t);
+    for (; t < n_tokens; t++) gemm_block<1, Steps>(from, inputs, x + t * x_stride, x_stride, first, to + 16 * t);
   }
 }
 constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_i8 in blocks

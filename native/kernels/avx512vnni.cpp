@@ -168,10 +168,10 @@ struct Base3 {
     }
   }
 };
-static void unpack_b3_by_tables(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_b3_by_tables(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   const Digits digits;
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const __m512i packed = _mm512_loadu_si512(panel + 64 * v), high = digits.high(packed);
     for (int s = 0; s < 5; s++) _mm512_storeu_si512(codes + 320 * v + 64 * s, digits(s, packed, high));
   }
@@ -182,10 +182,10 @@ using Base3 = UnpackedBase3<Int8>;
 
 // P panels x T tokens in registers: each vector of codes meets T broadcasts of four activations.
 template <int P, int T>
-static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int32_t* out) {
+static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, bool first, int32_t* out) {
   __m512i acc[P][T];
   for (int p = 0; p < P; p++)
-    for (int t = 0; t < T; t++) acc[p][t] = _mm512_setzero_si512();
+    for (int t = 0; t < T; t++) acc[p][t] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(out + (p * bitnet::kGemmTokens + t) * 16);
   for (int64_t k = 0; k < inputs; k += 4) {
     __m512i w[P];
     for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(codes + p * panel_bytes + 16 * k);
@@ -198,16 +198,17 @@ static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t
     for (int t = 0; t < T; t++) _mm512_storeu_si512(out + (p * bitnet::kGemmTokens + t) * 16, acc[p][t]);
 }
 template <int P>
-static void gemm_panels(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens, int32_t* out) {
+static void gemm_panels(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens, bool first,
+                        int32_t* out) {
   int t = 0;
-  for (; t + 12 <= n_tokens; t += 12) gemm_block<P, 12>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
-  for (; t + 4 <= n_tokens; t += 4) gemm_block<P, 4>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
-  for (; t < n_tokens; t++) gemm_block<P, 1>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; t + 12 <= n_tokens; t += 12) gemm_block<P, 12>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, first, out + 16 * t);
+  for (; t + 4 <= n_tokens; t += 4) gemm_block<P, 4>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, first, out + 16 * t);
+  for (; t < n_tokens; t++) gemm_block<P, 1>(codes, panel_bytes, inputs, x + t * x_stride, x_stride, first, out + 16 * t);
 }
 static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
-                 int32_t* out) {
-  if (n_panels == 2) gemm_panels<2>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
-  else gemm_panels<1>(codes, panel_bytes, inputs, x, x_stride, n_tokens, out);
+                 bool first, bool, int32_t* out) {
+  if (n_panels == 2) gemm_panels<2>(codes, panel_bytes, inputs, x, x_stride, n_tokens, first, out);
+  else gemm_panels<1>(codes, panel_bytes, inputs, x, x_stride, n_tokens, first, out);
 }
 }  // namespace
 

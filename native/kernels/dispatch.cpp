@@ -127,7 +127,7 @@ const char* first_difference(const Kernels& k) {
           if (memcmp(y1, y2, sizeof y1)) return "write_run";
         }
       if (c.unpack) {
-        c.unpack(panel, vectors, tiles1), c.scalar_unpack(panel, vectors, tiles2);
+        c.unpack(panel, vectors, 0, tiles1), c.scalar_unpack(panel, vectors, 0, tiles2);
         if (memcmp(tiles1, tiles2, sizeof tiles1)) return "unpack";
       } else {
         memcpy(tiles1, panel, sizeof tiles1);
@@ -135,11 +135,15 @@ const char* first_difference(const Kernels& k) {
       if (!c.gemm) continue;
       constexpr int kGemmInputs[] = {160, 128, 48};  // in steps of 32, 64 and 16
       for (int inputs : kGemmInputs) {
-        if (k.begin_gemm) k.begin_gemm(inputs);
+        
         const char* wrong = nullptr;
         for (int tokens = 1; tokens <= kTokens; tokens += 6)
           for (int panels = 1; panels <= 2; panels++) {
-            c.gemm(tiles1, 0, panels, inputs, x, kInputs, tokens, dots);
+            const int part = inputs == 160 ? 96 : inputs == 128 ? 64 : 32;
+            if (k.begin_gemm) k.begin_gemm(part | inputs, tokens);
+            c.gemm(tiles1, 0, panels, part, x, kInputs, tokens, true, false, dots);
+            c.gemm(tiles1 + part * 16, 0, panels, inputs - part, x + part, kInputs, tokens, false, true, dots);
+            if (k.end_gemm) k.end_gemm();
             for (int p = 0; p < panels; p++)
               for (int t = 0; t < tokens; t++)
                 for (int row = 0; row < 16; row++) {
@@ -148,7 +152,6 @@ const char* first_difference(const Kernels& k) {
                   if (dot != dots[(p * kGemmTokens + t) * 16 + row]) wrong = "gemm";
                 }
           }
-        if (k.end_gemm) k.end_gemm();
         if (wrong) return wrong;
       }
     }

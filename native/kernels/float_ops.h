@@ -197,6 +197,8 @@ static void scores_blocks(const float* q, int n_queries, const uint16_t* k, int 
   int i = 0;
   if constexpr (12 * B <= kSums)
     for (; i + 12 <= n_queries; i += 12) scores_some<12, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
+  if constexpr (6 * B <= kSums && 12 * B > kSums)
+    for (; i + 6 <= n_queries; i += 6) scores_some<6, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
   if constexpr (4 * B <= kSums)
     for (; i + 4 <= n_queries; i += 4) scores_some<4, B>(q + i * head_dim, k, head_dim, scale, out + i * stride, stride);
   if constexpr (2 * B <= kSums)
@@ -261,6 +263,8 @@ static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint1
   int i = 0;
   if constexpr (12 <= kSums)
     for (; i + 12 <= n_queries; i += 12) weigh_of<12>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
+  else
+    for (; i + 6 <= n_queries; i += 6) weigh_of<6>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
   if constexpr (4 <= kSums)
     for (; i + 4 <= n_queries; i += 4) weigh_of<4>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
   for (; i + 2 <= n_queries; i += 2) weigh_of<2>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);

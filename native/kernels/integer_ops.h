@@ -16,44 +16,47 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
 
 // Not inlined: each number of tokens wants all registers for itself.
 template <class Codec, int T>
-static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int panel, int t0, float* y) {
-  const uint8_t* codes = w.panels + panel * w.panel_bytes;
-  const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
-  v16 sums[T];
-  for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
-  for (int r = 0; r < x.n_runs; r++) {
-    const int64_t ahead = scales + 16 * x.runs[r].weight_group;
-    __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead));
-    const Run& run = x.runs[r];
-    i16x dots[T];
-    Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
-    const v16 scale = load_scales(w, panel, run.weight_group);
-    for (int t = 0; t < T; t++) {
-      const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
-      const v16 part = __builtin_convertvector(exact, v16) * scale;
-      sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
+static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int first, int end, int t0, float* y) {
+  for (int panel = first; panel < end; panel++) {
+    const uint8_t* codes = w.panels + panel * w.panel_bytes;
+    const int64_t scales = int64_t{panel + 1} * w.n_groups * 16;  // the next panel's
+    v16 sums[T];
+    for (int t = 0; t < T; t++) sums[t] = splat(0.0f);
+    for (int r = 0; r < x.n_runs; r++) {
+      const Run& run = x.runs[r];
+      const int64_t ahead = scales + 16 * run.weight_group;
+      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
+      i16x dots[T];
+      Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
+      const v16 scale = load_scales(w, panel, run.weight_group);
+      for (int t = 0; t < T; t++) {
+        const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
+        const v16 part = __builtin_convertvector(exact, v16) * scale;
+        sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
+      }
     }
-  }
-  const int rows = w.rows - 16 * panel;
-  for (int t = 0; t < T; t++) {
-    const v16 result = x.grouped ? sums[t] : sums[t] * x.steps[t0 + t];
-    float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
-    if (rows >= 16) store(to, result);
-    else store_tail(to, rows, result);
+    const int rows = w.rows - 16 * panel;
+    for (int t = 0; t < T; t++) {
+      const v16 result = x.grouped ? sums[t] : sums[t] * x.steps[t0 + t];
+      float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
+      if (rows >= 16) store(to, result);
+      else store_tail(to, rows, result);
+    }
   }
 }
 template <class Codec>
 static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, float* y) {
-  if (x.n_tokens == 1) {
-    for (int p = panel; p < panel + n_panels; p++) multiply_tokens<Codec, 1>(w, x, p, 0, y);
-    return;
-  }
-  for (int p = panel; p < panel + n_panels; p++) {  // a panel stays in the cache for all tokens
+  const int end = panel + n_panels;
+  if (x.n_tokens == 1) return multiply_tokens<Codec, 1>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 2) return multiply_tokens<Codec, 2>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 4) return multiply_tokens<Codec, 4>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 8) return multiply_tokens<Codec, 8>(w, x, panel, end, 0, y);
+  for (int p = panel; p < end; p++) {  // a panel stays in the cache for all tokens
     int t = 0;
-    for (; t + 8 <= x.n_tokens; t += 8) multiply_tokens<Codec, 8>(w, x, p, t, y);
-    for (; t + 4 <= x.n_tokens; t += 4) multiply_tokens<Codec, 4>(w, x, p, t, y);
-    for (; t + 2 <= x.n_tokens; t += 2) multiply_tokens<Codec, 2>(w, x, p, t, y);
-    for (; t < x.n_tokens; t++) multiply_tokens<Codec, 1>(w, x, p, t, y);
+    for (; t + 8 <= x.n_tokens; t += 8) multiply_tokens<Codec, 8>(w, x, p, p + 1, t, y);
+    for (; t + 4 <= x.n_tokens; t += 4) multiply_tokens<Codec, 4>(w, x, p, p + 1, t, y);
+    for (; t + 2 <= x.n_tokens; t += 2) multiply_tokens<Codec, 2>(w, x, p, p + 1, t, y);
+    for (; t < x.n_tokens; t++) multiply_tokens<Codec, 1>(w, x, p, p + 1, t, y);
   }
 }
 
@@ -87,16 +90,16 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
 typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
 typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
 
-static void unpack_t2(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_t2(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
   }
 }
-static void unpack_i4(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_i4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
   }
@@ -108,9 +111,9 @@ BITNET_INLINE void base3_digits(w32x byte, w32x digits[5]) {
   digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                   // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
-static void unpack_b3(const uint8_t* panel, int64_t n_vectors, uint8_t* codes) {
+static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
-    prefetch(panel + 64 * v);
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     w32x even[5], odd[5];
     base3_digits(packed & 0xff, even), base3_digits(packed >> 8, odd);
@@ -127,7 +130,7 @@ struct UnpackedBase3 {
     for (int t = 0; t < T; t++) dots[t] = i16x{};
     for (int64_t v = 0; v < n_vectors; v += kVectors) {
       const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
-      unpack_b3(codes + 64 * v, n, tiles);
+      unpack_b3(codes + 64 * v, n, 4096, tiles);
       i16x part[T];
       Tile::template dot<T>(tiles, 5 * n, x + 20 * v, x_stride, part);
       for (int t = 0; t < T; t++) dots[t] += part[t];

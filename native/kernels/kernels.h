@@ -67,18 +67,21 @@ using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, i
 
 // Many tokens: codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
 // kGemmTokens, inputs a multiple of 16 below 65536. Two panels at once, because a tile of activations serves both. Rows of x up to
-// the next multiple of 16 are readable; so are out's.
+// the next multiple of 16 are readable; so are out's. A product may come in parts of the inputs: the first one starts the sums anew, out
+// holds them after the last one, and nothing else is multiplied in between.
 constexpr int kKeyBlock = 16;  // positions
 constexpr int kGemmTokens = 32;
 using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
-                             int n_tokens, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
-using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, uint8_t* codes /* [tiles, 64] */);
+                             int n_tokens, bool first, bool last, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
+// ahead: how many bytes after each vector what is unpacked next lies.
+using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes /* [tiles, 64] */);
 
 struct Kernels {
   const char* name;
   MultiplyInteger multiply_t2, multiply_b3, multiply_i4, multiply_i8;
   GemmInteger gemm_ternary, gemm_i4, gemm_i8;  // codes up to 2, 15, 255; null where multiply_* does as well
-  void (*begin_gemm)(int64_t inputs);          // before a thread calls gemm_* with multiples of these inputs, and after; may be null
+  // Before a thread calls gemm_* with multiples of these inputs and up to so many tokens, and after; may be null.
+  void (*begin_gemm)(int64_t inputs, int n_tokens);
   void (*end_gemm)();
   Unpack unpack_t2, unpack_b3, unpack_i4;
   // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
@@ -117,7 +120,7 @@ extern const Kernels kScalar;
 #if defined(__x86_64__)
 extern const Kernels kAvx2, kAvx512Vnni, kAvx512Vbmi;
 extern const GemmInteger kGemmAmx;
-extern void (*const kBeginAmx)(int64_t inputs);
+extern void (*const kBeginAmx)(int64_t inputs, int n_tokens);
 extern void (*const kEndAmx)();
 #endif
 

@@ -45,7 +45,7 @@ static inline v16 fma16(v16 a, v16 b, v16 c) {
   for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);  // the C library's, exact on any CPU
   return c;
 }
-constexpr int kSums = 4;
+constexpr int kSums = 6;
 
 constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_* in blocks
 }  // namespace

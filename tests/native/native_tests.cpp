@@ -161,8 +161,8 @@ void test_amx_in_emulation() {
     for (int n = 1; n <= kGemmTokens; n += n % 16 == 15 ? 1 : 7)
       for (int panels = 1; panels <= 2; panels++) {
         std::vector<int32_t> out(2 * kGemmTokens * 16), expected(kGemmTokens * 16);
-        begin(inputs);
-        gemm_u8_i8_amx(codes.data(), 16 * inputs, panels, inputs, x.data(), 320, n, out.data());
+        begin(inputs, n);
+        gemm_u8_i8_amx(codes.data(), 16 * inputs, panels, inputs, x.data(), 320, n, true, true, out.data());
         end();
         for (int p = 0; p < panels; p++) {
           for (int t = 0; t < n; t++)
