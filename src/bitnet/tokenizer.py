@@ -202,7 +202,7 @@ def _largest_id(library: tokenizers.Tokenizer) -> int:
     """Of all tokens, -1 for none. Their texts together would be a dict of 50 MB where there are 128,000: so if n have the ids below n,
     as nearly always, those are only asked for."""
     model, n = library.model, library.get_vocab_size(with_added_tokens=False)
-    if all(model.id_to_token(token) is not None for token in range(n)):
+    if None not in map(model.id_to_token, range(n)):
         return max(n - 1, *library.get_added_tokens_decoder(), -1)
     return max(library.get_vocab(with_added_tokens=True).values())
 
