@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -375,3 +376,15 @@ def test_a_model_larger_than_the_memory_is_refused_with_numbers(tmp_path: Path, 
     monkeypatch.setattr("bitnet.machine.available_memory_bytes", lambda: 1000)
     with pytest.raises(BitNetError, match=r"needs 0\.0 GB of memory, 0\.0 GB are available"):
         load(write(tmp_path))
+
+
+def test_any_number_of_threads_gives_the_same_bits_and_then_sleeps() -> None:
+    logits = []
+    for threads in (1, 2, 8):
+        engine = random_engine("article-12x512", threads=threads)
+        logits.append(engine.forward([(engine.sequence(), list(range(40)))]))
+        time.sleep(0.1)  # the workers stop spinning
+        before = time.process_time()
+        time.sleep(0.3)
+        assert time.process_time() - before < 0.03  # of 0.3 s on each of their cores
+    assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
