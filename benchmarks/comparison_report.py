@@ -173,12 +173,14 @@ def draw(summary: dict[str, Any], stem: Path) -> list[Path]:
             if not here:
                 continue
             axes.scatter(*zip(*points, strict=True), color=color, marker=marker, s=42, zorder=3, label=f"{engine}, {shape}")
-            for r, point in zip(here, points, strict=True):
-                name, at = (
-                    (f"{CODECS.get(r['weights'], r['weights'])}, {r['head']}", (-4, 7)) if engine == BITNET else (r["weights"], (-8, -3))
-                )
+            # bitnet's points lie close together: its labels go above them, the fastest highest
+            by_speed = sorted(range(len(points)), key=lambda i: points[i][1])
+            for i, (r, point) in enumerate(zip(here, points, strict=True)):
+                name, at, align = r["weights"], (-8, -3), "right"
+                if engine == BITNET:
+                    name, at, align = f"{CODECS.get(r['weights'], r['weights'])}, {r['head']}", (10, 4 + 9 * by_speed.index(i)), "left"
                 box = {"color": "white", "pad": 0.5}  # where the line would cross it
-                axes.annotate(name, point, xytext=at, textcoords="offset points", ha="right", fontsize=8, color=color, bbox=box)
+                axes.annotate(name, point, xytext=at, textcoords="offset points", ha=align, fontsize=8, color=color, bbox=box)
     axes.set(xscale="log", yscale="log", xlabel="MB of weights a token", ylabel="tokens/s, decoding")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 2, 5)))

@@ -76,7 +76,7 @@ def test_a_packed_model_loads(tmp_path: Path) -> None:
     assert engine.codec in ("t2", "b3") and engine.config.sub_norms and engine.config.head_dim == 8
     logits = engine.forward([(engine.sequence(), [1, 2, 3])], all_logits=True)
     assert logits.shape == (3, 60) and logits.dtype == np.float32 and np.isfinite(logits).all()
-    # 32 x 32 trits: two panels of 2 vectors of 64 bytes, and 16 times the one float32 scale; and so on for the others, the norms, the f32 embedding
+    # 32 x 32 trits: two panels of 2 vectors of 64 bytes, and the one scale 16 times; so for the others, the norms, the f32 embedding
     inputs = {"t2": 16, "b3": 20}[engine.codec]
     vectors = sum(-(-rows // 16) * 64 * -(-cols // inputs) + 64 for rows, cols in LINEARS.values())
     assert engine.weight_bytes_per_token == 2 * (vectors + 4 * sum(NORMS.values())) + 4 * 32 + 4 * 4 + 64 * 4 * 32
