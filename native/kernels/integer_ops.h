@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and a `Tile` codec of unpacked codes up to 2, one tile a vector.
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8).
 #pragma once
 #include "float_ops.h"
 
@@ -120,7 +120,7 @@ static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, ui
     for (int s = 0; s < 5; s++) *reinterpret_cast<w32x*>(codes + 320 * v + 64 * s) = even[s] | odd[s] << 8;
   }
 }
-// Base-3 where no table of bytes can be looked up: unpacked piece by piece.
+// Base-3 where no table of bytes can be looked up: unpacked piece by piece for a codec of one tile a vector.
 template <class Tile>
 struct UnpackedBase3 {
   template <int T>

@@ -20,10 +20,7 @@ namespace bitnet {
 //   f16, bf16, f32:    [in][16 rows]
 // Where a panel holds no weight its codes are 0, so that they add nothing, whatever they are multiplied by.
 constexpr int kPanelRows = 16;
-constexpr int kTwoBitInputs = 16;  // inputs per 64-byte vector
-constexpr int kBase3Inputs = 20;
-constexpr int kInt4Inputs = 8;
-constexpr int kInt8Inputs = 4;
+constexpr int kKeyBlock = 16;  // positions whose keys lie together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
 
 enum class DenseType { f16, bf16, f32 };
@@ -70,7 +67,6 @@ using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, i
 // kGemmTokens, inputs a multiple of 16 below 65536. Two panels at once, because a tile of activations serves both. Rows of x up to
 // the next multiple of 16 are readable; so are out's. A product may come in parts of the inputs: the first one starts the sums anew, out
 // holds them after the last one, and nothing else is multiplied in between.
-constexpr int kKeyBlock = 16;  // positions
 constexpr int kGemmTokens = 32;
 using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
                              int n_tokens, bool first, bool last, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
