@@ -6,6 +6,12 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(_WIN32)
+#include <windows.h>
 #endif
 
 #include "kernels.h"
@@ -41,6 +47,28 @@ const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   }();
   return k;
 }
+#elif defined(__aarch64__)
+struct ArmFeatures {
+  bool dotprod = false, i8mm = false;
+};
+ArmFeatures arm_features() {  // what is not known here is taken for missing. Tried on Linux only
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  return {(getauxval(AT_HWCAP) & kDotprod) != 0, (getauxval(AT_HWCAP2) & kI8mm) != 0};
+#elif defined(__APPLE__)
+  auto has = [](const char* feature) {
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#elif defined(_WIN32)
+  constexpr DWORD kDotprod = 43, kI8mm = 66;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
+  return {IsProcessorFeaturePresent(kDotprod) != 0, IsProcessorFeaturePresent(kI8mm) != 0};
+#else
+  return {};
+#endif
+}
 #endif
 
 int list_candidates(Candidate* out) {  // best first
@@ -56,6 +84,11 @@ int list_candidates(Candidate* out) {  // best first
   out[n++] = {&kAvx512Vbmi, vbmi};
   out[n++] = {&kAvx512Vnni, avx512};
   out[n++] = {&kAvx2, avx2};
+#elif defined(__aarch64__)
+  static const ArmFeatures arm = arm_features();
+  out[n++] = {&kNeonI8mm, arm.dotprod && arm.i8mm};
+  out[n++] = {&kNeonDotprod, arm.dotprod};
+  out[n++] = {&kNeon, true};  // every 64-bit Arm
 #endif
   out[n++] = {&kScalar, true};
   return n;

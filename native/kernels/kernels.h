@@ -119,6 +119,8 @@ extern const Kernels kAvx2, kAvx512Vnni, kAvx512Vbmi;
 extern const GemmInteger kGemmAmx;
 extern void (*const kBeginAmx)(int64_t inputs, int n_tokens);
 extern void (*const kEndAmx)();
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonDotprod, kNeonI8mm;
 #endif
 
 // ---- dispatch.cpp

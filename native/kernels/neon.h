@@ -1,0 +1,142 @@
+// What the three Arm sets share: conversions, codecs as tiles of signed bytes, and products with many tokens by those with few.
+#pragma once
+#include <arm_neon.h>
+
+#include "kernels.h"
+
+namespace {
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+union Quads {
+  v16 all;
+  float32x4_t q[4];
+};
+
+static inline __attribute__((always_inline)) v16 load_f16(const uint16_t* p) {
+  Quads x;
+  for (int i = 0; i < 4; i++) x.q[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
+  return x.all;
+}
+static inline __attribute__((always_inline)) void store_f16(v16 v, uint16_t* p) {
+  const Quads x = {v};
+  for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.q[i])));
+}
+static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
+  const Quads x = {a}, y = {b};
+  Quads z = {c};
+  for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
+  return z.all;
+}
+constexpr int kSums = 6;  // of four registers each
+}  // namespace
+
+#include "integer_ops.h"
+
+namespace {
+// A codec of Arm: how a register of packed bytes (4 rows, see kernels.h) becomes tiles of signed bytes.
+//   tiles              in a vector
+//   top                |weight| of a tile's bytes is at most this
+//   offset             tile = code - offset
+//   tile<s, in_place>  tile s; in place it may come times 2^shift(s), for one instruction less: 0, 2, .. 2 (factors - 1)
+struct TwoBitTiles {
+  static constexpr int tiles = 4, top = 2, offset = 0, factors = 3;
+  static constexpr int shift(int s) { return s == 3 ? 0 : 2 * s; }
+  template <int s, bool in_place>
+  BITNET_INLINE int8x16_t tile(uint8x16_t packed) {  // the top pair in place would be negative: it is shifted, and needs no mask
+    if constexpr (s == 3) return vreinterpretq_s8_u8(vshrq_n_u8(packed, 6));
+    else if constexpr (s == 0 || in_place) return vreinterpretq_s8_u8(vandq_u8(packed, vdupq_n_u8(3 << 2 * s)));
+    else return vreinterpretq_s8_u8(vandq_u8(vshrq_n_u8(packed, 2 * s), vdupq_n_u8(3)));
+  }
+};
+struct Int4Tiles {
+  static constexpr int tiles = 2, top = 15, offset = 0, factors = 1;
+  static constexpr int shift(int) { return 0; }
+  template <int s, bool>
+  BITNET_INLINE int8x16_t tile(uint8x16_t packed) {
+    return vreinterpretq_s8_u8(s ? vshrq_n_u8(packed, 4) : vandq_u8(packed, vdupq_n_u8(15)));
+  }
+};
+struct Int8Tiles {  // codes of 128 and more are no signed bytes
+  static constexpr int tiles = 1, top = 128, offset = 128, factors = 1;
+  static constexpr int shift(int) { return 0; }
+  template <int, bool>
+  BITNET_INLINE int8x16_t tile(uint8x16_t packed) { return vreinterpretq_s8_u8(veorq_u8(packed, vdupq_n_u8(128))); }
+};
+template <int largest>
+struct UnpackedTiles {
+  static constexpr int tiles = 1, top = largest, offset = 0, factors = 1;
+  static constexpr int shift(int) { return 0; }
+  template <int, bool>
+  BITNET_INLINE int8x16_t tile(uint8x16_t packed) { return vreinterpretq_s8_u8(packed); }
+};
+
+// Calls work(Count<0>()), work(Count<1>()), ...: intrinsics want their lanes as constants.
+template <int N, class Work>
+BITNET_INLINE void unroll(const Work& work) {
+  if constexpr (N > 0) unroll<N - 1>(work), work(Count<N - 1>());
+}
+#define BITNET_STEP [&](auto index) __attribute__((always_inline))
+
+// A step is 16 inputs, which are one register of activations: 4 tiles, so 4 / Tiles::tiles vectors. Tile s of 4 rows:
+template <class Tiles, int s, bool in_place>
+BITNET_INLINE int8x16_t step_tile(const uint8_t* at) {
+  return Tiles::template tile<s % Tiles::tiles, in_place>(vld1q_u8(at + 64 * (s / Tiles::tiles)));
+}
+template <class Tiles>
+BITNET_INLINE void prefetch_step(const uint8_t* at) {
+  for (int v = 0; v < 4 / Tiles::tiles; v++) prefetch(at + 64 * v);
+}
+BITNET_INLINE void put_rows(i16x& dots, int r, int32x4_t four) { vst1q_s32(reinterpret_cast<int32_t*>(&dots) + 4 * r, four); }
+
+// A codec of integer_ops.h by a set's products of whole steps,
+//   template <int T> static void run(const uint8_t* codes, int64_t n_steps, const int8_t* x, int64_t x_stride, i16x* dots)
+// the sums of tile * x. Codes that end within a step are copied, and zero follows them.
+template <template <class> class Steps, class Tiles>
+struct Products {
+  template <int T>
+  static __attribute__((noinline)) void run(const uint8_t* codes, int64_t n_steps, const int8_t* x, int64_t x_stride, i16x* dots) {
+    Steps<Tiles>::template run<T>(codes, n_steps, x, x_stride, dots);
+  }
+  template <int T>
+  static __attribute__((noinline)) void add_last_step(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    alignas(64) uint8_t step[256] = {};
+    for (int64_t i = 0; i < 64 * n_vectors; i++) step[i] = codes[i];
+    i16x last[T];
+    run<T>(step, 1, x, x_stride, last);
+    for (int t = 0; t < T; t++) dots[t] += last[t];
+  }
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    constexpr int kVectors = 4 / Tiles::tiles;
+    const int64_t steps = n_vectors / kVectors, rest = n_vectors % kVectors;
+    Steps<Tiles>::template run<T>(codes, steps, x, x_stride, dots);
+    if (rest) add_last_step<T>(codes + 64 * kVectors * steps, rest, x + 16 * steps, x_stride, dots);
+    if constexpr (Tiles::offset)
+      for (int t = 0; t < T; t++) {
+        int32x4_t sum = {};
+        for (int64_t i = 0; i < steps + (rest > 0); i++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(x + t * x_stride + 16 * i)));
+        dots[t] += Tiles::offset * vaddvq_s32(sum);
+      }
+  }
+};
+
+// The products of unpacked codes with many tokens, T at a time.
+template <class Dot>
+static void gemm_by(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens,
+                    bool first, bool, int32_t* out) {
+  auto some = [&](auto count, int p, int t) {
+    i16x dots[decltype(count)::count];
+    Dot::template dot<decltype(count)::count>(codes + p * panel_bytes, inputs / 4, x + t * x_stride, x_stride, dots);
+    for (int i = 0; i < decltype(count)::count; i++) {
+      i16x* to = reinterpret_cast<i16x*>(out + (p * bitnet::kGemmTokens + t + i) * 16);
+      *to = first ? dots[i] : *to + dots[i];
+    }
+  };
+  for (int p = 0; p < n_panels; p++) {
+    int t = 0;
+    for (; t + 8 <= n_tokens; t += 8) some(Count<8>(), p, t);
+    if (t + 4 <= n_tokens) some(Count<4>(), p, t), t += 4;
+    if (t + 2 <= n_tokens) some(Count<2>(), p, t), t += 2;
+    if (t < n_tokens) some(Count<1>(), p, t);
+  }
+}
+}  // namespace
