@@ -40,8 +40,9 @@ def total_memory_bytes() -> int | None:
 
 
 def cpu_model() -> str:
-    """The processor's name, "unknown" if there is none."""
-    return next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    """The processor's name; that of the board where, as on Arm, the processor has none; else "unknown"."""
+    named = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return next((name for name in (*named, *(line.strip("\0 ") for line in _lines("/proc/device-tree/model"))) if name), "unknown")
 
 
 def cpu_flags() -> set[str]:
