@@ -19,7 +19,20 @@ template <int N> struct Count { static constexpr int count = N; };
 BITNET_INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
 BITNET_INLINE v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
 BITNET_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
-BITNET_INLINE v16 vmax(v16 a, v16 b) { return a > b ? a : b; }
+#if defined(__AVX512F__)
+typedef float register_of_floats __attribute__((vector_size(64)));
+#elif defined(__AVX__)
+typedef float register_of_floats __attribute__((vector_size(32)));
+#else
+typedef float register_of_floats __attribute__((vector_size(16)));
+#endif
+// a > b ? yes : no, register by register: gcc would compare and choose wider vectors lane by lane.
+BITNET_INLINE v16 where_greater(v16 a, v16 b, v16 yes, v16 no) {
+  union Parts { v16 all; register_of_floats part[64 / sizeof(register_of_floats)]; } x = {a}, y = {b}, z = {yes}, result = {no};
+  for (unsigned i = 0; i < 64 / sizeof(register_of_floats); i++) result.part[i] = x.part[i] > y.part[i] ? z.part[i] : result.part[i];
+  return result.all;
+}
+BITNET_INLINE v16 vmax(v16 a, v16 b) { return where_greater(a, b, a, b); }
 BITNET_INLINE v16 vabs(v16 x) { return (v16)((i16x)x & 0x7fffffff); }
 
 // The first n < 16 elements at p, the rest `fill`.
@@ -46,7 +59,7 @@ BITNET_INLINE float max_lanes(v16 x) {
 // exp(x) for x <= 0, about 2 ulp; 0 below -87. 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2 in two parts
 // (Cody and Waite); p is the Taylor polynomial of degree 7, whose remainder is below 2^-26.
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
-  i16x tiny = x < splat(-87.0f);
+  const v16 exact = x;
   x = vmax(x, splat(-87.0f));
   v16 shifted = fma16(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: the low bits are the rounded integer
   v16 n = shifted - 12582912.0f;
@@ -61,7 +74,7 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
   p = fma16(p, r, splat(1.0f));
   i16x power = ((i16x)shifted - 0x4b400000 + 127) << 23;
   v16 y = p * (v16)power;
-  return tiny ? splat(0.0f) : y;
+  return where_greater(splat(-87.0f), exact, splat(0.0f), y);
 }
 
 template <v16 (*load_weights)(const void*, int64_t), int T>
@@ -130,7 +143,7 @@ static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
 
 BITNET_INLINE v16 silu(v16 x) {  // x / (1 + e^-x), through e^-|x| so that nothing overflows
   v16 e = exp_nonpositive(-vabs(x));
-  return x * (x >= splat(0.0f) ? splat(1.0f) : e) / (splat(1.0f) + e);
+  return x * where_greater(splat(0.0f), x, e, splat(1.0f)) / (splat(1.0f) + e);
 }
 BITNET_INLINE v16 relu2(v16 x) {
   v16 y = vmax(x, splat(0.0f));
@@ -140,7 +153,7 @@ BITNET_INLINE v16 relu2(v16 x) {
 BITNET_INLINE v16 gelu_tanh(v16 x) {
   v16 u = (x + x * x * x * 0.044715f) * 1.59576912f;  // 2 u
   v16 e = exp_nonpositive(-vabs(u));
-  return x * (u >= splat(0.0f) ? splat(1.0f) : e) / (splat(1.0f) + e);
+  return x * where_greater(splat(0.0f), u, e, splat(1.0f)) / (splat(1.0f) + e);
 }
 template <v16 (*act)(v16)>
 static void gate_with(const float* gate, const float* up, int n, float* out) {
