@@ -4,51 +4,30 @@
 // how wide the machine's registers are. The including file defines, for its instruction set, load_f16, store_f16, fma16 (a * b + c,
 // rounded once) and kSums, how many v16 sums its registers hold. The compiler itself fuses nothing (-ffp-contract=off).
 #pragma once
-#include <stdint.h>
+#include "lanes.h"
 
 namespace {
 
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16x __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef float v8 __attribute__((vector_size(32)));
-typedef float v4 __attribute__((vector_size(16)));
-#define BITNET_INLINE static inline __attribute__((always_inline))
-
 template <int N> struct Count { static constexpr int count = N; };
-BITNET_INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-BITNET_INLINE v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
-BITNET_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
-#if defined(__AVX512F__)
-typedef float register_of_floats __attribute__((vector_size(64)));
-#elif defined(__AVX__)
-typedef float register_of_floats __attribute__((vector_size(32)));
-#else
-typedef float register_of_floats __attribute__((vector_size(16)));
-#endif
-// a > b ? yes : no, register by register: gcc would compare and choose wider vectors lane by lane.
-BITNET_INLINE v16 where_greater(v16 a, v16 b, v16 yes, v16 no) {
-  union Parts { v16 all; register_of_floats part[64 / sizeof(register_of_floats)]; } x = {a}, y = {b}, z = {yes}, result = {no};
-  for (unsigned i = 0; i < 64 / sizeof(register_of_floats); i++) result.part[i] = x.part[i] > y.part[i] ? z.part[i] : result.part[i];
-  return result.all;
-}
-BITNET_INLINE v16 vmax(v16 a, v16 b) { return where_greater(a, b, a, b); }
-BITNET_INLINE v16 vabs(v16 x) { return (v16)((i16x)x & 0x7fffffff); }
+BITNET_INLINE v16 vmax(v16 a, v16 b) { return select(a > b, a, b); }
+BITNET_INLINE v16 vabs(v16 x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // The first n < 16 elements at p, the rest `fill`.
 BITNET_INLINE v16 load_tail(const float* p, int n, float fill) {
-  v16 x = splat(fill);
-  for (int i = 0; i < n; i++) x[i] = p[i];
-  return x;
+  float x[16];
+  for (int i = 0; i < 16; i++) x[i] = i < n ? p[i] : fill;
+  return load(x);
 }
 BITNET_INLINE void store_tail(float* p, int n, v16 x) {
   for (int i = 0; i < n; i++) p[i] = x[i];
 }
 
-BITNET_INLINE float sum_lanes(v16 x) {
-  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+BITNET_INLINE float sum_lanes(v16 x) {  // halves, and halves of those
+  float a[16];
+  store(a, x);
+  for (int n = 8; n > 2; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 BITNET_INLINE float max_lanes(v16 x) {
   float m = x[0];
@@ -59,7 +38,7 @@ BITNET_INLINE float max_lanes(v16 x) {
 // exp(x) for x <= 0, about 2 ulp; 0 below -87. 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2 in two parts
 // (Cody and Waite); p is the Taylor polynomial of degree 7, whose remainder is below 2^-26.
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
-  const v16 exact = x;
+  const i16x tiny = x < splat(-87.0f);
   x = vmax(x, splat(-87.0f));
   v16 shifted = fma16(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: the low bits are the rounded integer
   v16 n = shifted - 12582912.0f;
@@ -72,9 +51,8 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
   p = fma16(p, r, splat(0.5f));
   p = fma16(p, r, splat(1.0f));
   p = fma16(p, r, splat(1.0f));
-  i16x power = ((i16x)shifted - 0x4b400000 + 127) << 23;
-  v16 y = p * (v16)power;
-  return where_greater(splat(-87.0f), exact, splat(0.0f), y);
+  const i16x power = (as_int(shifted) - 0x4b400000 + 127) << 23;
+  return select(tiny, splat(0.0f), p * as_float(power));
 }
 
 template <v16 (*load_weights)(const void*, int64_t), int T>
@@ -99,9 +77,7 @@ static void dot_dense(const void* panel, int64_t n_inputs, const float* x, int64
 BITNET_INLINE v16 load_dense_f32(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
 BITNET_INLINE v16 load_dense_f16(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
 BITNET_INLINE v16 load_dense_bf16(const void* p, int64_t i) {
-  typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-  h16 bits = *reinterpret_cast<const h16*>(static_cast<const uint16_t*>(p) + i);
-  return (v16)(__builtin_convertvector(bits, i16x) << 16);
+  return as_float(widen_int(static_cast<const uint16_t*>(p) + i) << 16);
 }
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
@@ -124,17 +100,16 @@ static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
   if (i < n) most = vmax(vabs(load_tail(x + i, n - i, 0.0f)), most);
   float absmax = max_lanes(most);
   float scale = 127.0f / absmax;
-  i16x sums = {};
+  i16x sums = splat_int(0);
   for (i = 0; i < n; i += 16) {
     v16 y = (i + 16 <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f)) * scale + 12582912.0f;  // rounds half to even
-    i16x codes = (i16x)y - 0x4b400000;
-    codes = codes < -128 ? i16x{} - 128 : codes;
-    codes = codes > 127 ? i16x{} + 127 : codes;
+    i16x codes = as_int(y) - 0x4b400000;
+    codes = select(codes < splat_int(-128), splat_int(-128), codes);
+    codes = select(codes > splat_int(127), splat_int(127), codes);
     sums += codes;
-    b16 bytes = __builtin_convertvector(codes, b16);
-    if (i + 16 <= n) *reinterpret_cast<b16*>(q + i) = bytes;
+    if (i + 16 <= n) store_bytes(q + i, codes);
     else
-      for (int j = 0; j < n - i; j++) q[i + j] = bytes[j];
+      for (int j = 0; j < n - i; j++) q[i + j] = (int8_t)codes[j];
   }
   *sum = 0;
   for (int l = 0; l < 16; l++) *sum += sums[l];
@@ -143,7 +118,7 @@ static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
 
 BITNET_INLINE v16 silu(v16 x) {  // x / (1 + e^-x), through e^-|x| so that nothing overflows
   v16 e = exp_nonpositive(-vabs(x));
-  return x * where_greater(splat(0.0f), x, e, splat(1.0f)) / (splat(1.0f) + e);
+  return x * select(x >= splat(0.0f), splat(1.0f), e) / (splat(1.0f) + e);
 }
 BITNET_INLINE v16 relu2(v16 x) {
   v16 y = vmax(x, splat(0.0f));
@@ -153,7 +128,7 @@ BITNET_INLINE v16 relu2(v16 x) {
 BITNET_INLINE v16 gelu_tanh(v16 x) {
   v16 u = (x + x * x * x * 0.044715f) * 1.59576912f;  // 2 u
   v16 e = exp_nonpositive(-vabs(u));
-  return x * where_greater(splat(0.0f), u, e, splat(1.0f)) / (splat(1.0f) + e);
+  return x * select(u >= splat(0.0f), splat(1.0f), e) / (splat(1.0f) + e);
 }
 template <v16 (*act)(v16)>
 static void gate_with(const float* gate, const float* up, int n, float* out) {
@@ -291,18 +266,20 @@ BITNET_INLINE void prefetch(const uint8_t* at) {
   __builtin_prefetch(at + 1024, 0, 3);
 }
 static uint64_t read_bytes(const void* p, int64_t bytes) {
-  typedef uint64_t u8x __attribute__((vector_size(64), may_alias));
-  const u8x* v = static_cast<const u8x*>(p);
-  u8x sum[4] = {};
-  int64_t i = 0, n = bytes / 64;
-  for (; i + 4 <= n; i += 4)
-    for (int j = 0; j < 4; j++) {
-      prefetch(reinterpret_cast<const uint8_t*>(v + i + j));
-      sum[j] ^= v[i + j];
+  typedef uint64_t Quads __attribute__((vector_size(kPartBytes), aligned(8), may_alias));
+  constexpr int kSumsHere = 4 * kParts < 8 ? 4 * kParts : 8;
+  const uint8_t *at = static_cast<const uint8_t*>(p), *end = at + bytes;
+  Quads sum[kSumsHere] = {};
+  for (; at + kSumsHere * kPartBytes <= end; at += kSumsHere * kPartBytes)
+    for (int j = 0; j < kSumsHere; j++) {
+      if (j % kParts == 0) prefetch(at + j * kPartBytes);
+      sum[j] ^= reinterpret_cast<const Quads*>(at)[j];
     }
-  for (; i < n; i++) sum[0] ^= v[i];
-  u8x s = (sum[0] ^ sum[1]) ^ (sum[2] ^ sum[3]);
-  return s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+  for (; at < end; at += kPartBytes) sum[0] ^= *reinterpret_cast<const Quads*>(at);
+  uint64_t all = 0;
+  for (int j = 0; j < kSumsHere; j++)
+    for (int i = 0; i < kPartBytes / 8; i++) all ^= sum[j][i];
+  return all;
 }
 
 }  // namespace

@@ -39,7 +39,7 @@ struct Steps {
     while (n_steps > 0) {
       const int64_t n = n_steps < kBatch ? n_steps : kBatch;
       int16x8_t acc[T][R][2] = {};
-      for (int64_t i = 0; i < n; i++, codes += kBytes, x += 16) {
+      for (const uint8_t* end = codes + kBytes * n; codes != end; codes += kBytes, x += 16) {
         if (r0 == 0) prefetch_step<Tiles>(codes);
         add_step<T, R>(codes + 16 * r0, x, x_stride, acc, wide);
       }
@@ -50,7 +50,7 @@ struct Steps {
       n_steps -= n;
     }
     for (int t = 0; t < T; t++)
-      for (int r = 0; r < R; r++) put_rows(dots[t], r0 + r, vpaddq_s32(wide[t][r][0], wide[t][r][1]));
+      for (int r = 0; r < R; r++) dots[t].part[r0 + r] = (IntPart)vpaddq_s32(wide[t][r][0], wide[t][r][1]);
   }
 
   template <int T>

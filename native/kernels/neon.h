@@ -5,26 +5,25 @@
 #include "kernels.h"
 
 namespace {
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-union Quads {
-  v16 all;
-  float32x4_t q[4];
-};
+constexpr int kLanes = 4;
+}
+#include "lanes.h"
 
-static inline __attribute__((always_inline)) v16 load_f16(const uint16_t* p) {
-  Quads x;
-  for (int i = 0; i < 4; i++) x.q[i] = vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p + 4 * i)));
-  return x.all;
+namespace {
+BITNET_INLINE v16 load_f16(const uint16_t* from) {
+  return for_parts<v16>([&](int p) __attribute__((always_inline)) { return (FloatPart)vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(from + 4 * p))); });
 }
-static inline __attribute__((always_inline)) void store_f16(v16 v, uint16_t* p) {
-  const Quads x = {v};
-  for (int i = 0; i < 4; i++) vst1_u16(p + 4 * i, vreinterpret_u16_f16(vcvt_f16_f32(x.q[i])));
+BITNET_INLINE void store_f16(v16 x, uint16_t* to) {
+  for (int p = 0; p < 4; p++) vst1_u16(to + 4 * p, vreinterpret_u16_f16(vcvt_f16_f32((float32x4_t)x.part[p])));
 }
-static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
-  const Quads x = {a}, y = {b};
-  Quads z = {c};
-  for (int i = 0; i < 4; i++) z.q[i] = vfmaq_f32(z.q[i], x.q[i], y.q[i]);
-  return z.all;
+BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) {
+  return for_parts<v16>([&](int p) __attribute__((always_inline)) {
+    return (FloatPart)vfmaq_f32((float32x4_t)c.part[p], (float32x4_t)a.part[p], (float32x4_t)b.part[p]);
+  });
+}
+BITNET_INLINE void store_bytes(int8_t* to, i16x x) {  // of -128..127: the lowest byte of each lane
+  const int8x16_t low = vuzp1q_s8((int8x16_t)x.part[0], (int8x16_t)x.part[1]), high = vuzp1q_s8((int8x16_t)x.part[2], (int8x16_t)x.part[3]);
+  vst1q_s8(to, vuzp1q_s8(low, high));
 }
 constexpr int kSums = 6;  // of four registers each
 }  // namespace
@@ -85,8 +84,6 @@ template <class Tiles>
 BITNET_INLINE void prefetch_step(const uint8_t* at) {
   for (int v = 0; v < 4 / Tiles::tiles; v++) prefetch(at + 64 * v);
 }
-BITNET_INLINE void put_rows(i16x& dots, int r, int32x4_t four) { vst1q_s32(reinterpret_cast<int32_t*>(&dots) + 4 * r, four); }
-
 // A codec of integer_ops.h by a set's products of whole steps,
 //   template <int T> static void run(const uint8_t* codes, int64_t n_steps, const int8_t* x, int64_t x_stride, i16x* dots)
 // the sums of tile * x. Codes that end within a step are copied, and zero follows them.
@@ -114,7 +111,7 @@ struct Products {
       for (int t = 0; t < T; t++) {
         int32x4_t sum = {};
         for (int64_t i = 0; i < steps + (rest > 0); i++) sum = vpadalq_s16(sum, vpaddlq_s8(vld1q_s8(x + t * x_stride + 16 * i)));
-        dots[t] += Tiles::offset * vaddvq_s32(sum);
+        dots[t] += splat_int(Tiles::offset * vaddvq_s32(sum));
       }
   }
 };
@@ -127,8 +124,8 @@ static void gemm_by(const uint8_t* codes, int64_t panel_bytes, int n_panels, int
     i16x dots[decltype(count)::count];
     Dot::template dot<decltype(count)::count>(codes + p * panel_bytes, inputs / 4, x + t * x_stride, x_stride, dots);
     for (int i = 0; i < decltype(count)::count; i++) {
-      i16x* to = reinterpret_cast<i16x*>(out + (p * bitnet::kGemmTokens + t + i) * 16);
-      *to = first ? dots[i] : *to + dots[i];
+      int32_t* to = out + (p * bitnet::kGemmTokens + t + i) * 16;
+      store_int(to, first ? dots[i] : load_int(to) + dots[i]);
     }
   };
   for (int p = 0; p < n_panels; p++) {

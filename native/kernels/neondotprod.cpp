@@ -22,7 +22,7 @@ struct DotSteps {
     constexpr bool kInPlace = T == 1;
     constexpr int N = kInPlace ? Tiles::factors : 1;
     int32x4_t acc[T][R][N] = {};
-    for (int64_t i = 0; i < n_steps; i++, codes += kBytes, x += 16) {
+    for (const uint8_t* end = codes + kBytes * n_steps; codes != end; codes += kBytes, x += 16) {
       if (r0 == 0) prefetch_step<Tiles>(codes);
       int8x16_t quads[T];
       for (int t = 0; t < T; t++) quads[t] = vld1q_s8(x + t * x_stride);
@@ -38,7 +38,7 @@ struct DotSteps {
       for (int r = 0; r < R; r++) {
         int32x4_t sum = acc[t][r][0];
         for (int n = 1; n < N; n++) sum += acc[t][r][n] >> 2 * n;
-        put_rows(dots[t], r0 + r, sum);
+        dots[t].part[r0 + r] = (IntPart)sum;
       }
   }
 

@@ -29,7 +29,8 @@ struct Steps {
   template <int T, int R>
   BITNET_INLINE void rows(const uint8_t* codes, int r0, int64_t n_steps, const int8_t* x, int64_t x_stride, i16x* dots) {
     int32x4_t acc[T / 2][R][2] = {};
-    for (int64_t i = 0; i < n_steps; i++, codes += 64 * 4 / Tiles::tiles, x += 16) {
+    constexpr int kBytes = 64 * 4 / Tiles::tiles;
+    for (const uint8_t* end = codes + kBytes * n_steps; codes != end; codes += kBytes, x += 16) {
       if (r0 == 0) prefetch_step<Tiles>(codes);
       int8x16_t quads[T];
       for (int t = 0; t < T; t++) quads[t] = vld1q_s8(x + t * x_stride);
@@ -45,8 +46,8 @@ struct Steps {
     }
     for (int t = 0; t < T; t += 2)
       for (int r = 0; r < R; r++) {
-        put_rows(dots[t], r0 + r, vuzp1q_s32(acc[t / 2][r][0], acc[t / 2][r][1]));
-        put_rows(dots[t + 1], r0 + r, vuzp2q_s32(acc[t / 2][r][0], acc[t / 2][r][1]));
+        dots[t].part[r0 + r] = (IntPart)vuzp1q_s32(acc[t / 2][r][0], acc[t / 2][r][1]);
+        dots[t + 1].part[r0 + r] = (IntPart)vuzp2q_s32(acc[t / 2][r][0], acc[t / 2][r][1]);
       }
   }
 

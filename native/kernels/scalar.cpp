@@ -2,8 +2,12 @@
 #include "kernels.h"
 
 namespace {
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kLanes = 4;
 
+}
+#include "lanes.h"
+
+namespace {
 static float from_half(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
   union { uint32_t u; float f; } x;
@@ -33,17 +37,21 @@ static uint16_t to_half(float f) {  // round half to even
   return (uint16_t)(sign | ((u - 0x38000000) >> 13));
 }
 
-static inline v16 load_f16(const uint16_t* p) {
-  v16 x;
+BITNET_INLINE v16 load_f16(const uint16_t* p) {
+  float x[16];
   for (int i = 0; i < 16; i++) x[i] = from_half(p[i]);
-  return x;
+  return load(x);
 }
-static inline void store_f16(v16 x, uint16_t* p) {
+BITNET_INLINE void store_f16(v16 x, uint16_t* p) {
   for (int i = 0; i < 16; i++) p[i] = to_half(x[i]);
 }
-static inline v16 fma16(v16 a, v16 b, v16 c) {
-  for (int i = 0; i < 16; i++) c[i] = __builtin_fmaf(a[i], b[i], c[i]);  // the C library's, exact on any CPU
-  return c;
+BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) {
+  float x[16];
+  for (int i = 0; i < 16; i++) x[i] = __builtin_fmaf(a[i], b[i], c[i]);  // the C library's, exact on any CPU
+  return load(x);
+}
+BITNET_INLINE void store_bytes(int8_t* to, i16x x) {
+  for (int i = 0; i < 16; i++) to[i] = (int8_t)x[i];
 }
 constexpr int kSums = 6;
 
@@ -59,11 +67,12 @@ struct Bytes {
   template <int T>
   static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     for (int t = 0; t < T; t++, x += x_stride) {
-      dots[t] = i16x{};
+      int32_t sums[16] = {};
       for (int64_t v = 0; v < n_vectors; v++)
         for (int s = 0; s < Tiles; s++)
           for (int r = 0; r < 16; r++)
-            for (int i = 0; i < 4; i++) dots[t][r] += digit(codes[64 * v + 4 * r + i], s) * x[4 * (Tiles * v + s) + i];
+            for (int i = 0; i < 4; i++) sums[r] += digit(codes[64 * v + 4 * r + i], s) * x[4 * (Tiles * v + s) + i];
+      dots[t] = load_int(sums);
     }
   }
 };
