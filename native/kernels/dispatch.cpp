@@ -13,11 +13,6 @@
 namespace bitnet {
 namespace {
 
-struct Candidate {
-  const Kernels* kernels;
-  bool supported;
-};
-
 #if defined(__x86_64__)
 // AMX int8 tiles: the CPU has them, and Linux (5.16 or later) lets this process use their state, for which it must be asked.
 bool amx_permitted() {
@@ -218,11 +213,9 @@ int test_isas(IsaReport* reports) {
   return n;
 }
 
-const Kernels* choose_kernels(const char* wanted, const char** failed) {
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed) {
   static std::atomic<const Kernels*> sound{nullptr};  // what passed last in this process: the test takes 3 ms, and each model asks twice
   *failed = nullptr;
-  Candidate candidates[kMaxIsas];
-  int n = list_candidates(candidates);
   for (int i = 0; i < n; i++) {
     const Candidate& c = candidates[i];
     if (!c.supported || (wanted && strcmp(wanted, c.kernels->name))) continue;
@@ -233,6 +226,12 @@ const Kernels* choose_kernels(const char* wanted, const char** failed) {
     if (!*failed) *failed = c.kernels->name;
   }
   return nullptr;
+}
+
+const Kernels* choose_kernels(const char* wanted, const char** failed) {
+  Candidate candidates[kMaxIsas];
+  const int n = list_candidates(candidates);
+  return choose_kernels(candidates, n, wanted, failed);
 }
 
 }  // namespace bitnet
