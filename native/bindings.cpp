@@ -270,6 +270,18 @@ NB_MODULE(_native, m) {
 #endif
   });
 
+  m.def("missing_instructions", [] {  // of x86-64-v2, which numpy's wheels take for granted; this module does not
+    std::vector<std::string> missing;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("ssse3")) missing.push_back("ssse3");
+    if (!__builtin_cpu_supports("sse4.1")) missing.push_back("sse4.1");
+    if (!__builtin_cpu_supports("sse4.2")) missing.push_back("sse4.2");
+    if (!__builtin_cpu_supports("popcnt")) missing.push_back("popcnt");
+#endif
+    return missing;
+  });
+
   // ---- for tests, benchmarks and `bitnet doctor`
   m.def("matmul_integer", [](const std::string& isa, int threads, const std::string& scheme, Matrix<int8_t> codes, Matrix<float> scales, Matrix<float> x, int activation_group) {
     Linear w = make_integer(scheme, codes, scales);

@@ -1,4 +1,4 @@
-"""What every installation must do. Needs only the standard library, so that any Python can try a wheel, or another machine's in an emulator:
+"""What every installation must do. Needs the standard library only, so that any Python can try any wheel, in an emulator too:
 
     python tests/smoke.py bitnet
     python tests/smoke.py qemu-aarch64 -L sysroot sysroot/usr/bin/python3.11 -m bitnet
