@@ -42,7 +42,7 @@ def main(*bitnet: str) -> None:
     machine = record([*bitnet, "doctor", "--json"])
     python = next(f["detail"] for f in machine["findings"] if f["what"] == "versions")
     sound = [f["what"].removeprefix("kernel ") for f in machine["findings"] if f["detail"] == "ok"]
-    print(f"{' '.join(bitnet)}: the expected story on {isa}; self-test ok for {', '.join(sound)}; {python}")
+    print(f"the expected story on {isa}; self-test ok for {', '.join(sound)}; {python}")
 
 
 if __name__ == "__main__":
