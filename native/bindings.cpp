@@ -39,8 +39,9 @@ template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   size_t n = 1;
   for (size_t s : shape) n *= s;
-  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))));
+  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n) * sizeof(T)));
   if (!*data) throw std::bad_alloc();
+  **data = T{};  // gcc would warn of memory that nobody has written
   nb::capsule owner(*data, [](void* p) noexcept { std::free(p); });
   return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }

@@ -25,7 +25,8 @@ static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
 }
 constexpr int kSums = 6;  // of two registers each
 
-static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
+typedef int32_t four __attribute__((may_alias, aligned(1)));
+static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const four*)x); }
 
 }  // namespace
 

@@ -2,10 +2,12 @@
 #include <string.h>
 
 #include <atomic>
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#endif
 #endif
 
 #include "kernels.h"
@@ -27,6 +29,11 @@ bool amx_permitted() {
 #endif
 }
 
+bool has_f16c() {  // a name that clang 14 does not know; its registers are AVX's
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+
 const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   static const Kernels k = [] {
     Kernels made = kAvx512Vbmi;
@@ -42,7 +49,7 @@ int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // the feature bits of gcc include the operating system's permission for the registers
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");

@@ -81,14 +81,16 @@ def load_average() -> float:
     """Runnable threads over the last minute; 0.0 if unknown."""
     try:
         return os.getloadavg()[0]
-    except OSError:
+    except (AttributeError, OSError):  # Windows has none
         return 0.0
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident."""
-    import resource  # Unix only
-
+def peak_rss_bytes() -> int | None:
+    """The most memory this process has had resident. None if unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
