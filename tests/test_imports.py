@@ -39,12 +39,13 @@ LAYERS = {
         "sampling",
         "tokenizer",
         "tokenizer_gguf",
+        "train",  # for another device than the CPU, and then only
         "tuning",
         "weights",
     },
     "evaluate": {"chat", "engine", "files", "models", "tokenizer", "transformer", "weights"},
     "bench": {"_native", "engine", "evaluate", "generation", "machine", "models", "shapes", "transformer", "tuning", "weights"},
-    "train": {"ternary", "packing", "files", "models", "evaluate", "transformer"},  # the last two score what was exported
+    "train": {"ternary", "packing", "files", "machine", "models", "evaluate", "transformer"},  # the last two score what was exported
     "cli": {"*"},
     "__init__": {"machine", "ternary", "transformer", "cli"},
     "__main__": {"cli"},
