@@ -2,8 +2,9 @@
 #include <string.h>
 
 #include <atomic>
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#if defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
 #elif defined(__aarch64__) && defined(__linux__)
@@ -13,16 +14,12 @@
 #elif defined(_WIN32)
 #include <windows.h>
 #endif
+#endif
 
 #include "kernels.h"
 
 namespace bitnet {
 namespace {
-
-struct Candidate {
-  const Kernels* kernels;
-  bool supported;
-};
 
 #if defined(__x86_64__)
 // AMX int8 tiles: the CPU has them, and Linux (5.16 or later) lets this process use their state, for which it must be asked.
@@ -36,6 +33,11 @@ bool amx_permitted() {
 #else
   return false;
 #endif
+}
+
+bool has_f16c() {  // a name that clang 14 does not know; its registers are AVX's
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
 }
 
 const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
@@ -75,7 +77,7 @@ int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // the feature bits of gcc include the operating system's permission for the registers
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
@@ -251,11 +253,9 @@ int test_isas(IsaReport* reports) {
   return n;
 }
 
-const Kernels* choose_kernels(const char* wanted, const char** failed) {
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed) {
   static std::atomic<const Kernels*> sound{nullptr};  // what passed last in this process: the test takes 3 ms, and each model asks twice
   *failed = nullptr;
-  Candidate candidates[kMaxIsas];
-  int n = list_candidates(candidates);
   for (int i = 0; i < n; i++) {
     const Candidate& c = candidates[i];
     if (!c.supported || (wanted && strcmp(wanted, c.kernels->name))) continue;
@@ -266,6 +266,12 @@ const Kernels* choose_kernels(const char* wanted, const char** failed) {
     if (!*failed) *failed = c.kernels->name;
   }
   return nullptr;
+}
+
+const Kernels* choose_kernels(const char* wanted, const char** failed) {
+  Candidate candidates[kMaxIsas];
+  const int n = list_candidates(candidates);
+  return choose_kernels(candidates, n, wanted, failed);
 }
 
 }  // namespace bitnet

@@ -111,7 +111,7 @@ BITNET_INLINE void base3_digits(Words byte, Words digits[5]) {
   digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                    // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
-static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+[[maybe_unused]] static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     for (int p = 0; p < 64; p += kPartBytes) {

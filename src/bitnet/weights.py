@@ -60,6 +60,7 @@ def load_engine(
     activation_group: int | None = None,
     codec: str = "auto",
     model: Canonical | None = None,
+    model_elsewhere: Callable[[ModelConfig, int], Any] | None = None,
 ) -> Engine:
     """Repack a checkpoint's weights for this machine.
 
@@ -69,6 +70,7 @@ def load_engine(
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
     `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
+    `model_elsewhere`: makes what stands for the native model, of a configuration and an activation group (train/device.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
     `UsageError` for options that would not run a BitNet model as it was trained, and for codec "b3" with groups of activations.
     """
@@ -87,7 +89,7 @@ def load_engine(
         int8 = model.quantization is None and any(_becomes_int8(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS)
         activation_group = INT8_GROUP if int8 else 0
     release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
-    native = new_native(config, threads, activation_group)
+    native = model_elsewhere(config, activation_group) if model_elsewhere else new_native(config, threads, activation_group)
     layers = [tensors[theirs] for ours, theirs in model.names.items() if _kind(ours) in LINEARS]
     packed = [tensor for tensor in layers if tensor.scheme in ("ternary", "binary")]
     scale_group = min((tensor.scale_group for tensor in packed), default=0)
@@ -106,6 +108,7 @@ def load_engine(
                 native.set_vector(ours, np.ascontiguousarray(_finite(tensor) + np.float32(offset), np.float32))
     if codec != "auto" and "ternary" not in schemes:
         raise UsageError(f"{where}: has no ternary layers in this way to run it; codec {codec!r} is for them, leave it out")
+    ternary_codec = getattr(native, "codec", ternary_codec)
     runs = ternary_codec if "ternary" in schemes else "int8" if "int8" in schemes else "dense"
     return Engine(config, native, runs, head)
 
@@ -333,7 +336,7 @@ class _Loader:
         return "dense"
 
     def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
-        return Matrix(self.native, scheme, shape[0], shape[1], n_groups)
+        return getattr(self.native, "Matrix", Matrix)(self.native, scheme, shape[0], shape[1], n_groups)
 
     def _made(
         self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]

@@ -1,10 +1,12 @@
 // The native core without Python, so that the sanitizers see all of it: kernels against the scalar ones over the grid of
 // sizes, the thread pool, and the forward pass of a small random model in every arrangement of its batch.
+#include <algorithm>
 #include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
 #include <string>
 
@@ -40,6 +42,54 @@ std::vector<const Kernels*> runnable() {
   const char* failed = nullptr;
   check(choose_kernels("no such set", &failed) == nullptr, "an unknown name is refused", "");
   return found;
+}
+
+// Kernels that lie are found out at start-up, named, and replaced by the next best: one that does nothing in each place of the table in
+// turn, and some that are wrong in one bit, or by saturating.
+void test_lies(const std::vector<const Kernels*>& isas) {
+  static const Kernels* honest;
+  honest = isas.size() > 1 ? isas[isas.size() - 2] : &kScalar;  // the simplest that is not the reference itself
+  auto found_out = [&](Kernels lying, const char* what, int place) {
+    static std::vector<std::unique_ptr<Kernels>> kept;  // a table's address must stay its own
+    lying.name = "lying";
+    kept.push_back(std::make_unique<Kernels>(lying));
+    const Candidate candidates[] = {{kept.back().get(), false}, {kept.back().get(), true}, {honest, true}, {&kScalar, true}};
+    const char* failed = nullptr;
+    check(choose_kernels(candidates, 4, nullptr, &failed) == honest && failed && !std::strcmp(failed, "lying"), what, honest->name, place);
+    check(choose_kernels(candidates, 4, "lying", &failed) == nullptr && failed && !std::strcmp(failed, "lying"), what, "asked for", place);
+  };
+  using Function = void (*)();
+  const Function nothing = [] {};
+  constexpr int kPlaces = int((sizeof(Kernels) - sizeof(const char*)) / sizeof(Function));
+  for (int place = 0; place < kPlaces; place++) {
+    Kernels lying = *honest;
+    char* at = reinterpret_cast<char*>(&lying) + sizeof(const char*) + place * sizeof(Function);
+    Function before;
+    std::memcpy(&before, at, sizeof before);
+    if (!before) continue;
+    std::memcpy(at, &nothing, sizeof nothing);
+    found_out(lying, "a kernel that does nothing is found out", place);
+  }
+  Kernels lying = *honest;
+  lying.multiply_t2 = [](const IntegerMatrix& w, const QuantizedRows& x, int first, int n, float* y) {
+    honest->multiply_t2(w, x, first, n, y);
+    float& last = y[size_t(x.n_tokens) * w.rows - 1];
+    last = std::nextafter(last, 1e9f);
+  };
+  found_out(lying, "one bit of a product is found out", 0);
+  lying = *honest;
+  lying.sum_i8 = [](const int8_t* q, int n) { return std::clamp(honest->sum_i8(q, n), -32768 / 4, 32767 / 4); };
+  found_out(lying, "saturation is found out", 0);
+  lying = *honest;
+  lying.quantize = [](const float* x, int n, int8_t* q, int32_t* sum) {
+    const float step = honest->quantize(x, n, q, sum);
+    q[n - 1] ^= 1;
+    return step;
+  };
+  found_out(lying, "one bit of a code is found out", 0);
+  const Candidate liars[] = {{&lying, true}};
+  const char* failed = nullptr;
+  check(choose_kernels(liars, 1, nullptr, &failed) == nullptr && failed, "where all lie, none runs", "");
 }
 
 // What ternary.py defines, in 64-bit integers.
@@ -300,6 +350,7 @@ uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c) 
 
 int main() {
   const auto isas = runnable();
+  test_lies(isas);
   test_matmul(isas);
   test_bounds(isas);
   test_repack();
