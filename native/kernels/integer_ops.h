@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8).
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes(u64x), a table of 16 entries.
 #pragma once
 #include "float_ops.h"
 
@@ -17,6 +17,7 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
 // Not inlined: each number of tokens wants all registers for itself.
 template <class Codec, int T>
 static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int first, int end, int t0, float* y) {
+  const bool apart = w.half_scales || 4 * w.panel_scales != w.panel_bytes;  // else the codecs' own prefetching brings the scales
   for (int panel = first; panel < end; panel++) {
     const uint8_t* codes = w.panels + panel * w.panel_bytes;
     const int64_t scales = (panel + 1) * w.panel_scales;  // the next panel's
@@ -25,7 +26,7 @@ static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, co
     for (int r = 0; r < x.n_runs; r++) {
       const Run& run = x.runs[r];
       const int64_t ahead = scales + 16 * run.weight_group;
-      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
+      if (apart) __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
       i16x dots[T];
       Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
       const v16 scale = load_scales(w, panel, run.weight_group);
@@ -79,7 +80,7 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
     const float step = x.steps[t0 + t];
     float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
     for (int p = 0; p < n_panels; p++) {
-      const i16x exact = *reinterpret_cast<const i16x*>(dots + (p * bitnet::kGemmTokens + t) * 16) - correction;
+      const i16x exact = *reinterpret_cast<const i16x*>(dots + (p * kGemmTokens + t) * 16) - correction;
       const v16 result = __builtin_convertvector(exact, v16) * scale[p] * step;
       if (rows - 16 * p >= 16) store(to + 16 * p, result);
       else store_tail(to + 16 * p, rows - 16 * p, result);
@@ -87,8 +88,7 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
   }
 }
 
-typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
+BITNET_INLINE u64x fp4_codes(u64x numbers);  // of E2M1 numbers, one a byte: kFp4Codes
 
 static void unpack_t2(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
@@ -97,11 +97,26 @@ static void unpack_t2(const uint8_t* panel, int64_t n_vectors, int64_t ahead, ui
     for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
   }
 }
+static void unpack_b1(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
+    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
+    *reinterpret_cast<w32x*>(codes + 512 * v) = (packed << 1) & 0x0202;
+    for (int s = 1; s < 8; s++) *reinterpret_cast<w32x*>(codes + 512 * v + 64 * s) = (packed >> (s - 1)) & 0x0202;
+  }
+}
 static void unpack_i4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
     for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
+  }
+}
+static void unpack_fp4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
+    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
+    for (int s = 0; s < 2; s++) *reinterpret_cast<u64x*>(codes + 128 * v + 64 * s) = fp4_codes((u64x)((packed >> (4 * s)) & 0x0f0f));
   }
 }
 // The five digits of the byte in each 16-bit lane; the divisions are exact for what can occur.
@@ -149,10 +164,11 @@ static int32_t sum_i8(const int8_t* q, int n) {
 }
 }  // namespace
 
-#define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_i8)                                                               \
+#define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                                    \
   {                                                                                                                                \
-    name, multiply<TwoBit>, multiply<Base3>, multiply<Int4>, multiply<Int8>, gemm_ternary, gemm_i4, gemm_i8, nullptr, nullptr,     \
-        unpack_t2, unpack_b3, unpack_i4, add_run, write_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
-        dot_dense<load_dense_f32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate,       \
-        to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                                                               \
+    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary,        \
+        gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4, add_run, write_run,  \
+        sum_i8, multiply_dense<DenseF16>, multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm,                           \
+        quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax,     \
+        weigh_f16, read_bytes                                                                                                      \
   }
