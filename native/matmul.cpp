@@ -105,12 +105,16 @@ class ManyTokens {
     const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
     for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x_.n_tokens - t0);
-      alignas(64) float sums[2 * kGemmTokens * kPanelRows] = {};
-      for (int r = 0; r < x_.n_runs; r++) {
-        const int64_t at = x_.runs[r].first;
-        f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots_);
+      constexpr int kStride = 2 * kGemmTokens * kPanelRows;
+      alignas(64) float sums[kStride] = {};
+      for (int first = 0; first < x_.n_runs; first += kGemmRuns) {
+        const int n_runs = std::min(kGemmRuns, x_.n_runs - first);
+        for (int r = 0; r < n_runs; r++) {
+          const int64_t at = x_.runs[first + r].first;
+          f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(first + r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots_ + r * kStride);
+        }
         for (int p = 0; p < n_panels; p++)
-          k_.add_run(matrix_, x_, r, panel + p, t0, n, dots_ + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+          k_.add_runs(matrix_, x_, first, n_runs, panel + p, t0, n, dots_ + p * kGemmTokens * kPanelRows, kStride, sums + p * kGemmTokens * kPanelRows);
       }
       for (int p = 0; p < n_panels; p++) {
         const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w_.rows - row0);
@@ -130,7 +134,7 @@ class ManyTokens {
   const CodecKernels f_;
   const IntegerMatrix matrix_;
   const int last_run_, tail_;
-  alignas(64) int32_t dots_[2 * kGemmTokens * kPanelRows];  // of two panels and a block of tokens
+  alignas(64) int32_t dots_[kGemmRuns * 2 * kGemmTokens * kPanelRows];  // of some runs, two panels and a block of tokens
 };
 
 // From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.

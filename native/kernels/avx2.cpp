@@ -25,6 +25,11 @@ static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
 }
 constexpr int kSums = 6;  // of two registers each
 
+#define BITNET_PARTS
+typedef float part __attribute__((vector_size(32)));
+static inline __attribute__((always_inline)) part widen_f16(const uint16_t* p) { return (part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
+static inline __attribute__((always_inline)) part fma_part(part a, part b, part c) { return (part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
+
 static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
 
 }  // namespace

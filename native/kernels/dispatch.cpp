@@ -133,8 +133,8 @@ const char* first_difference(const Kernels& k) {
           c.mine(w, rows, 0, 2, y1);
           if (memcmp(y1, y2, sizeof y1)) return c.name;
           for (int i = 0; i < 2 * kGemmTokens * 16; i++) dots[i] = (int32_t)(next_random(state) % 99999);
-          k.add_run(w, rows, 1, 1, 0, tokens, dots, y1), kScalar.add_run(w, rows, 1, 1, 0, tokens, dots, y2);
-          if (memcmp(y1, y2, sizeof y1)) return "add_run";
+          k.add_runs(w, rows, 0, 2, 1, 0, tokens, dots, kTokens * 16, y1), kScalar.add_runs(w, rows, 0, 2, 1, 0, tokens, dots, kTokens * 16, y2);
+          if (memcmp(y1, y2, sizeof y1)) return "add_runs";
           k.write_run(w, rows, 0, 2, 0, tokens, dots, y1), kScalar.write_run(w, rows, 0, 2, 0, tokens, dots, y2);
           if (memcmp(y1, y2, sizeof y1)) return "write_run";
         }

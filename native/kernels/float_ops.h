@@ -74,20 +74,32 @@ BITNET_INLINE void prefetch(const uint8_t* at) {
   __builtin_prefetch(at + 1024, 0, 3);
 }
 
-// Dense weights: what is stored for 16 rows of one input, widened.
+// Dense products go part by part of the 16 rows: a part is what one register holds. An instruction set of shorter registers than v16
+// defines part, widen_f16 and fma_part itself (and BITNET_PARTS): gcc keeps vectors of several registers in memory.
+#ifndef BITNET_PARTS
+typedef v16 part;
+BITNET_INLINE part widen_f16(const uint16_t* p) { return load_f16(p); }
+BITNET_INLINE part fma_part(part a, part b, part c) { return fma16(a, b, c); }
+#endif
+constexpr int kLanes = sizeof(part) / sizeof(float), kParts = 16 / kLanes;
+typedef part any_part __attribute__((aligned(4), may_alias));
+BITNET_INLINE part spread(float x) { return x - part{}; }  // less 0 changes nothing, not even the sign of 0
+
+// What is stored for kLanes rows of one input, widened.
 struct DenseF32 {
   using Stored = float;
-  BITNET_INLINE v16 widen(const Stored* p) { return load(p); }
+  BITNET_INLINE part widen(const Stored* p) { return *reinterpret_cast<const any_part*>(p); }
 };
 struct DenseF16 {
   using Stored = uint16_t;
-  BITNET_INLINE v16 widen(const Stored* p) { return load_f16(p); }
+  BITNET_INLINE part widen(const Stored* p) { return widen_f16(p); }
 };
 struct DenseBf16 {
   using Stored = uint16_t;
-  BITNET_INLINE v16 widen(const Stored* p) {
-    typedef uint16_t h16 __attribute__((vector_size(32), aligned(2), may_alias));
-    return (v16)(__builtin_convertvector(*reinterpret_cast<const h16*>(p), i16x) << 16);
+  BITNET_INLINE part widen(const Stored* p) {
+    typedef uint16_t halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
+    typedef int32_t words __attribute__((vector_size(4 * kLanes)));
+    return (part)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
   }
 };
 
@@ -95,43 +107,46 @@ struct DenseBf16 {
 template <class Dense, int T>
 static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
   constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
-  v16 acc[T][4];
-  for (int t = 0; t < T; t++)
-    for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
+  part acc[T][4][kParts] = {};
   for (int64_t k = 0; k < n_inputs; k += 4, w += 64)
     for (int j = 0; j < 4; j++) {
       if (j % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(w + 16 * j));
-      const v16 wide = Dense::widen(w + 16 * j);
-      for (int t = 0; t < T; t++) acc[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), acc[t][j]);
+      for (int h = 0; h < kParts; h++) {
+        const part wide = Dense::widen(w + 16 * j + kLanes * h);
+        for (int t = 0; t < T; t++) acc[t][j][h] = fma_part(wide, spread(x[t * x_stride + k + j]), acc[t][j][h]);
+      }
     }
-  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+  for (int t = 0; t < T; t++)
+    for (int h = 0; h < kParts; h++)
+      *reinterpret_cast<any_part*>(out + 16 * t + kLanes * h) = (acc[t][0][h] + acc[t][1][h]) + (acc[t][2][h] + acc[t][3][h]);
 }
 // P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
 template <class Dense, int P, int T>
 static void dense_block(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
-  constexpr int kInputs = 64;
-  v16 partial[4][P][T] = {};
+  constexpr int kInputs = 64, N = P * kParts;
+  part partial[4][N][T] = {};
   for (int64_t k0 = 0; k0 < n_inputs; k0 += kInputs) {
     const int64_t end = k0 + kInputs < n_inputs ? k0 + kInputs : n_inputs;
     for (int j = 0; j < 4; j++) {
-      v16 acc[P][T];
-      for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++) acc[p][t] = partial[j][p][t];
+      part acc[N][T];
+      for (int n = 0; n < N; n++)
+        for (int t = 0; t < T; t++) acc[n][t] = partial[j][n][t];
       for (int64_t k = k0 + j; k < end; k += 4) {
-        v16 wide[P];
-        for (int p = 0; p < P; p++) wide[p] = Dense::widen(w[p] + 16 * k);
+        part wide[N];
+        for (int n = 0; n < N; n++) wide[n] = Dense::widen(w[n / kParts] + 16 * k + kLanes * (n % kParts));
         for (int t = 0; t < T; t++) {
-          const v16 xt = splat(x[t * x_stride + k]);
-          for (int p = 0; p < P; p++) acc[p][t] = fma16(wide[p], xt, acc[p][t]);
+          const part xt = spread(x[t * x_stride + k]);
+          for (int n = 0; n < N; n++) acc[n][t] = fma_part(wide[n], xt, acc[n][t]);
         }
       }
-      for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++) partial[j][p][t] = acc[p][t];
+      for (int n = 0; n < N; n++)
+        for (int t = 0; t < T; t++) partial[j][n][t] = acc[n][t];
     }
   }
-  for (int p = 0; p < P; p++)
+  for (int n = 0; n < N; n++)
     for (int t = 0; t < T; t++)
-      store(out + (p * kGemmTokens + t) * 16, (partial[0][p][t] + partial[1][p][t]) + (partial[2][p][t] + partial[3][p][t]));
+      *reinterpret_cast<any_part*>(out + (n / kParts * kGemmTokens + t) * 16 + kLanes * (n % kParts)) =
+          (partial[0][n][t] + partial[1][n][t]) + (partial[2][n][t] + partial[3][n][t]);
 }
 template <class Dense, int P>
 static void dense_panels(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {

@@ -8,6 +8,7 @@ namespace {
 using bitnet::IntegerMatrix;
 using bitnet::QuantizedRows;
 using bitnet::Run;
+using bitnet::kGemmRuns;
 
 BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
   const int64_t at = panel * w.panel_scales + 16 * group;
@@ -61,14 +62,35 @@ static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, 
   }
 }
 
-static void add_run(const IntegerMatrix& w, const QuantizedRows& x, int r, int panel, int t0, int n_tokens, const int32_t* dots, float* sums) {
-  const v16 scale = load_scales(w, panel, x.runs[r].weight_group);
-  for (int t = 0; t < n_tokens; t++) {
-    const i16x exact = *reinterpret_cast<const i16x*>(dots + 16 * t) - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
-    const v16 part = __builtin_convertvector(exact, v16) * scale;
-    const v16 sum = load(sums + 16 * t);
-    store(sums + 16 * t, sum + (x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + x.runs[r].step_group] : part));
+template <int R, bool Grouped>
+BITNET_INLINE void add_some_runs(const IntegerMatrix& w, const QuantizedRows& x, int first, int panel, int t0, int n_tokens, const int32_t* dots,
+                                 int64_t dots_stride, float* sums) {
+  v16 scale[R];
+  int step_group[R];
+  for (int r = 0; r < R; r++) scale[r] = load_scales(w, panel, x.runs[first + r].weight_group), step_group[r] = x.runs[first + r].step_group;
+  // Copied: for all that the compiler knows, what follows is changed by every store.
+  const int64_t n_runs = x.n_runs, n_steps = x.n_steps, bias = w.bias;
+  const int32_t* run_sums = x.run_sums + t0 * n_runs + first;
+  const float* steps = x.steps + t0 * n_steps;
+  for (int t = 0; t < n_tokens; t++, run_sums += n_runs, steps += n_steps) {
+    v16 sum = load(sums + 16 * t);
+    for (int r = 0; r < R; r++) {
+      const i16x exact = *reinterpret_cast<const i16x*>(dots + r * dots_stride + 16 * t) - (int32_t)bias * run_sums[r];
+      const v16 part = __builtin_convertvector(exact, v16) * scale[r];
+      sum += Grouped ? part * steps[step_group[r]] : part;
+    }
+    store(sums + 16 * t, sum);
   }
+}
+static void add_runs(const IntegerMatrix& w, const QuantizedRows& x, int first, int n_runs, int panel, int t0, int n_tokens, const int32_t* dots,
+                     int64_t dots_stride, float* sums) {
+  auto add = [&](auto grouped) {
+    constexpr bool kGrouped = decltype(grouped)::count;
+    if (n_runs == kGemmRuns) return add_some_runs<kGemmRuns, kGrouped>(w, x, first, panel, t0, n_tokens, dots, dots_stride, sums);
+    for (int r = 0; r < n_runs; r++) add_some_runs<1, kGrouped>(w, x, first + r, panel, t0, n_tokens, dots + r * dots_stride, dots_stride, sums);
+  };
+  if (x.grouped) add(Count<1>());
+  else add(Count<0>());
 }
 
 static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y) {
@@ -167,7 +189,7 @@ static int32_t sum_i8(const int8_t* q, int n) {
 #define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                                    \
   {                                                                                                                                \
     name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary,        \
-        gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4, add_run, write_run,  \
+        gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4, add_runs, write_run, \
         sum_i8, multiply_dense<DenseF16>, multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm,                           \
         quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax,     \
         weigh_f16, read_bytes                                                                                                      \

@@ -24,6 +24,7 @@ namespace bitnet {
 constexpr int kPanelRows = 16;
 constexpr int kKeyBlock = 16;  // positions whose keys lie together
 constexpr int kGemmTokens = 32;  // at most, in a product for many tokens
+constexpr int kGemmRuns = 4;     // whose sums are scaled together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
 
 constexpr uint8_t kFp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // of an E2M1 number
@@ -86,8 +87,10 @@ struct Kernels {
   void (*begin_gemm)(int64_t inputs, int n_tokens);
   void (*end_gemm)();
   Unpack unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4;
-  // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
-  void (*add_run)(const IntegerMatrix& w, const QuantizedRows& x, int run, int panel, int t0, int n_tokens, const int32_t* dots, float* sums);
+  // sums [n_tokens, 16] += what runs [first, first + n_runs) of the panel add for tokens t0.., given their dots [n_runs, n_tokens, 16], dots_stride
+  // apart from run to run; n_runs is at most kGemmRuns.
+  void (*add_runs)(const IntegerMatrix& w, const QuantizedRows& x, int first, int n_runs, int panel, int t0, int n_tokens, const int32_t* dots,
+                   int64_t dots_stride, float* sums);
   // y [n_tokens, rows] of the panels for tokens t0.., where there is one run, given its dots [n_panels, kGemmTokens, 16]
   void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
