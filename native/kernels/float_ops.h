@@ -4,9 +4,11 @@
 // how wide the machine's registers are. The including file defines, for its instruction set, load_f16, store_f16, fma16 (a * b + c,
 // rounded once) and kSums, how many v16 sums its registers hold. The compiler itself fuses nothing (-ffp-contract=off).
 #pragma once
+#include "kernels.h"
 #include "lanes.h"
 
 namespace {
+using bitnet::kGemmTokens;
 
 template <int N> struct Count { static constexpr int count = N; };
 BITNET_INLINE v16 vmax(v16 a, v16 b) { return select(a > b, a, b); }
@@ -55,29 +57,89 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
   return select(tiny, splat(0.0f), p * as_float(power));
 }
 
-template <v16 (*load_weights)(const void*, int64_t), int T>
-BITNET_INLINE void dot_dense_block(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
-  v16 acc[T][4];
-  for (int t = 0; t < T; t++)
-    for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
-  for (int64_t k = 0; k < n_inputs; k += 4)
-    for (int j = 0; j < 4; j++) {
-      v16 w = load_weights(panel, (k + j) * 16);
-      for (int t = 0; t < T; t++) acc[t][j] += w * x[t * x_stride + k + j];
-    }
-  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
-}
-template <v16 (*load_weights)(const void*, int64_t)>
-static void dot_dense(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
-  int t = 0;
-  for (; t + 4 <= n_tokens; t += 4) dot_dense_block<load_weights, 4>(panel, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
-  for (; t < n_tokens; t++) dot_dense_block<load_weights, 1>(panel, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+// memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
+template <int Ahead = 4096>
+BITNET_INLINE void prefetch(const uint8_t* at) {
+  __builtin_prefetch(at + Ahead, 0, 2);
+  __builtin_prefetch(at + 1024, 0, 3);
 }
 
-BITNET_INLINE v16 load_dense_f32(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
-BITNET_INLINE v16 load_dense_f16(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
-BITNET_INLINE v16 load_dense_bf16(const void* p, int64_t i) {
-  return as_float(widen_int(static_cast<const uint16_t*>(p) + i) << 16);
+// What is stored for 16 rows of one input, widened.
+struct DenseF32 {
+  using Stored = float;
+  BITNET_INLINE v16 widen(const Stored* p) { return load(p); }
+};
+struct DenseF16 {
+  using Stored = uint16_t;
+  BITNET_INLINE v16 widen(const Stored* p) { return load_f16(p); }
+};
+struct DenseBf16 {
+  using Stored = uint16_t;
+  BITNET_INLINE v16 widen(const Stored* p) { return as_float(widen_int(p) << 16); }
+};
+
+// One panel and few tokens, which wait for memory: all four partial sums side by side, so that no chain waits for its own last sum.
+template <class Dense, int T>
+static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+  constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
+  v16 sum[T][4];
+  for (int t = 0; t < T; t++)
+    for (int j = 0; j < 4; j++) sum[t][j] = splat(0.0f);
+  for (int64_t k = 0; k < n_inputs; k += 4, w += 64)
+    for (int j = 0; j < 4; j++) {
+      if (j % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(w + 16 * j));
+      const v16 wide = Dense::widen(w + 16 * j);
+      for (int t = 0; t < T; t++) sum[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), sum[t][j]);
+    }
+  for (int t = 0; t < T; t++) store(out + 16 * t, (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]));
+}
+// P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
+template <class Dense, int P, int T>
+static void dense_block(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+  constexpr int kInputs = 64;
+  v16 partial[4][P][T];
+  for (int64_t k0 = 0; k0 < n_inputs; k0 += kInputs) {
+    const int64_t end = k0 + kInputs < n_inputs ? k0 + kInputs : n_inputs;
+    for (int j = 0; j < 4; j++) {
+      v16 sum[P][T];
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) sum[p][t] = k0 ? partial[j][p][t] : splat(0.0f);
+      for (int64_t k = k0 + j; k < end; k += 4) {
+        v16 wide[P];
+        for (int p = 0; p < P; p++) wide[p] = Dense::widen(w[p] + 16 * k);
+        for (int t = 0; t < T; t++) {
+          const v16 xt = splat(x[t * x_stride + k]);
+          for (int p = 0; p < P; p++) sum[p][t] = fma16(wide[p], xt, sum[p][t]);
+        }
+      }
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) partial[j][p][t] = sum[p][t];
+    }
+  }
+  for (int p = 0; p < P; p++)
+    for (int t = 0; t < T; t++)
+      store(out + (p * kGemmTokens + t) * 16, (partial[0][p][t] + partial[1][p][t]) + (partial[2][p][t] + partial[3][p][t]));
+}
+template <class Dense, int P>
+static void dense_panels(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
+  constexpr int kMost = 12 * P <= kSums ? 12 : 6, kFew = 16 <= kSums ? 4 : 1;
+  int t = 0;
+  for (; t + kMost <= n_tokens; t += kMost) dense_block<Dense, P, kMost>(w, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; kFew < 4 && t + 4 <= n_tokens; t += 4) dense_block<Dense, P, 4>(w, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (int p = 0; p < P; p++) {
+    int s = t;
+    for (; s + kFew <= n_tokens; s += kFew) dense_few<Dense, kFew>(w[p], n_inputs, x + s * x_stride, x_stride, out + (p * kGemmTokens + s) * 16);
+    for (; s < n_tokens; s++) dense_few<Dense, 1>(w[p], n_inputs, x + s * x_stride, x_stride, out + (p * kGemmTokens + s) * 16);
+  }
+}
+template <class Dense>
+static void multiply_dense(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                           float* out) {
+  using Stored = typename Dense::Stored;
+  const Stored* const w[2] = {static_cast<const Stored*>(panels), reinterpret_cast<const Stored*>(static_cast<const uint8_t*>(panels) + panel_bytes)};
+  constexpr int kTogether = 24 <= kSums ? 2 : 1;  // panels
+  if (kTogether == 2 && n_panels == 2) return dense_panels<Dense, kTogether>(w, n_inputs, x, x_stride, n_tokens, out);
+  for (int p = 0; p < n_panels; p++) dense_panels<Dense, 1>(w + p, n_inputs, x, x_stride, n_tokens, out + p * kGemmTokens * 16);
 }
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
@@ -259,12 +321,6 @@ static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint1
   for (; i < n_queries; i++) weigh_of<1>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
 }
 
-// memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
-template <int Ahead = 4096>
-BITNET_INLINE void prefetch(const uint8_t* at) {
-  __builtin_prefetch(at + Ahead, 0, 2);
-  __builtin_prefetch(at + 1024, 0, 3);
-}
 static uint64_t read_bytes(const void* p, int64_t bytes) {
   typedef uint64_t Quads __attribute__((vector_size(kPartBytes), aligned(8), may_alias));
   constexpr int kSumsHere = 4 * kParts < 8 ? 4 * kParts : 8;

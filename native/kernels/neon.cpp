@@ -65,9 +65,12 @@ using Int4 = Products<Steps, Int4Tiles>;
 using Int8 = Products<Steps, Int8Tiles>;
 using Trits = Products<Steps, UnpackedTiles<2>>;
 using Nibbles = Products<Steps, UnpackedTiles<15>>;
+using Fp4 = Products<Steps, Fp4Tiles>;
+using Fp4Codes = Products<Steps, UnpackedTiles<24>>;
 using Base3 = UnpackedBase3<Trits>;
+using Binary = UnpackedBinary<Trits>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeon = BITNET_KERNELS("neon", unpack_b3, gemm_by<Trits>, gemm_by<Nibbles>, gemm_by<Int8>);
+const Kernels kNeon = BITNET_KERNELS("neon", unpack_b3, gemm_by<Trits>, gemm_by<Nibbles>, gemm_by<Fp4Codes>, gemm_by<Int8>);
 }

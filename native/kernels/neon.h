@@ -54,6 +54,16 @@ struct Int4Tiles {
     return vreinterpretq_s8_u8(s ? vshrq_n_u8(packed, 4) : vandq_u8(packed, vdupq_n_u8(15)));
   }
 };
+BITNET_INLINE uint8x16_t fp4_bytes(uint8x16_t numbers) { return vqtbl1q_u8(vld1q_u8(bitnet::kFp4Codes), numbers); }
+BITNET_INLINE Words fp4_codes(Words numbers) { return (Words)fp4_bytes((uint8x16_t)numbers); }
+struct Fp4Tiles {
+  static constexpr int tiles = 2, top = 24, offset = 0, factors = 1;
+  static constexpr int shift(int) { return 0; }
+  template <int s, bool>
+  BITNET_INLINE int8x16_t tile(uint8x16_t packed) {
+    return vreinterpretq_s8_u8(fp4_bytes(s ? vshrq_n_u8(packed, 4) : vandq_u8(packed, vdupq_n_u8(15))));
+  }
+};
 struct Int8Tiles {  // codes of 128 and more are no signed bytes
   static constexpr int tiles = 1, top = 128, offset = 128, factors = 1;
   static constexpr int shift(int) { return 0; }
@@ -124,7 +134,7 @@ static void gemm_by(const uint8_t* codes, int64_t panel_bytes, int n_panels, int
     i16x dots[decltype(count)::count];
     Dot::template dot<decltype(count)::count>(codes + p * panel_bytes, inputs / 4, x + t * x_stride, x_stride, dots);
     for (int i = 0; i < decltype(count)::count; i++) {
-      int32_t* to = out + (p * bitnet::kGemmTokens + t + i) * 16;
+      int32_t* to = out + (p * kGemmTokens + t + i) * 16;
       store_int(to, first ? dots[i] : load_int(to) + dots[i]);
     }
   };

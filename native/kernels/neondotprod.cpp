@@ -55,11 +55,13 @@ namespace {
 using TwoBit = Products<DotSteps, TwoBitTiles>;
 using Int4 = Products<DotSteps, Int4Tiles>;
 using Int8 = Products<DotSteps, Int8Tiles>;
-using Tile = Products<DotSteps, UnpackedTiles<15>>;
+using Fp4 = Products<DotSteps, Fp4Tiles>;
+using Tile = Products<DotSteps, UnpackedTiles<24>>;
 using Base3 = UnpackedBase3<Tile>;
+using Binary = UnpackedBinary<Tile>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeonDotprod = BITNET_KERNELS("neondotprod", unpack_b3, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Int8>);
+const Kernels kNeonDotprod = BITNET_KERNELS("neondotprod", unpack_b3, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Int8>);
 }
 #endif

@@ -61,10 +61,12 @@ struct Steps {
 using TwoBit = Products<Steps, TwoBitTiles>;
 using Int4 = Products<Steps, Int4Tiles>;
 using Int8 = Products<Steps, WholeTiles>;
+using Fp4 = Products<Steps, Fp4Tiles>;
 using Base3 = UnpackedBase3<Int8>;
+using Binary = UnpackedBinary<Int8>;
 
 // Many tokens: both sides are zipped once, kPart inputs at a time, and then meet in blocks of 8 rows x 2 P tokens.
-constexpr int kPart = 320, kPairs = bitnet::kGemmTokens / 2;
+constexpr int kPart = 320, kPairs = kGemmTokens / 2;
 struct Zipped {
   int8x16_t codes[kPart / 8][8];    // [step of 8 inputs][pair of rows]
   int8x16_t tokens[kPart / 8][kPairs];
@@ -106,7 +108,7 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
           z.codes[k / 8][r] = zip_tiles(step_tile<WholeTiles, 0, false>(at), step_tile<WholeTiles, 1, false>(at), r % 2);
         }
       for (int half = 0; half < 2; half++) {
-        int32_t* to = out + p * bitnet::kGemmTokens * 16 + 8 * half;
+        int32_t* to = out + p * kGemmTokens * 16 + 8 * half;
         int pair = 0;
         for (; pair + 4 <= pairs; pair += 4) gemm_block<4>(z, half, pair, part / 8, first, to + 32 * pair);
         for (; pair < pairs; pair++) gemm_block<1>(z, half, pair, part / 8, first, to + 32 * pair);
@@ -117,5 +119,5 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeonI8mm = BITNET_KERNELS("neoni8mm", unpack_b3, gemm, gemm, gemm);
+const Kernels kNeonI8mm = BITNET_KERNELS("neoni8mm", unpack_b3, gemm, gemm, gemm, gemm);
 }
