@@ -36,6 +36,21 @@ std::vector<int> runs_of(const std::vector<Token>& tokens, int most, int block) 
   starts.push_back(int(tokens.size()));
   return starts;
 }
+
+// to [8][to_stride] = from [8][from_stride], transposed: three times, rows i and i + 4 give their elements by turns to rows 2i and 2i + 1.
+void transpose8(const uint16_t* from, int from_stride, uint16_t* to, int to_stride) {
+  typedef uint16_t Row __attribute__((vector_size(16), aligned(2), may_alias));
+  Row rows[8], next[8];
+  for (int i = 0; i < 8; i++) rows[i] = *reinterpret_cast<const Row*>(from + i * from_stride);
+  for (int round = 0; round < 3; round++) {
+    for (int i = 0; i < 4; i++) {
+      next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
+      next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
+    }
+    std::copy_n(next, 8, rows);
+  }
+  for (int i = 0; i < 8; i++) *reinterpret_cast<Row*>(to + i * to_stride) = rows[i];
+}
 }  // namespace
 
 void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* keys,
@@ -61,8 +76,13 @@ void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, co
           to_halves(keys + at, &halves[size_t(i) * dim]);
         }
         uint16_t* block = cache.keys(page, layer, h) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;  // [dim, 16 positions]
-        for (int d = 0; d < dim; d++)
-          for (int i = 0; i < n; i++) block[d * kKeyBlock + i] = halves[size_t(i) * dim + d];
+        if (n == kKeyBlock) {
+          for (int d = 0; d < dim; d += 8)
+            for (int i = 0; i < n; i += 8) transpose8(&halves[size_t(i) * dim + d], dim, block + d * kKeyBlock + i, kKeyBlock);
+        } else {
+          for (int d = 0; d < dim; d++)
+            for (int i = 0; i < n; i++) block[d * kKeyBlock + i] = halves[size_t(i) * dim + d];
+        }
       }
     }
   });

@@ -57,14 +57,25 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       for (int t = first; t < end; t++) work(t);
     });
   };
-  // h's rows through a norm (null: as they are) into the residual stream, and the stream through the next norm into h.
-  auto add_and_norm = [&](const Buffer<float>& of_h, const Buffer<float>* next) {
+  // Likewise: work(t) writes row t of `rows`, which `reader` multiplies next, so that it is quantized while it is in the cache.
+  auto write_rows = [&](const float* rows, int cols, const Linear& reader, auto&& work) {
+    in.set(rows, n, cols);
+    in.prepare(reader);
     for_tokens([&](int t) {
+      work(t);
+      in.quantize_row(k, t);
+    });
+  };
+  // h's rows through a norm (null: as they are) into the residual stream, and the stream through the next norm into h for its reader.
+  auto add_and_norm = [&](const Buffer<float>& of_h, const Buffer<float>* next, const Linear* reader) {
+    auto work = [&](int t) {
       float *row = x + int64_t{t} * width, *out = h + int64_t{t} * width;
       if (c.post_norms) k.rms_norm(out, of_h.data(), width, c.norm_eps, out);
       k.add(row, out, width);
       if (next) k.rms_norm(row, next->data(), width, c.norm_eps, out);
-    });
+    };
+    if (next) write_rows(h, width, *reader, work);
+    else for_tokens(work);
   };
   const auto gated = c.activation == Activation::relu2 ? k.relu2_gate : c.activation == Activation::silu ? k.silu_gate : k.gelu_tanh_gate;
 
@@ -73,7 +84,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     rotations[0].emplace_back(model.rope_inverse.data(), c.head_dim, t.position, c.rope_scale);
     if (model.rope_inverse_local.size()) rotations[1].emplace_back(model.rope_inverse_local.data(), c.head_dim, t.position, 1.0f);
   }
-  for_tokens([&](int t) {
+  write_rows(h, width, model.layers[0].q, [&](int t) {
     float* row = x + int64_t{t} * width;
     dequantize_row(k, model.embedding, ids[t], row);
     if (c.embedding_scale != 1)
@@ -84,7 +95,6 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
   for (int l = 0; l < c.n_layers; l++) {
     const Layer& layer = model.layers[l];
     // Attention
-    in.set(h, n, width);
     multiply({{&layer.q, q}, {&layer.k, keys}, {&layer.v, values}});
     if (interrupted()) return false;
     for_tokens([&](int t) {
@@ -102,28 +112,25 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       const Stopwatch watch(profile.attention_s);
       attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q, m.scores, mixed);
     }
-    if (c.sub_norms)
-      for_tokens([&](int t) {
-        float* row = mixed + int64_t{t} * q_width;
-        k.rms_norm(row, layer.attn_sub_norm.data(), q_width, c.norm_eps, row);
-      });
-    in.set(mixed, n, q_width);
+    write_rows(mixed, q_width, layer.o, [&](int t) {
+      float* row = mixed + int64_t{t} * q_width;
+      if (c.sub_norms) k.rms_norm(row, layer.attn_sub_norm.data(), q_width, c.norm_eps, row);
+    });
     multiply({{&layer.o, h}});
-    add_and_norm(layer.post_attn_norm, &layer.ffn_norm);
+    add_and_norm(layer.post_attn_norm, &layer.ffn_norm, &layer.gate);
     if (interrupted()) return false;
 
     // Feed-forward
-    in.set(h, n, width);
     multiply({{&layer.gate, gate}, {&layer.up, up}});
     if (interrupted()) return false;
-    for_tokens([&](int t) {
+    write_rows(gate, c.ffn_size, layer.down, [&](int t) {
       float* g = gate + int64_t{t} * c.ffn_size;
       gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
       if (c.sub_norms) k.rms_norm(g, layer.ffn_sub_norm.data(), c.ffn_size, c.norm_eps, g);
     });
-    in.set(gate, n, c.ffn_size);
     multiply({{&layer.down, h}});
-    add_and_norm(layer.post_ffn_norm, l + 1 < c.n_layers ? &model.layers[l + 1].attn_norm : nullptr);
+    const Layer* next = l + 1 < c.n_layers ? &model.layers[l + 1] : nullptr;
+    add_and_norm(layer.post_ffn_norm, next ? &next->attn_norm : nullptr, next ? &next->q : nullptr);
     if (interrupted()) return false;
   }
 

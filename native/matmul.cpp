@@ -167,23 +167,32 @@ void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
 }
 }  // namespace
 
+void Activations::prepare(const Linear& w) {
+  if (!w.integer()) return;
+  stride_ = round_up(cols_, 64) | 64;  // an odd number of cache lines, so that rows do not all fall into the same sets
+  n_steps_ = (cols_ + step_inputs() - 1) / step_inputs();
+  q_.reserve(size_t(round_up(n_, kGemmTokens)) * stride_ + kSlack);
+  step_.reserve(size_t(n_) * n_steps_), step_sums_.reserve(size_t(n_) * n_steps_);
+  group_ = 0;
+}
+
+void Activations::quantize_row(const Kernels& k, int t) {
+  if (stride_ == 0) return;
+  int8_t* row = q_.data() + t * stride_;
+  int64_t step = int64_t{t} * n_steps_;
+  for (int c = 0; c < cols_; c += step_inputs(), step++)
+    step_[step] = k.quantize(x_ + int64_t{t} * cols_ + c, std::min(step_inputs(), cols_ - c), row + c, &step_sums_[step]);
+  std::memset(row + cols_, 0, stride_ - cols_);
+}
+
 void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) {
-  const int step_group = step_group_ ? step_group_ : cols_;
   if (stride_ == 0) {
-    stride_ = round_up(cols_, 64) | 64;  // an odd number of cache lines, so that rows do not all fall into the same sets
-    n_steps_ = (cols_ + step_group - 1) / step_group;
-    q_.reserve(size_t(round_up(n_, kGemmTokens)) * stride_ + kSlack);
-    step_.reserve(size_t(n_) * n_steps_), step_sums_.reserve(size_t(n_) * n_steps_);
+    prepare(w);
     pool.run_ranges(n_, kTokenPiece, [&](int from, int to, int) {
-      for (int64_t t = from; t < to; t++) {
-        int8_t* row = q_.data() + t * stride_;
-        for (int s = 0, c = 0; c < cols_; s++, c += step_group)
-          step_[t * n_steps_ + s] = k.quantize(x_ + t * cols_ + c, std::min(step_group, cols_ - c), row + c, &step_sums_[t * n_steps_ + s]);
-        std::memset(row + cols_, 0, stride_ - cols_);
-      }
+      for (int t = from; t < to; t++) quantize_row(k, t);
     });
-    group_ = 0;
   }
+  const int step_group = step_inputs();
   const int per_vector = layout(w.scheme).inputs();
   if (group_ == w.group && group_vectors_ == w.group_vectors && inputs_per_vector_ == per_vector) return;
   const bool same_inputs = group_ == w.group;  // only where they lie in a panel differs

@@ -18,7 +18,10 @@ class Activations {
   void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, group_ = 0; }
   int n_tokens() const { return n_; }
   int cols() const { return cols_; }
+  // For w to read: all rows, unless whoever wrote them did it row by row, between prepare and here, from any thread.
   void quantize(const Kernels& k, ThreadPool& pool, const Linear& w);
+  void prepare(const Linear& w);
+  void quantize_row(const Kernels& k, int t);
   const float* dense(int padded);  // rows of `padded` floats
 
   // As the matrix that last asked needs them, of tokens [first, first + n).
@@ -29,6 +32,8 @@ class Activations {
   }
 
  private:
+  int step_inputs() const { return step_group_ ? step_group_ : cols_; }
+
   const float* x_ = nullptr;
   int n_ = 0, cols_ = 0, step_group_ = 0, n_steps_ = 1;
   int group_ = 0;  // of the weights that runs_ are for, with their group_vectors_

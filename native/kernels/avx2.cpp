@@ -4,31 +4,29 @@
 #include "kernels.h"
 
 namespace {
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kLanes = 8;
 
-static inline __attribute__((always_inline)) v16 load_f16(const uint16_t* p) {
-  union { __m256 half[2]; v16 all; } x;
-  x.half[0] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
-  x.half[1] = _mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)));
-  return x.all;
 }
-static inline __attribute__((always_inline)) void store_f16(v16 v, uint16_t* p) {
-  union { v16 all; __m256 half[2]; } x = {v};
-  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph(x.half[0], _MM_FROUND_TO_NEAREST_INT));
-  _mm_storeu_si128((__m128i*)(p + 8), _mm256_cvtps_ph(x.half[1], _MM_FROUND_TO_NEAREST_INT));
+#include "lanes.h"
+
+namespace {
+BITNET_INLINE v16 load_f16(const uint16_t* p) {
+  return {{(FloatPart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)), (FloatPart)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)(p + 8)))}};
 }
-static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) {
-  union U { v16 all; __m256 half[2]; } x = {a}, y = {b}, z = {c};
-  z.half[0] = _mm256_fmadd_ps(x.half[0], y.half[0], z.half[0]);
-  z.half[1] = _mm256_fmadd_ps(x.half[1], y.half[1], z.half[1]);
-  return z.all;
+BITNET_INLINE void store_f16(v16 v, uint16_t* p) {
+  for (int i = 0; i < 2; i++) _mm_storeu_si128((__m128i*)(p + 8 * i), _mm256_cvtps_ph((__m256)v.part[i], _MM_FROUND_TO_NEAREST_INT));
+}
+BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) {
+  return for_parts<v16>([&](int i) __attribute__((always_inline)) {
+    return (FloatPart)_mm256_fmadd_ps((__m256)a.part[i], (__m256)b.part[i], (__m256)c.part[i]);
+  });
+}
+BITNET_INLINE void store_bytes(int8_t* to, i16x x) {  // of -128..127
+  const __m256i pairs = _mm256_packs_epi32((__m256i)x.part[0], (__m256i)x.part[1]);  // 0-3, 8-11, 4-7, 12-15
+  const __m256i ordered = _mm256_permute4x64_epi64(pairs, 0xd8);
+  _mm_storeu_si128((__m128i*)to, _mm_packs_epi16(_mm256_castsi256_si128(ordered), _mm256_extracti128_si256(ordered, 1)));
 }
 constexpr int kSums = 6;  // of two registers each
-
-#define BITNET_PARTS
-typedef float part __attribute__((vector_size(32)));
-static inline __attribute__((always_inline)) part widen_f16(const uint16_t* p) { return (part)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p)); }
-static inline __attribute__((always_inline)) part fma_part(part a, part b, part c) { return (part)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)c); }
 
 static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
 
@@ -41,11 +39,7 @@ static inline __m256i and_shifted(__m256i packed, int by, int mask) { return _mm
 static inline __m256i table(const uint8_t entries[16], __m256i indices) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)entries)), indices);
 }
-BITNET_INLINE u64x fp4_codes(u64x numbers) {
-  union { u64x all; __m256i half[2]; } n = {numbers};
-  for (__m256i& half : n.half) half = table(bitnet::kFp4Codes, half);
-  return n.all;
-}
+BITNET_INLINE Words fp4_codes(Words numbers) { return (Words)table(bitnet::kFp4Codes, (__m256i)numbers); }
 
 // sums += codes * x, N tiles of codes up to Top, x of one token, in as many sums as `chains` says for T tokens and N tiles.
 #ifdef __AVXVNNI__

@@ -4,15 +4,19 @@
 #include "kernels.h"
 
 namespace {
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kLanes = 16;
 
-static inline __attribute__((always_inline)) v16 load_f16(const uint16_t* p) {
-  return (v16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
 }
-static inline __attribute__((always_inline)) void store_f16(v16 x, uint16_t* p) {
-  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT));
+#include "lanes.h"
+
+namespace {
+BITNET_INLINE v16 load_f16(const uint16_t* p) { return {{(FloatPart)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p))}}; }
+BITNET_INLINE void store_f16(v16 x, uint16_t* p) {
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)x.part[0], _MM_FROUND_TO_NEAREST_INT));
 }
-static inline __attribute__((always_inline)) v16 fma16(v16 a, v16 b, v16 c) { return (v16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c); }
+BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) { return {{(FloatPart)_mm512_fmadd_ps((__m512)a.part[0], (__m512)b.part[0], (__m512)c.part[0])}}; }
+BITNET_INLINE void store_bytes(int8_t* to, i16x x) { _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)x.part[0])); }
+BITNET_INLINE i16x dots_of(__m512i sums) { return {{(IntPart)sums}}; }
 constexpr int kSums = 24;
 
 static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
@@ -62,7 +66,7 @@ struct TwoBit {
       }
       for (int t = 0; t < T; t++) {
         const __m512i* c = sums.chain[t];
-        dots[t] = (i16x)_mm512_add_epi32(_mm512_add_epi32(c[0], _mm512_srai_epi32(c[1], 2)), _mm512_add_epi32(_mm512_srai_epi32(c[2], 4), _mm512_srai_epi32(c[3], 6)));
+        dots[t] = dots_of(_mm512_add_epi32(_mm512_add_epi32(c[0], _mm512_srai_epi32(c[1], 2)), _mm512_add_epi32(_mm512_srai_epi32(c[2], 4), _mm512_srai_epi32(c[3], 6))));
       }
     } else {
       const __m512i three = _mm512_set1_epi8(3);
@@ -75,7 +79,7 @@ struct TwoBit {
         sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, 4), three), x + 8, x_stride);
         sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, 6), three), x + 12, x_stride);
       }
-      for (int t = 0; t < T; t++) dots[t] = (i16x)sums.chain[t][0];
+      for (int t = 0; t < T; t++) dots[t] = dots_of(sums.chain[t][0]);
     }
   }
 };
@@ -97,7 +101,7 @@ struct Binary {
       const __m512i* c = sums.chain[t];
       __m512i sum = _mm512_add_epi32(c[0], c[0]);
       for (int s = 1; s < N; s++) sum = _mm512_add_epi32(sum, _mm512_srai_epi32(c[s], s - 1));
-      dots[t] = (i16x)sum;
+      dots[t] = dots_of(sum);
     }
   }
 };
@@ -113,12 +117,12 @@ struct Int4 {
       sums.add(0, _mm512_and_si512(packed, low), x, x_stride);
       sums.add(1, _mm512_and_si512(packed, high), x + 4, x_stride);
     }
-    for (int t = 0; t < T; t++) dots[t] = (i16x)_mm512_add_epi32(sums.chain[t][0], _mm512_srai_epi32(sums.chain[t][1], 4));
+    for (int t = 0; t < T; t++) dots[t] = dots_of(_mm512_add_epi32(sums.chain[t][0], _mm512_srai_epi32(sums.chain[t][1], 4)));
   }
 };
 
 static inline __m512i fp4_table() { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bitnet::kFp4Codes)); }
-BITNET_INLINE u64x fp4_codes(u64x numbers) { return (u64x)_mm512_shuffle_epi8(fp4_table(), (__m512i)numbers); }
+BITNET_INLINE Words fp4_codes(Words numbers) { return (Words)_mm512_shuffle_epi8(fp4_table(), (__m512i)numbers); }
 
 struct Fp4 {
   template <int T>
@@ -131,7 +135,7 @@ struct Fp4 {
       sums.add(0, _mm512_shuffle_epi8(table, _mm512_and_si512(packed, low)), x, x_stride);
       sums.add(1, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), low)), x + 4, x_stride);
     }
-    for (int t = 0; t < T; t++) dots[t] = (i16x)_mm512_add_epi32(sums.chain[t][0], sums.chain[t][1]);
+    for (int t = 0; t < T; t++) dots[t] = dots_of(_mm512_add_epi32(sums.chain[t][0], sums.chain[t][1]));
   }
 };
 
@@ -150,7 +154,7 @@ struct Int8 {  // also codes of any kind, unpacked
     for (int t = 0; t < T; t++) {
       __m512i sum = sums.chain[t][0];
       for (int n = 1; n < N; n++) sum = _mm512_add_epi32(sum, sums.chain[t][n]);
-      dots[t] = (i16x)sum;
+      dots[t] = dots_of(sum);
     }
   }
 };
@@ -204,7 +208,7 @@ struct Base3 {
     for (int t = 0; t < T; t++) {
       __m512i sum = sums[t][0];
       for (int n = 1; n < N; n++) sum = _mm512_add_epi32(sum, sums[t][n]);
-      dots[t] = (i16x)sum;
+      dots[t] = dots_of(sum);
     }
   }
 };

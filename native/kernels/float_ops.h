@@ -5,40 +5,33 @@
 // rounded once) and kSums, how many v16 sums its registers hold. The compiler itself fuses nothing (-ffp-contract=off).
 #pragma once
 #include "kernels.h"
+#include "lanes.h"
 
 namespace {
 using bitnet::kGemmTokens;
 
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16x __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
-typedef uint8_t u64x __attribute__((vector_size(64), aligned(1), may_alias));
-typedef uint16_t w32x __attribute__((vector_size(64), aligned(1), may_alias));
-typedef float v8 __attribute__((vector_size(32)));
-typedef float v4 __attribute__((vector_size(16)));
-#define BITNET_INLINE static inline __attribute__((always_inline))
+using bitnet::kGemmTokens;
 
 template <int N> struct Count { static constexpr int count = N; };
-BITNET_INLINE v16 splat(float x) { return v16{x, x, x, x, x, x, x, x, x, x, x, x, x, x, x, x}; }
-BITNET_INLINE v16 load(const float* p) { return *reinterpret_cast<const v16*>(p); }
-BITNET_INLINE void store(float* p, v16 x) { *reinterpret_cast<v16*>(p) = x; }
-BITNET_INLINE v16 vmax(v16 a, v16 b) { return a > b ? a : b; }
-BITNET_INLINE v16 vabs(v16 x) { return (v16)((i16x)x & 0x7fffffff); }
+BITNET_INLINE v16 vmax(v16 a, v16 b) { return select(a > b, a, b); }
+BITNET_INLINE v16 vabs(v16 x) { return as_float(as_int(x) & 0x7fffffff); }
 
 // The first n < 16 elements at p, the rest `fill`.
 BITNET_INLINE v16 load_tail(const float* p, int n, float fill) {
-  v16 x = splat(fill);
-  for (int i = 0; i < n; i++) x[i] = p[i];
-  return x;
+  float x[16];
+  for (int i = 0; i < 16; i++) x[i] = i < n ? p[i] : fill;
+  return load(x);
 }
 BITNET_INLINE void store_tail(float* p, int n, v16 x) {
   for (int i = 0; i < n; i++) p[i] = x[i];
 }
 
-BITNET_INLINE float sum_lanes(v16 x) {
-  v8 a = __builtin_shufflevector(x, x, 0, 1, 2, 3, 4, 5, 6, 7) + __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15);
-  v4 b = __builtin_shufflevector(a, a, 0, 1, 2, 3) + __builtin_shufflevector(a, a, 4, 5, 6, 7);
-  return (b[0] + b[2]) + (b[1] + b[3]);
+BITNET_INLINE float sum_lanes(v16 x) {  // halves, and halves of those
+  float a[16];
+  store(a, x);
+  for (int n = 8; n > 2; n /= 2)
+    for (int i = 0; i < n; i++) a[i] += a[i + n];
+  return (a[0] + a[2]) + (a[1] + a[3]);
 }
 BITNET_INLINE float max_lanes(v16 x) {
   float m = x[0];
@@ -49,7 +42,7 @@ BITNET_INLINE float max_lanes(v16 x) {
 // exp(x) for x <= 0, about 2 ulp; 0 below -87. 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2 in two parts
 // (Cody and Waite); p is the Taylor polynomial of degree 7, whose remainder is below 2^-26.
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
-  i16x tiny = x < splat(-87.0f);
+  const i16x tiny = x < splat(-87.0f);
   x = vmax(x, splat(-87.0f));
   v16 shifted = fma16(x, splat(1.44269504f), splat(12582912.0f));  // 1.5 * 2^23: the low bits are the rounded integer
   v16 n = shifted - 12582912.0f;
@@ -62,9 +55,8 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
   p = fma16(p, r, splat(0.5f));
   p = fma16(p, r, splat(1.0f));
   p = fma16(p, r, splat(1.0f));
-  i16x power = ((i16x)shifted - 0x4b400000 + 127) << 23;
-  v16 y = p * (v16)power;
-  return tiny ? splat(0.0f) : y;
+  const i16x power = (as_int(shifted) - 0x4b400000 + 127) << 23;
+  return select(tiny, splat(0.0f), p * as_float(power));
 }
 
 // memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
@@ -74,79 +66,61 @@ BITNET_INLINE void prefetch(const uint8_t* at) {
   __builtin_prefetch(at + 1024, 0, 3);
 }
 
-// Dense products go part by part of the 16 rows: a part is what one register holds. An instruction set of shorter registers than v16
-// defines part, widen_f16 and fma_part itself (and BITNET_PARTS): gcc keeps vectors of several registers in memory.
-#ifndef BITNET_PARTS
-typedef v16 part;
-BITNET_INLINE part widen_f16(const uint16_t* p) { return load_f16(p); }
-BITNET_INLINE part fma_part(part a, part b, part c) { return fma16(a, b, c); }
-#endif
-constexpr int kLanes = sizeof(part) / sizeof(float), kParts = 16 / kLanes;
-typedef part any_part __attribute__((aligned(4), may_alias));
-BITNET_INLINE part spread(float x) { return x - part{}; }  // less 0 changes nothing, not even the sign of 0
-
-// What is stored for kLanes rows of one input, widened.
+// Dense weights: what is stored for 16 rows of one input, widened.
 struct DenseF32 {
   using Stored = float;
-  BITNET_INLINE part widen(const Stored* p) { return *reinterpret_cast<const any_part*>(p); }
+  BITNET_INLINE v16 widen(const Stored* p) { return load(p); }
 };
 struct DenseF16 {
   using Stored = uint16_t;
-  BITNET_INLINE part widen(const Stored* p) { return widen_f16(p); }
+  BITNET_INLINE v16 widen(const Stored* p) { return load_f16(p); }
 };
 struct DenseBf16 {
   using Stored = uint16_t;
-  BITNET_INLINE part widen(const Stored* p) {
-    typedef uint16_t halves __attribute__((vector_size(2 * kLanes), aligned(2), may_alias));
-    typedef int32_t words __attribute__((vector_size(4 * kLanes)));
-    return (part)(__builtin_convertvector(*reinterpret_cast<const halves*>(p), words) << 16);
-  }
+  BITNET_INLINE v16 widen(const Stored* p) { return as_float(widen_int(p) << 16); }
 };
 
 // One panel and few tokens, which wait for memory: all four partial sums side by side, so that no chain waits for its own last sum.
 template <class Dense, int T>
 static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
   constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
-  part acc[T][4][kParts] = {};
+  v16 acc[T][4];
+  for (int t = 0; t < T; t++)
+    for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
   for (int64_t k = 0; k < n_inputs; k += 4, w += 64)
     for (int j = 0; j < 4; j++) {
       if (j % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(w + 16 * j));
-      for (int h = 0; h < kParts; h++) {
-        const part wide = Dense::widen(w + 16 * j + kLanes * h);
-        for (int t = 0; t < T; t++) acc[t][j][h] = fma_part(wide, spread(x[t * x_stride + k + j]), acc[t][j][h]);
-      }
+      const v16 wide = Dense::widen(w + 16 * j);
+      for (int t = 0; t < T; t++) acc[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), acc[t][j]);
     }
-  for (int t = 0; t < T; t++)
-    for (int h = 0; h < kParts; h++)
-      *reinterpret_cast<any_part*>(out + 16 * t + kLanes * h) = (acc[t][0][h] + acc[t][1][h]) + (acc[t][2][h] + acc[t][3][h]);
+  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
 }
 // P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
 template <class Dense, int P, int T>
 static void dense_block(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
-  constexpr int kInputs = 64, N = P * kParts;
-  part partial[4][N][T] = {};
+  constexpr int kInputs = 64;
+  v16 partial[4][P][T];
   for (int64_t k0 = 0; k0 < n_inputs; k0 += kInputs) {
     const int64_t end = k0 + kInputs < n_inputs ? k0 + kInputs : n_inputs;
     for (int j = 0; j < 4; j++) {
-      part acc[N][T];
-      for (int n = 0; n < N; n++)
-        for (int t = 0; t < T; t++) acc[n][t] = partial[j][n][t];
+      v16 acc[P][T];
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) acc[p][t] = k0 ? partial[j][p][t] : splat(0.0f);
       for (int64_t k = k0 + j; k < end; k += 4) {
-        part wide[N];
-        for (int n = 0; n < N; n++) wide[n] = Dense::widen(w[n / kParts] + 16 * k + kLanes * (n % kParts));
+        v16 wide[P];
+        for (int p = 0; p < P; p++) wide[p] = Dense::widen(w[p] + 16 * k);
         for (int t = 0; t < T; t++) {
-          const part xt = spread(x[t * x_stride + k]);
-          for (int n = 0; n < N; n++) acc[n][t] = fma_part(wide[n], xt, acc[n][t]);
+          const v16 xt = splat(x[t * x_stride + k]);
+          for (int p = 0; p < P; p++) acc[p][t] = fma16(wide[p], xt, acc[p][t]);
         }
       }
-      for (int n = 0; n < N; n++)
-        for (int t = 0; t < T; t++) partial[j][n][t] = acc[n][t];
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) partial[j][p][t] = acc[p][t];
     }
   }
-  for (int n = 0; n < N; n++)
+  for (int p = 0; p < P; p++)
     for (int t = 0; t < T; t++)
-      *reinterpret_cast<any_part*>(out + (n / kParts * kGemmTokens + t) * 16 + kLanes * (n % kParts)) =
-          (partial[0][n][t] + partial[1][n][t]) + (partial[2][n][t] + partial[3][n][t]);
+      store(out + (p * kGemmTokens + t) * 16, (partial[0][p][t] + partial[1][p][t]) + (partial[2][p][t] + partial[3][p][t]));
 }
 template <class Dense, int P>
 static void dense_panels(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
@@ -190,17 +164,16 @@ static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
   if (i < n) most = vmax(vabs(load_tail(x + i, n - i, 0.0f)), most);
   float absmax = max_lanes(most);
   float scale = 127.0f / absmax;
-  i16x sums = {};
+  i16x sums = splat_int(0);
   for (i = 0; i < n; i += 16) {
     v16 y = (i + 16 <= n ? load(x + i) : load_tail(x + i, n - i, 0.0f)) * scale + 12582912.0f;  // rounds half to even
-    i16x codes = (i16x)y - 0x4b400000;
-    codes = codes < -128 ? i16x{} - 128 : codes;
-    codes = codes > 127 ? i16x{} + 127 : codes;
+    i16x codes = as_int(y) - 0x4b400000;
+    codes = select(codes < splat_int(-128), splat_int(-128), codes);
+    codes = select(codes > splat_int(127), splat_int(127), codes);
     sums += codes;
-    b16 bytes = __builtin_convertvector(codes, b16);
-    if (i + 16 <= n) *reinterpret_cast<b16*>(q + i) = bytes;
+    if (i + 16 <= n) store_bytes(q + i, codes);
     else
-      for (int j = 0; j < n - i; j++) q[i + j] = bytes[j];
+      for (int j = 0; j < n - i; j++) q[i + j] = (int8_t)codes[j];
   }
   *sum = 0;
   for (int l = 0; l < 16; l++) *sum += sums[l];
@@ -209,7 +182,7 @@ static float quantize(const float* x, int n, int8_t* q, int32_t* sum) {
 
 BITNET_INLINE v16 silu(v16 x) {  // x / (1 + e^-x), through e^-|x| so that nothing overflows
   v16 e = exp_nonpositive(-vabs(x));
-  return x * (x >= splat(0.0f) ? splat(1.0f) : e) / (splat(1.0f) + e);
+  return x * select(x >= splat(0.0f), splat(1.0f), e) / (splat(1.0f) + e);
 }
 BITNET_INLINE v16 relu2(v16 x) {
   v16 y = vmax(x, splat(0.0f));
@@ -219,7 +192,7 @@ BITNET_INLINE v16 relu2(v16 x) {
 BITNET_INLINE v16 gelu_tanh(v16 x) {
   v16 u = (x + x * x * x * 0.044715f) * 1.59576912f;  // 2 u
   v16 e = exp_nonpositive(-vabs(u));
-  return x * (u >= splat(0.0f) ? splat(1.0f) : e) / (splat(1.0f) + e);
+  return x * select(u >= splat(0.0f), splat(1.0f), e) / (splat(1.0f) + e);
 }
 template <v16 (*act)(v16)>
 static void gate_with(const float* gate, const float* up, int n, float* out) {
@@ -351,18 +324,20 @@ static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint1
 }
 
 static uint64_t read_bytes(const void* p, int64_t bytes) {
-  typedef uint64_t u8x __attribute__((vector_size(64), may_alias));
-  const u8x* v = static_cast<const u8x*>(p);
-  u8x sum[4] = {};
-  int64_t i = 0, n = bytes / 64;
-  for (; i + 4 <= n; i += 4)
-    for (int j = 0; j < 4; j++) {
-      prefetch(reinterpret_cast<const uint8_t*>(v + i + j));
-      sum[j] ^= v[i + j];
+  typedef uint64_t Quads __attribute__((vector_size(kPartBytes), aligned(8), may_alias));
+  constexpr int kSumsHere = 4 * kParts < 8 ? 4 * kParts : 8;
+  const uint8_t *at = static_cast<const uint8_t*>(p), *end = at + bytes;
+  Quads sum[kSumsHere] = {};
+  for (; at + kSumsHere * kPartBytes <= end; at += kSumsHere * kPartBytes)
+    for (int j = 0; j < kSumsHere; j++) {
+      if (j % kParts == 0) prefetch(at + j * kPartBytes);
+      sum[j] ^= reinterpret_cast<const Quads*>(at)[j];
     }
-  for (; i < n; i++) sum[0] ^= v[i];
-  u8x s = (sum[0] ^ sum[1]) ^ (sum[2] ^ sum[3]);
-  return s[0] ^ s[1] ^ s[2] ^ s[3] ^ s[4] ^ s[5] ^ s[6] ^ s[7];
+  for (; at < end; at += kPartBytes) sum[0] ^= *reinterpret_cast<const Quads*>(at);
+  uint64_t all = 0;
+  for (int j = 0; j < kSumsHere; j++)
+    for (int i = 0; i < kPartBytes / 8; i++) all ^= sum[j][i];
+  return all;
 }
 
 }  // namespace

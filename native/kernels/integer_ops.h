@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes(u64x), a table of 16 entries.
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes, a table of 16 entries.
 #pragma once
 #include "float_ops.h"
 
@@ -33,7 +33,7 @@ static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, co
       const v16 scale = load_scales(w, panel, run.weight_group);
       for (int t = 0; t < T; t++) {
         const i16x exact = dots[t] - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
-        const v16 part = __builtin_convertvector(exact, v16) * scale;
+        const v16 part = to_float(exact) * scale;
         sums[t] += x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + run.step_group] : part;
       }
     }
@@ -75,8 +75,8 @@ BITNET_INLINE void add_some_runs(const IntegerMatrix& w, const QuantizedRows& x,
   for (int t = 0; t < n_tokens; t++, run_sums += n_runs, steps += n_steps) {
     v16 sum = load(sums + 16 * t);
     for (int r = 0; r < R; r++) {
-      const i16x exact = *reinterpret_cast<const i16x*>(dots + r * dots_stride + 16 * t) - (int32_t)bias * run_sums[r];
-      const v16 part = __builtin_convertvector(exact, v16) * scale[r];
+      const i16x exact = load_int(dots + r * dots_stride + 16 * t) - (int32_t)bias * run_sums[r];
+      const v16 part = to_float(exact) * scale[r];
       sum += Grouped ? part * steps[step_group[r]] : part;
     }
     store(sums + 16 * t, sum);
@@ -94,7 +94,7 @@ static void add_runs(const IntegerMatrix& w, const QuantizedRows& x, int first, 
 }
 
 static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y) {
-  v16 scale[2] = {};
+  v16 scale[2];
   for (int p = 0; p < n_panels; p++) scale[p] = load_scales(w, panel + p, 0);
   const int rows = w.rows - 16 * panel;
   for (int t = 0; t < n_tokens; t++) {
@@ -102,59 +102,50 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
     const float step = x.steps[t0 + t];
     float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
     for (int p = 0; p < n_panels; p++) {
-      const i16x exact = *reinterpret_cast<const i16x*>(dots + (p * kGemmTokens + t) * 16) - correction;
-      const v16 result = __builtin_convertvector(exact, v16) * scale[p] * step;
+      const i16x exact = load_int(dots + (p * kGemmTokens + t) * 16) - correction;
+      const v16 result = to_float(exact) * scale[p] * step;
       if (rows - 16 * p >= 16) store(to + 16 * p, result);
       else store_tail(to + 16 * p, rows - 16 * p, result);
     }
   }
 }
 
-BITNET_INLINE u64x fp4_codes(u64x numbers);  // of E2M1 numbers, one a byte: kFp4Codes
+typedef uint16_t Words __attribute__((vector_size(kPartBytes), aligned(1), may_alias));  // of codes, two to a word
+BITNET_INLINE Words load_words(const uint8_t* p) { return *reinterpret_cast<const Words*>(p); }
+BITNET_INLINE void store_words(uint8_t* p, Words x) { *reinterpret_cast<Words*>(p) = x; }
+BITNET_INLINE Words as_they_are(Words bits) { return bits; }
+BITNET_INLINE Words doubled(Words bits) { return bits + bits; }
+BITNET_INLINE Words fp4_codes(Words numbers);  // kFp4Codes, byte by byte
 
-static void unpack_t2(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+// Tiles of Bits bits each: the code of bits s of a byte to tile s.
+template <int Bits, Words (*code)(Words)>
+static void unpack_bits(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+  constexpr int kTiles = 8 / Bits;
+  constexpr uint16_t kMask = ((1 << Bits) - 1) * 0x0101;
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
-    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    for (int s = 0; s < 4; s++) *reinterpret_cast<w32x*>(codes + 256 * v + 64 * s) = (packed >> (2 * s)) & 0x0303;
-  }
-}
-static void unpack_b1(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
-  for (int64_t v = 0; v < n_vectors; v++) {
-    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
-    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    *reinterpret_cast<w32x*>(codes + 512 * v) = (packed << 1) & 0x0202;
-    for (int s = 1; s < 8; s++) *reinterpret_cast<w32x*>(codes + 512 * v + 64 * s) = (packed >> (s - 1)) & 0x0202;
-  }
-}
-static void unpack_i4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
-  for (int64_t v = 0; v < n_vectors; v++) {
-    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
-    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    for (int s = 0; s < 2; s++) *reinterpret_cast<w32x*>(codes + 128 * v + 64 * s) = (packed >> (4 * s)) & 0x0f0f;
-  }
-}
-static void unpack_fp4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
-  for (int64_t v = 0; v < n_vectors; v++) {
-    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
-    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    for (int s = 0; s < 2; s++) *reinterpret_cast<u64x*>(codes + 128 * v + 64 * s) = fp4_codes((u64x)((packed >> (4 * s)) & 0x0f0f));
+    for (int p = 0; p < 64; p += kPartBytes) {
+      const Words packed = load_words(panel + 64 * v + p);
+      for (int s = 0; s < kTiles; s++) store_words(codes + 64 * (kTiles * v + s) + p, code((packed >> (Bits * s)) & kMask));
+    }
   }
 }
 // The five digits of the byte in each 16-bit lane; the divisions are exact for what can occur.
-BITNET_INLINE void base3_digits(w32x byte, w32x digits[5]) {
-  const w32x low = byte & 63, w = (low * 57) >> 9, l = low - w * 9, h = (byte >> 6) * 7 + w;  // w = low / 9
-  const w32x ninths = (h * 57) >> 9, rest = h - ninths * 9;                                   // h / 9
-  digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                   // l / 3
+BITNET_INLINE void base3_digits(Words byte, Words digits[5]) {
+  const Words low = byte & 63, w = (low * 57) >> 9, l = low - w * 9, h = (byte >> 6) * 7 + w;  // w = low / 9
+  const Words ninths = (h * 57) >> 9, rest = h - ninths * 9;                                   // h / 9
+  digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                    // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
 static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
-    const w32x packed = *reinterpret_cast<const w32x*>(panel + 64 * v);
-    w32x even[5], odd[5];
-    base3_digits(packed & 0xff, even), base3_digits(packed >> 8, odd);
-    for (int s = 0; s < 5; s++) *reinterpret_cast<w32x*>(codes + 320 * v + 64 * s) = even[s] | odd[s] << 8;
+    for (int p = 0; p < 64; p += kPartBytes) {
+      const Words packed = load_words(panel + 64 * v + p);
+      Words even[5], odd[5];
+      base3_digits(packed & 0xff, even), base3_digits(packed >> 8, odd);
+      for (int s = 0; s < 5; s++) store_words(codes + 64 * (5 * v + s) + p, even[s] | odd[s] << 8);
+    }
   }
 }
 // Base-3 where no table of bytes can be looked up: unpacked piece by piece for a codec of one tile a vector.
@@ -164,7 +155,7 @@ struct UnpackedBase3 {
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     constexpr int kVectors = 8;
     alignas(64) uint8_t tiles[kVectors * 320];
-    for (int t = 0; t < T; t++) dots[t] = i16x{};
+    for (int t = 0; t < T; t++) dots[t] = splat_int(0);
     for (int64_t v = 0; v < n_vectors; v += kVectors) {
       const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
       unpack_b3(codes + 64 * v, n, 4096, tiles);
@@ -176,9 +167,9 @@ struct UnpackedBase3 {
 };
 
 static int32_t sum_i8(const int8_t* q, int n) {
-  i16x sums = {};
+  i16x sums = splat_int(0);
   int i = 0;
-  for (; i + 16 <= n; i += 16) sums += __builtin_convertvector(*reinterpret_cast<const b16*>(q + i), i16x);
+  for (; i + 16 <= n; i += 16) sums += widen_int(q + i);
   int32_t sum = 0;
   for (int l = 0; l < 16; l++) sum += sums[l];
   for (; i < n; i++) sum += q[i];
@@ -187,10 +178,10 @@ static int32_t sum_i8(const int8_t* q, int n) {
 }  // namespace
 
 #define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                                    \
-  {                                                                                                                                \
-    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary,        \
-        gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4, add_runs, write_run, \
-        sum_i8, multiply_dense<DenseF16>, multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm,                           \
-        quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax,     \
-        weigh_f16, read_bytes                                                                                                      \
+  {                                                                                                                                  \
+    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary, gemm_i4, \
+        gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>,                        \
+        unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, multiply_dense<DenseF16>,               \
+        multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,                  \
+        gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                              \
   }

@@ -2,8 +2,12 @@
 #include "kernels.h"
 
 namespace {
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+constexpr int kLanes = 4;
 
+}
+#include "lanes.h"
+
+namespace {
 static float from_half(uint16_t h) {
   uint32_t sign = (uint32_t)(h & 0x8000) << 16, exponent = (h >> 10) & 31, fraction = h & 0x3ff;
   union { uint32_t u; float f; } x;
@@ -33,25 +37,29 @@ static uint16_t to_half(float f) {  // round half to even
   return (uint16_t)(sign | ((u - 0x38000000) >> 13));
 }
 
-static inline v16 load_f16(const uint16_t* p) {
-  v16 x;
+BITNET_INLINE v16 load_f16(const uint16_t* p) {
+  float x[16];
   for (int i = 0; i < 16; i++) x[i] = from_half(p[i]);
-  return x;
+  return load(x);
 }
-static inline void store_f16(v16 x, uint16_t* p) {
+BITNET_INLINE void store_f16(v16 x, uint16_t* p) {
   for (int i = 0; i < 16; i++) p[i] = to_half(x[i]);
 }
 // In double the product is exact; the sum is rounded to odd, so that rounding it to float rounds once (ternary.py, fused_multiply_add).
-static inline v16 fma16(v16 a, v16 b, v16 c) {
+BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) {
+  float x[16];
   for (int i = 0; i < 16; i++) {
     const double product = (double)a[i] * b[i], addend = c[i];
     union { double d; int64_t u; } sum = {product + addend}, error;
     const double part = sum.d - product;
     error.d = (product - (sum.d - part)) + (addend - part);
     if ((error.d < 0 || error.d > 0) && !(sum.u & 1)) sum.u += (sum.u ^ error.u) < 0 ? -1 : 1;  // away from zero if the signs agree
-    c[i] = (float)sum.d;
+    x[i] = (float)sum.d;
   }
-  return c;
+  return load(x);
+}
+BITNET_INLINE void store_bytes(int8_t* to, i16x x) {
+  for (int i = 0; i < 16; i++) to[i] = (int8_t)x[i];
 }
 constexpr int kSums = 6;
 
@@ -61,8 +69,8 @@ constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through mult
 #include "integer_ops.h"
 
 namespace {
-BITNET_INLINE u64x fp4_codes(u64x numbers) {
-  for (int i = 0; i < 64; i++) numbers[i] = bitnet::kFp4Codes[numbers[i]];
+BITNET_INLINE Words fp4_codes(Words numbers) {
+  for (int i = 0; i < kPartBytes / 2; i++) numbers[i] = (uint16_t)(bitnet::kFp4Codes[numbers[i] & 15] | bitnet::kFp4Codes[numbers[i] >> 8] << 8);
   return numbers;
 }
 // A vector of Tiles tiles; digit(byte, s) is the code of tile s.
@@ -71,11 +79,12 @@ struct Bytes {
   template <int T>
   static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     for (int t = 0; t < T; t++, x += x_stride) {
-      dots[t] = i16x{};
+      int32_t sums[16] = {};
       for (int64_t v = 0; v < n_vectors; v++)
         for (int s = 0; s < Tiles; s++)
           for (int r = 0; r < 16; r++)
-            for (int i = 0; i < 4; i++) dots[t][r] += digit(codes[64 * v + 4 * r + i], s) * x[4 * (Tiles * v + s) + i];
+            for (int i = 0; i < 4; i++) sums[r] += digit(codes[64 * v + 4 * r + i], s) * x[4 * (Tiles * v + s) + i];
+      dots[t] = load_int(sums);
     }
   }
 };
