@@ -267,6 +267,7 @@ NB_MODULE(_native, m) {
         return d;
       })
       .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
+      .def_prop_ro("weight_bytes", [](PyModel& self) { return self.model.weight_bytes(); })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });

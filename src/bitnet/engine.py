@@ -23,6 +23,7 @@ CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in m
 BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits
 BASE3_GROUP = 128  # inputs that share a scale, from which on base-3 is the smaller: every group starts a new vector of 20 inputs
 BASE3_STEPS = "base-3 weights meet activations with one step per token (0); for groups load the model with codec='t2'"
+BINARY_STEPS = 32  # inputs that lie in one vector of binary weights: a step of the activations holds whole vectors
 MOST_THREADS = 1024  # that the native pool takes
 
 
@@ -49,10 +50,11 @@ class Engine:
         self.config = config
         self._native = native
         self.isa: str = native.isa
-        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "int8" or "dense"
+        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "binary", "int4", "fp4", "int8" or "dense"
         self.head = head  # "stored", or the scheme that embedding and head were quantized to
         self.threads: int = native.threads
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
+        self.weight_bytes: int = native.weight_bytes  # of all weights in memory
 
     @property
     def activation_group(self) -> int:
@@ -63,6 +65,8 @@ class Engine:
     def activation_group(self, group: int) -> None:
         if group and self.codec == "b3":
             raise UsageError(f"activation_group is {group}; {BASE3_STEPS}")
+        if self.codec == "binary":
+            check_binary_steps(group)
         self._native.activation_group = group
 
     @property
@@ -112,6 +116,14 @@ class Engine:
         if len(sequence) + ids.size > context:
             raise UsageError(f"forward: {len(sequence)} + {ids.size} tokens; the model's context is {context}")
         return np.ascontiguousarray(ids, np.int32)
+
+
+def check_binary_steps(activation_group: int) -> None:
+    """Raises `UsageError` for groups of activations that binary weights cannot meet."""
+    if activation_group % BINARY_STEPS:
+        raise UsageError(
+            f"activation_group is {activation_group}; binary weights meet one step per token (0) or per {BINARY_STEPS}, 64, ... inputs"
+        )
 
 
 def check_codec(codec: str) -> None:

@@ -75,7 +75,8 @@ class TernaryTransformer:
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
         - zero_skip: "auto", True or False (this build runs dense; True warns)
-        - weights: of the linear layers, "stored" (block formats of other programs become int8), "int8", or "f16" with float32 activations
+        - weights: of the linear layers, "stored" (block formats of other programs become int8), "f16" with float32 activations, or "int8",
+          "int4", "fp4", "binary" or "ternary": quantized while loading, as `bitnet.ternary` defines them. Embedding and head are `head`'s
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
         - i2_s: "arm" for a GGUF whose I2_S tensors a build of bitnet.cpp for Arm wrote; the file does not tell (`bitnet doctor` tries it)
         - head: "stored", or "int8" or "int4" (quantized while loading: faster, not exact); None for what tuning chose, else as stored

@@ -30,16 +30,16 @@ _engine = [
     ),
     click.option(
         "--weights",
-        type=click.Choice(["stored", "int8", "f16"]),
+        type=click.Choice(["stored", "f16", "int8", "int4", "fp4", "binary", "ternary"]),
         default="stored",
         show_default=True,
-        help="Linear layers: as stored (block formats become int8), int8, or f16 with float32 activations.",
+        help="Linear layers: as stored (block formats become int8), f16 with float32 activations, or quantized while loading.",
     ),
     click.option(
         "--activation-group",
         type=int,
         metavar="N",
-        help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary weights, 32 for int8.",
+        help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary and binary weights, else 32.",
     ),
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
 ]
