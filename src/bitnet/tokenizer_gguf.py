@@ -52,6 +52,8 @@ _INFILL_TEXTS = frozenset((
     "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>",
 ))  # fmt: skip
 
+CONTROL_TEXTS = END_TEXTS | _INFILL_TEXTS
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CL100K = (  # of OpenAI's cl100k_base; %s is how many digits make a word
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -309,7 +311,7 @@ class _Vocabulary:
         ends = {token for name in ("eos", "eot", "eom") if (token := named[name]) is not None}
         ends |= {ids[text] for text in END_TEXTS if text in ids}
         control = (types == CONTROL) | (types == UNKNOWN)
-        control[[ids[text] for text in END_TEXTS | _INFILL_TEXTS if text in ids]] = True  # files often say otherwise
+        control[[ids[text] for text in CONTROL_TEXTS if text in ids]] = True  # files often say otherwise
         return cls(
             tokens, ids, control, (types == USER_DEFINED) & ~control, ~control & (types != BYTE), _unknown(named["unknown"], types), ends
         )

@@ -32,8 +32,11 @@ def architecture(config: ModelConfig, form: Format) -> str:
 
 
 def keeps_scale_beside(config: ModelConfig) -> bool:
-    """Whether llama.cpp reads a tensor's scale from a tensor of its own (`blk.0.attn_q.scale`)."""
-    return config.architecture == "bitnet"
+    """Whether llama.cpp multiplies by a tensor's scale that is a tensor of its own (`blk.0.attn_q.scale`).
+
+    Seen in llama.cpp of 2026 for these three; of qwen2 and gemma3 it loads such a tensor and forgets it.
+    """
+    return config.architecture in ("llama", "qwen3", "bitnet") and not config.biases
 
 
 def notes(config: ModelConfig, form: Format) -> list[str]:

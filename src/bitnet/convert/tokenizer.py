@@ -21,7 +21,18 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from bitnet.errors import UnsupportedModelError
 from bitnet.files import shown
 from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer_gguf import BYTE, CONTROL, NORMAL, PRE_TOKENIZERS, SPACE, UNKNOWN, UNUSED, USER_DEFINED, tokenizer_from_gguf
+from bitnet.tokenizer_gguf import (
+    BYTE,
+    CONTROL,
+    CONTROL_TEXTS,
+    NORMAL,
+    PRE_TOKENIZERS,
+    SPACE,
+    UNKNOWN,
+    UNUSED,
+    USER_DEFINED,
+    tokenizer_from_gguf,
+)
 
 _KEY = "tokenizer.ggml."
 # Without decomposed characters: tokenizer.json may compose them first, and llama.cpp does not.
@@ -29,7 +40,8 @@ TEXTS = (
     "Once upon a time, there wasn't a fox in 1999; he'd 3,141 friends & 27 foes!", "a", " a", "  a", "\n", "\n\n  x\n",
     "\t\tif x == 0:\n\t\t\treturn", "I'm we're YOU'LL they've it'S", "1 12 123 1234 12345 1234567890", "x1y22z333",
     "...!?!? --> <= >= == ~~ ^^ || $$ ++", "(a)[b]{c}<d>'e'\"f\"", "Grüße aus Köln, naïve café, señor Œuvre", "Привет, как дела? Ещё раз.",
-    "日本語のテキスト、そして漢字。", "한국어 문장입니다", "العربية و עברית", "हिन्दी में", "😀 emoji 👩‍👩‍👧‍👦 🇩🇪",
+    "日本語のテキスト、そして漢字。", "한국어 문장입니다", "العربية و עברית", "हिन्दी में १२३४", "و ١٢٣٤٥", "１２３ ๔๕๖ ⅣⅤ ①②",
+    "“quoted” — dashes – and… ¿qué? ¡sí! 5 € £3 §7 ©®™", "ħello ŋ ɐ ʃ ᵃ ʰ", "ǅ ǈ ǋ ªº", "😀 emoji 👩‍👩‍👧‍👦 🇩🇪",
     "a\u00a0b\u2003c\u200bd", "http://example.org/a_b?c=d&e=f#g", "snake_case CamelCase kebab-case", "x²+y³=½",
     "tabs\tand\r\nlines\r\n\r\n end ",
     "   leading and trailing   ", "AAAaaa", "don't DON'T Don'T", "\u2581already\u2581there", "100%", "#1 @you",
@@ -73,7 +85,7 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
     else:
         merges = {f"{_KEY}model": "gpt2", f"{_KEY}merges": [" ".join(pair) for pair in pairs]}
         ignoring = bool(model.get("ignore_merges"))
-        kinds = sorted(PRE_TOKENIZERS, key=lambda kind: kind.ignore_merges != ignoring)
+        kinds = sorted(PRE_TOKENIZERS, key=lambda kind: (kind.ignore_merges != ignoring, kind.names == "default"))
         candidates = [merges | {f"{_KEY}pre": kind.names.split()[0]} for kind in kinds]
     texts_tried = _texts(source)
     nearest = ""
@@ -129,9 +141,10 @@ def to_json(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[b
         library.decoder = decoders.ByteLevel()
     else:
         library = _sentencepiece(metadata, tokens, ids, types)
-    special = [i for i in range(len(tokens)) if types[i] in (CONTROL, UNKNOWN)]
-    library.add_tokens([AddedToken(tokens[i], normalized=False) for i in range(len(tokens)) if types[i] == USER_DEFINED])
-    library.add_special_tokens([AddedToken(tokens[i], normalized=False, special=True) for i in special])
+    special = set(source.special_tokens)  # with those that are so by their text, whatever the file says
+    user = (tokens[i] for i in range(len(tokens)) if types[i] == USER_DEFINED)
+    library.add_tokens([AddedToken(text, normalized=False) for text in user if text not in special])
+    library.add_special_tokens([AddedToken(text, normalized=False, special=True) for text in tokens if text in special])
     if source.prefix_ids:
         bos = tokens[source.prefix_ids[0]]
         library.post_processor = processors.TemplateProcessing(
@@ -166,10 +179,10 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], ids: dict[str
 
 
 def _texts(source: Tokenizer) -> list[str]:
-    """What is tried: texts of many kinds, and an even sample of the vocabulary."""
+    """What is tried: texts of many kinds, and an even sample of the vocabulary without tokens that GGUF makes control tokens by their text."""
     step = max(1, len(source) // SAMPLED)
     sample = (source.decode([i]) for i in range(0, len(source), step))
-    return [*TEXTS, *(text for text in sample if text and "\ufffd" not in text)]
+    return [*TEXTS, *(text for text in sample if text and "\ufffd" not in text and text not in CONTROL_TEXTS)]
 
 
 def _first_difference(one: Tokenizer, other: Tokenizer, texts: list[str]) -> str | None:
