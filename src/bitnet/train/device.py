@@ -25,6 +25,8 @@ from bitnet.train.layers import FrozenLinear
 _QUANTIZE: dict[str, Callable[[NDArray[np.float32], int], tuple[NDArray[np.int8], NDArray[np.float32]]]] = {
     "int8": ternary.quantize_int8,
     "int4": ternary.quantize_int4,
+    "fp4": ternary.quantize_fp4,
+    "binary": ternary.quantize_binary,
 }
 _FLOATS: dict[str, np.dtype[Any]] = {"f32": np.dtype("<f4"), "f16": np.dtype("<f2"), "bf16": np.dtype("<i2")}  # scheme -> what numpy holds
 _GATES: dict[str, Callable[[Tensor], Tensor]] = {
