@@ -9,6 +9,12 @@ Ternary weights are W = scale * T with T in {-1, 0, +1}. Two ways to T are in us
 
 Activations are int8 per token: step = max(|x|max, 1e-5) / 127, q = round half to even(x * 127 / |x|max), clipped to [-128, 127]; or
 likewise per group of a token's inputs, for models that were trained without quantized activations and whose outliers one step cannot hold.
+Other weights are W = scale * integer too, and meet the same activations:
+- int8 and int4, symmetric: scale = |W|max / 127 or / 7, per row or per group of a row's inputs;
+- fp4, the 4-bit floats E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. Doubled they are integers, so that is how they are kept;
+- binary: +1 or -1, scale = mean|W| per row.
+So all six schemes share the product and differ in their integers alone; f16, bf16 and float32 weights meet float32 activations.
+
 A product is an integer dot product per run of inputs over which the weights' scale and the activations' step are constant, times that
 scale (and that step, if there are several), summed over the runs in order, times the token's step (if there is one).
 """
@@ -27,6 +33,7 @@ F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
 
 SMALLEST_ABSMAX = np.float32(1e-5)  # of an activation row, so that a row of zeros has a step
+FP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)  # twice the value of each E2M1 code without its sign
 
 
 def ternarize(weights: Any, alpha: float = 0.05) -> Any:
@@ -105,6 +112,52 @@ def quantize_int4(weights: F32, group: int = 32) -> tuple[I8, F32]:
     inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
     codes = np.clip(np.rint(groups * inverse[..., None]), -7, 7).astype(np.int8)
     return codes.reshape(rows, -1)[:, :inputs], scale
+
+
+def quantize_fp4(weights: F32, group: int = 32) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in], twice the E2M1 values, scales float32 [out, ceil(in / group)]).
+
+    Codes are those of `FP4_DOUBLED` and their negatives. One scale per `group` of inputs, of which the last may be shorter: |W|max / 12,
+    rounded to f16, half of what an E2M1 value is multiplied by. A weight becomes the nearest value; of two as near, the one whose E2M1
+    code is even, which is round half to even.
+    """
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
+    groups.reshape(rows, -1)[:, :inputs] = w
+    scale = (np.abs(groups).max(axis=-1) / np.float32(12)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    x = groups * inverse[..., None]
+    a = np.abs(x)
+    # code 0 to 7 of the magnitude, by the points halfway between two doubled values: where the upper code is even, a tie goes up
+    code = (a > 0.5) + (a >= 1.5).astype(np.int8) + (a > 2.5) + (a >= 3.5) + (a > 5) + (a >= 7) + (a > 10)
+    codes = np.where(x < 0, -FP4_DOUBLED[code], FP4_DOUBLED[code])
+    return codes.reshape(rows, -1)[:, :inputs], scale
+
+
+def quantize_binary(weights: F32, group: int = 0) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in], -1 or +1, scales float32 [out, 1 or ceil(in / group)]).
+
+    codes are the signs, that of 0 being +1; a scale is mean|W|, which for given signs has the least squared error (XNOR-Net,
+    arXiv:1603.05279, section 3.1). One per row, as there: rows of a matrix differ in size, and a row's scale is all but free (32 bits for
+    thousands of weights) where one for every 32 inputs would make 1 bit 1.5; and it leaves one exact integer sum a row. With a `group`
+    of inputs, a multiple of 16 of which the last may be shorter, as files have it that store blocks.
+
+    The mean is of float64 sums: input k goes to partial sum k mod 8, in order; ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), rounded after
+    the division.
+    """
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    size = group or inputs
+    scales = np.empty((rows, -(-inputs // size)), np.float32)
+    for number, at in enumerate(range(0, inputs, size)):
+        part = np.abs(w[:, at : at + size])
+        lanes = np.zeros((rows, -(-part.shape[1] // 8), 8))
+        lanes.reshape(rows, -1)[:, : part.shape[1]] = part
+        s = lanes.cumsum(axis=1)[:, -1]
+        total = ((s[:, 0] + s[:, 1]) + (s[:, 2] + s[:, 3])) + ((s[:, 4] + s[:, 5]) + (s[:, 6] + s[:, 7]))
+        scales[:, number] = total / part.shape[1]
+    return np.where(w < 0, -1, 1).astype(np.int8), scales
 
 
 def matmul_integer(codes: I8, scales: F32, q: I8, step: F32, activation_group: int = 0) -> F32:

@@ -25,10 +25,12 @@ from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 from bitnet.models.config import weight_shapes
+from bitnet.packing import INTEGERS
 
 HEADS = ("stored", "int8", "int4")
 WEIGHTS = ("stored", "int8", "f16")
 _FLOATS = ("f32", "f64", "f16", "bf16")
+_INTEGERS = tuple(INTEGERS)  # with the scales of their own file: they run as those very integers, of one byte each
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
@@ -133,13 +135,13 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
 
 
 def _check_scheme(tensor: Tensor) -> None:
-    known = (*_FLOATS, *_BLOCKS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
+    known = (*_FLOATS, *_BLOCKS, *_INTEGERS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
     if tensor.scheme not in known:
         raise UnsupportedModelError(f"{tensor.where}: stored as {tensor.scheme}; this build computes with {', '.join(known)}")
 
 
 def _becomes_int8(tensor: Tensor, weights: str) -> bool:
-    return (tensor.scheme in _BLOCKS and weights != "f16") or (tensor.scheme in _FLOATS and weights == "int8")
+    return (tensor.scheme in (*_BLOCKS, *_INTEGERS) and weights != "f16") or (tensor.scheme in _FLOATS and weights == "int8")
 
 
 def _native_bytes(kind: str, tensor: Tensor, model: Canonical, weights: str) -> int:
@@ -183,6 +185,8 @@ class _Loader:
             self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
             self._set_codes(name, tensor, shape, "ternary")
+        elif tensor.scheme in _INTEGERS and scheme == "stored":
+            self._set_integers(name, tensor, shape)
         elif scheme == "int4":
             self._set_values(name, tensor, shape, self._matrix("int4", shape, -(-shape[1] // INT4_GROUP)))  # as ternary.quantize_int4
         elif tensor.scheme in _FLOATS and scheme == "stored":
@@ -200,7 +204,9 @@ class _Loader:
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)
             return self._set_codes(name, tensor, shape, self.ternary_scheme)
-        if tensor.scheme not in _FLOATS:  # a block format
+        if tensor.scheme in _INTEGERS and self.weights != "f16":
+            return self._set_integers(name, tensor, shape)
+        if tensor.scheme not in _FLOATS:  # a block format, or integers
             return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_int8(name, tensor, shape, INT8_GROUP)
         if not stays_dense:
             if q is None or not q.online:
@@ -235,6 +241,19 @@ class _Loader:
         matrix.set_scales(0, np.ascontiguousarray(scales, np.float32))
         self.native.set_matrix(name, matrix)
         return scheme
+
+    def _set_integers(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """Integers as they are stored, each a byte in memory."""
+        scales = np.ascontiguousarray(tensor.scales(), np.float32)
+        if not np.isfinite(scales).all():
+            raise _not_finite(tensor)
+        matrix = self._matrix("int8", shape, scales.shape[1])
+        for first, last in _spans(shape):
+            matrix.fill_codes(first, np.ascontiguousarray(tensor.code_rows(first, last)))
+            self._was_read(tensor, tensor.nbytes * (last - first) // shape[0])
+        matrix.set_scales(0, scales)
+        self.native.set_matrix(name, matrix)
+        return "int8"
 
     def _fill_stored(self, matrix: Any, tensor: Tensor) -> bool:
         """Codes as they lie in the file; False where there are others than of trits, or a layout that native code does not read."""

@@ -8,7 +8,7 @@
 A scale holds for the whole tensor, for a row (an output), or for a group of a row's inputs; mean and threshold are taken over the same
 weights. Alphas may differ by layer and, in a list, by attention head. The embedding and the head have a scale for every row at least: a row is a token, and tokens differ in length.
 
-int8 and int4 are symmetric in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold them.
+int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold the first two; binary has the scales of its format.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from bitnet.errors import FormatError, UsageError
 from bitnet.files import PathLike, read_file, shown
 from bitnet.models import LINEARS
 from bitnet.packing import TWO_BIT, bf16_bits
+from bitnet.ternary import quantize_binary, quantize_fp4, quantize_int4
 
 SCHEMES = ("ternary", "binary", "int8", "int4", "fp4", "fp16")
 METHODS = ("threshold", "absmean", "gptq")
@@ -34,7 +35,7 @@ TABLES = ("embedding", "head")
 # The article's alphas by kind of layer. It leaves o_proj out; that one writes into the residual stream, as down_proj does, with no softmax
 # behind it that would forgive an error as it does those of queries and keys: so it has the feed-forward's.
 ALPHAS = {"embedding": 0.05, "head": 0.05, "q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
-GROUP = 32  # of int8 and int4
+GROUP = 32  # of int8, int4 and fp4
 _SMALLEST = 1e-5  # a scale, so that weights of nothing but zeros have one
 _MODULES = {
     "embedding": "embed_tokens", "head": "lm_head", **{part: f"self_attn.{part}_proj" for part in "qkvo"},
@@ -223,34 +224,45 @@ def kept_codes(trits: I8) -> Callable[[int, int], I8]:
 
 
 def binary(weight: Weight, unit: str | int, stored: str) -> Weight:
-    """`weight` as signs (that of 0 is +1) times mean|W| (XNOR-Net, arXiv:1603.05279), over the tensor, a row, or a group of its inputs."""
-    how = Ternarization("threshold", 0.0, unit)  # whose scale is the mean of |W| over all weights but zeros
-    plain = ternarized(weight, how, stored)
+    """`weight` as signs times mean|W|, as ternary.quantize_binary; over the tensor, too, where `unit` says so."""
+    rows, groups = weight.shape[0], groups_of(weight, unit)
 
     def codes(first: int, last: int) -> I8:
-        return np.where(weight.values(first, last) < 0, -1, 1).astype(np.int8)
+        return quantize_binary(weight.values(first, last))[0]
 
-    assert plain.scales is not None
-    return from_codes(weight.name, weight.shape, "binary", weight.where, codes, plain.scales)
+    if unit == "tensor":
+        scales = ternarized(weight, Ternarization("absmean"), "f32").scales
+        assert scales is not None
+    else:
+        scales = np.empty((rows, groups), np.float32)
+        for first, last in weight.spans():
+            scales[first:last] = quantize_binary(_finite(weight, first, last), weight.shape[1] // groups)[1]
+    return from_codes(weight.name, weight.shape, "binary", weight.where, codes, rounded(scales, stored))
 
 
 def integer(weight: Weight, scheme: str) -> Weight:
-    """`weight` as int8 or int4 in groups of 32 inputs."""
+    """`weight` as int8, int4 or fp4 in groups of 32 inputs with f16 scales."""
     rows, inputs = weight.shape
     if inputs % GROUP:
         raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {GROUP}; {scheme} needs those")
-    most = 127 if scheme == "int8" else 7
     scales = np.empty((rows, inputs // GROUP), np.float32)
     for first, last in weight.spans():
-        size = np.abs(grouped(_finite(weight, first, last), scales.shape[1])).max(axis=2)
-        scales[first:last] = rounded(size / np.float32(most), "f16")
+        scales[first:last] = _integers(_finite(weight, first, last), scheme)[1]
 
     def codes(first: int, last: int) -> I8:
-        inverse = np.divide(np.float32(1), scales[first:last], out=np.zeros_like(scales[first:last]), where=scales[first:last] > 0)
-        values = grouped(weight.values(first, last), scales.shape[1]) * inverse[:, :, None]
-        return np.asarray(np.clip(np.rint(values), -most, most).astype(np.int8).reshape(last - first, inputs), np.int8)
+        return _integers(weight.values(first, last), scheme)[0]
 
     return from_codes(weight.name, weight.shape, scheme, weight.where, codes, scales)
+
+
+def _integers(values: F32, scheme: str) -> tuple[I8, F32]:
+    """(codes [rows, in], scales [rows, groups])."""
+    if scheme != "int8":
+        return (quantize_int4 if scheme == "int4" else quantize_fp4)(values, GROUP)
+    scales = rounded(np.abs(grouped(values, values.shape[1] // GROUP)).max(axis=2) / np.float32(127), "f16")
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    found = np.clip(np.rint(grouped(values, scales.shape[1]) * inverse[:, :, None]), -127, 127)
+    return found.astype(np.int8).reshape(values.shape), scales
 
 
 def rounded(scales: F32, stored: str) -> F32:

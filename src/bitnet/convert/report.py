@@ -21,6 +21,7 @@ from bitnet.files.ggml import TYPES
 from bitnet.files.gguf_write import IDS
 from bitnet.files.replacing import new_file
 from bitnet.models import LINEARS
+from bitnet.packing import INTEGERS
 
 DESTROYED = 2.0  # times the perplexity: what was learned is gone
 NOTICEABLE = 1.05
@@ -81,6 +82,8 @@ def stored_bits(weight: Weight, form: Format) -> float:
     if form.container == "gguf":
         kind = TYPES[IDS[form.weights]]
         return 8 * kind.nbytes / kind.block + (256 / size if form.weights == "i2_s" else 0)
+    if form.integer:
+        return 8 / INTEGERS[form.integer].per_byte + 16 * (weight.scales.size if weight.scales is not None else 0) / size
     return 2.25 if form.container == "mlx" else 2 + 32 / size
 
 
