@@ -218,7 +218,9 @@ class Integers:
         if not self.values:
             return np.ascontiguousarray(codes).view(np.uint8)
         places = np.zeros(256, np.uint8)
-        places[np.array(self.values[::-1], np.int8).view(np.uint8)] = np.arange(len(self.values) - 1, -1, -1, dtype=np.uint8)  # 0 is 0, not -0
+        places[np.array(self.values[::-1], np.int8).view(np.uint8)] = np.arange(
+            len(self.values) - 1, -1, -1, dtype=np.uint8
+        )  # 0 is 0, not -0
         fields = places[codes.view(np.uint8)]
         return np.asarray(fields[:, ::2] | (fields[:, 1::2] << np.uint8(4)), np.uint8)
 

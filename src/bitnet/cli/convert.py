@@ -91,7 +91,7 @@ def convert_model(
     found = record(report, seconds, peak)
     shown = lines(report, seconds, peak)
     if calibrated and calibration is None:
-        shown.insert(0, "note: calibrated on a built-in sample of some 600 tokens; --calibration FILE takes a text, 65,000 tokens are better")
+        shown.insert(0, "note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
     after = _perplexity(Path(target), held_out, "x86", None, "after") if held_out is not None else None
     if report.layers:
         quality, more = _quality(report, before, after, report_file or f"{str(target).rstrip('/')}.report.json")

@@ -19,10 +19,10 @@ from numpy.typing import NDArray
 
 from bitnet.chat import find_template
 from bitnet.convert import gguf, hf, tokenizer
-from bitnet.convert.fit import InexactError, Loss, fit, rebased
-from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.choice import with_latent_weights
+from bitnet.convert.fit import InexactError, Loss, fit, rebased
+from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.quantize import SCHEMES, Ternarization
 from bitnet.convert.report import Layer, measure
 from bitnet.convert.source import Model, Weight, read
@@ -85,7 +85,8 @@ def convert(
     target = Path(target)
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
-    if ternarization is not None and quantization != "ternary":
+    only_keeps = ternarization is not None and ternarization == Ternarization(alphas=ternarization.alphas) and quantization is not None
+    if ternarization is not None and quantization != "ternary" and not (only_keeps and all(a == "keep" for _, a in ternarization.alphas)):
         raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
     how = ternarization or Ternarization()
     if how.calibrated and calibration is None:

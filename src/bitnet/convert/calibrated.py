@@ -44,7 +44,8 @@ def output_error(before: F32, after: F32, gram: F32, product: Product, head: int
 
 def quadratic(w: F32, gram: F32, product: Product) -> NDArray[np.float64]:
     """w H w^T of every row, float64 [rows]."""
-    return np.maximum(np.einsum("ri,ri->r", product(w, gram), w, dtype=np.float64), 0)
+    found: NDArray[np.float64] = np.maximum(np.einsum("ri,ri->r", product(w, gram), w, dtype=np.float64), 0)
+    return found
 
 
 def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head: int, product: Product) -> tuple[Weight, Alpha]:
@@ -52,11 +53,13 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
 
     unit: what shares a scale; stored: how scales lie in the file; head: rows of an attention head, 0 where there are none.
     """
-    rows, inputs = weight.shape
+    rows = weight.shape[0]
     w = np.asarray(weight.values(0, rows), np.float32)
     parts = grouped(w, groups_of(weight, unit))
     size = np.abs(parts)
-    mean = size.mean(axis=None if unit == "tensor" else 2, keepdims=True, dtype=np.float64).reshape(-1, 1 if unit == "tensor" else parts.shape[1])
+    mean = size.mean(axis=None if unit == "tensor" else 2, keepdims=True, dtype=np.float64).reshape(
+        -1, 1 if unit == "tensor" else parts.shape[1]
+    )
     wh = product(w, gram)
 
     def trits(alpha: NDArray[np.float64]) -> I8:
@@ -68,7 +71,9 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
         if not isinstance(unit, int):
             return np.ones((1, 1), np.float32)
         kept = np.abs(grouped(t, parts.shape[1])).sum(axis=2)
-        return np.asarray(np.where(kept > 0, (size * np.abs(grouped(t, parts.shape[1]))).sum(axis=2) / np.maximum(kept, 1), mean), np.float32)
+        return np.asarray(
+            np.where(kept > 0, (size * np.abs(grouped(t, parts.shape[1]))).sum(axis=2) / np.maximum(kept, 1), mean), np.float32
+        )
 
     along, across = np.empty((len(TRIED), rows)), np.empty((len(TRIED), rows))  # w H t^T, t H t^T
     for n, alpha in enumerate(TRIED):
@@ -80,15 +85,7 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
     if unit == "tensor":
         block = head or rows
         a, b = (values.reshape(len(TRIED), -1, block).sum(axis=2) for values in (along, across))  # [alphas, heads]
-        start = int((np.maximum(a.sum(axis=1), 0) ** 2 / b.sum(axis=1)).argmax())
-        chosen, columns = np.full(a.shape[1], start), np.arange(a.shape[1])
-        for _ in range(_ROUNDS):
-            scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(_SMALLEST))
-            again = (scale**2 * b - 2 * scale * a).argmin(axis=0)
-            if (again == chosen).all():
-                break
-            chosen = again
-        scale = a[chosen, columns].sum() / b[chosen, columns].sum()
+        chosen, scale = _one_scale(a, b)
         alphas = np.array(TRIED)[chosen]
         taken: Alpha = float(alphas[0]) if len(alphas) == 1 else tuple(alphas.tolist())
         codes, scales = trits(np.repeat(alphas, block)), np.full((1, 1), scale, np.float32)
@@ -101,6 +98,24 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
         if isinstance(unit, int):
             scales = refit(w, codes, scales, gram, product)
     return as_ternary(weight, codes, scales, stored), taken
+
+
+def _one_scale(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[np.intp], float]:
+    """(each head's alpha, the scale of all), of least s^2 b - 2 s a summed over heads; a, b: [alphas, heads].
+
+    The best alphas for a scale, then the best scale for them, in turn, from every alpha that all heads could share.
+    """
+    columns, best, least = np.arange(a.shape[1]), (np.zeros(a.shape[1], np.intp), float(_SMALLEST)), np.inf
+    for start in range(len(a)):
+        chosen = np.full(a.shape[1], start)
+        for _ in range(_ROUNDS):
+            scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(_SMALLEST))
+            chosen = (scale**2 * b - 2 * scale * a).argmin(axis=0)
+        scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(_SMALLEST))
+        error = (scale**2 * b - 2 * scale * a)[chosen, columns].sum()
+        if error < least:
+            least, best = error, (chosen, scale)
+    return best
 
 
 def refit(w: F32, trits: I8, scales: F32, gram: F32, product: Product) -> F32:

@@ -46,7 +46,7 @@ def choose(
 
     def choose_one(weight: Weight, gram: F32 | None) -> Weight:
         name, alpha = weight.name, how.alpha_of(weight.name)
-        if weight.codes is not None or (scheme == "ternary" and alpha == "keep"):
+        if weight.codes is not None or alpha == "keep":
             return weight
         stored, unit, head = _scale_dtype(weight, form), how.unit(weight.kind), model.config.head_dim if weight.kind in "qkv" else 0
         taken: Alpha | None = None
@@ -90,7 +90,8 @@ def _note(model: Model, wanted: dict[str, Weight], scheme: str | None, how: Tern
         notes.append(f"{len(had_codes)} weights of the source are ternary or binary already and stay what they are")
     linears = [w for name, w in wanted.items() if w is not model.weights[name] and w.kind not in TABLES]
     if scheme == "ternary" and (
-        any(w.scheme == "binary" for w in had_codes) or (linears and not had_codes and all(_two_valued(model.weights[w.name]) for w in linears))
+        any(w.scheme == "binary" for w in had_codes)
+        or (linears and not had_codes and all(_two_valued(model.weights[w.name]) for w in linears))
     ):
         notes.append(
             "weights of -s and +s yield no zeros for any alpha below 1: ternary formats hold them without a loss, and without a gain; "

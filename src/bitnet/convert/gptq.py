@@ -1,13 +1,14 @@
-"""GPTQ for trits: error feedback on the grid {-s, 0, s}, whose scale is fitted in turn with the trits. The one module here that needs torch.
+"""GPTQ for trits: error feedback on the grid {-s, 0, s}, whose scale is fitted in turn with the trits. It needs torch.
 
 Error feedback (GPTQ, arXiv:2210.17323): the inputs of a layer are rounded one after another, those with the largest H_ii first, and the
-error that each leaves in the outputs, e = (w_i - q_i) / U_ii, is taken from the inputs that are still to come: w_j -= e U_ij, where
-U is the upper Cholesky factor of H^-1 = U^T U and H = X^T X / tokens plus `DAMPING` of its mean diagonal. Blocks of columns keep the updates
-in the cache.
+error that each leaves in the outputs, e = (w_i - q_i) / U_ii, is taken from the inputs that are still to come: w_j -= e U_ij, where U is
+the upper Cholesky factor of H^-1 = U^T U, and H = X^T X / tokens plus `DAMPING` of its mean diagonal. Blocks of columns keep the updates in
+the cache.
 
-The grid: s is first fitted to the weights (trits by the threshold s / 2, then the s of least output error for them, in turn). Then in
-rounds: trits by error feedback at this s; then the s of least output error for these trits. Feedback makes trits for which another s is
-better, and another s makes other trits; of all rounds the one of least error is kept. A threshold of s / 2 rounds to the nearest of the three.
+The grid: s is first fitted to the weights (trits by the threshold s / 2, then the s of least weight error for them, in turn). Then in
+rounds: trits by error feedback at this s and its threshold s / 2, which rounds to the nearest of the three; then the s of least output
+error for these trits. Feedback makes trits for which another s is better, and another s makes other trits; of all rounds the one of least
+error is kept.
 
 Products of the walk through the layers run here, too, at torch's "medium" precision: bfloat16 where the CPU multiplies that faster.
 """
@@ -79,7 +80,7 @@ class ErrorFeedback:
         return best[1], best[2]
 
     def fitted_grid(self, w: F32, gram: F32, unit: str | int, groups: int) -> F32:
-        """Scales for plain rounding: mean|W|, then trits by s / 2 and the best scale for them, in turn. By weight error: H of all inputs alike."""
+        """Scales for plain rounding: mean|W|, then trits by s / 2 and the scale of least weight error for them, in turn."""
         parts = np.abs(w.reshape(len(w), groups, -1))
         axes = (0, 2) if unit == "tensor" else 2
         scales = np.maximum(parts.mean(axis=axes, keepdims=True), np.float32(1e-7))
@@ -134,4 +135,3 @@ def error_feedback(torch: Any, w: F32, scales: F32, upper: Any, order: Any) -> I
 
 def _tensor(torch: Any, values: F32) -> Any:
     return torch.from_numpy(values if values.flags.writeable else values.copy())
-

@@ -74,7 +74,9 @@ def items(weights: Iterable[Weight], names: Mapping[str, str], form: Format) -> 
             yield Item(name, _WRITTEN[weight.scheme], weight.shape, _plain(weight))
         elif form.integer:
             assert weight.scales is not None
-            yield Item(name, INTEGERS[form.integer].dtype, (weight.shape[0], weight.shape[1] // INTEGERS[form.integer].per_byte), _integers(weight))
+            yield Item(
+                name, INTEGERS[form.integer].dtype, (weight.shape[0], weight.shape[1] // INTEGERS[form.integer].per_byte), _integers(weight)
+            )
             yield Item(f"{name}_{form.integer}_scale", "F16", weight.scales.shape, _values(as_bits(weight.scales, "f16")))
         elif form.container == "mlx":
             yield from _mlx(weight, name)

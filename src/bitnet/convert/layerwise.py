@@ -152,7 +152,7 @@ class _Layer:
 
 def _silu(x: F32) -> F32:
     with np.errstate(over="ignore"):
-        return x / (1 + np.exp(-x))
+        return np.asarray(x / (1 + np.exp(-x)), np.float32)
 
 
 def _gelu_tanh(x: F32) -> F32:
@@ -194,5 +194,3 @@ def _looked_up(embedding: Weight, text: NDArray[np.int32]) -> F32:
         if here.any():
             out[here] = embedding.values(first, last)[text[here] - first]
     return out
-
-

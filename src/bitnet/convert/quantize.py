@@ -1,4 +1,4 @@
-"""Ordinary weights -> codes times scales, without calibration: the plain rules. Those that look at a layer's inputs: calibrated.py, gptq.py.
+"""Ordinary weights -> codes times scales, without calibration. Rules that look at a layer's inputs: calibrated.py, gptq.py.
 
 - threshold: T = sign(W) where |W| > alpha * mean|W|, else 0, and scale = the mean of |W| over the weights that are kept. For a given T that
   is the scale of least squared error: |W - sT|^2 is smallest at s = sum(W T) / sum(T^2), and T is the sign of W where it is not 0
@@ -6,9 +6,10 @@
 - absmean (BitNet b1.58, arXiv:2402.17764): scale = mean|W|, T = clip(round(W / scale), -1, 1): a threshold of 0.5 mean|W|.
 
 A scale holds for the whole tensor, for a row (an output), or for a group of a row's inputs; mean and threshold are taken over the same
-weights. Alphas may differ by layer and, in a list, by attention head. The embedding and the head have a scale for every row at least: a row is a token, and tokens differ in length.
+weights. Alphas may differ by layer and, in a list, by attention head. The embedding and the head have a scale for every row at least: a row
+is a token, and tokens differ in length.
 
-int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold the first two; binary has the scales of its format.
+int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold the first two; binary has its format's scales.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Any, Union
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,7 +43,7 @@ _MODULES = {
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }  # fmt: skip
 
-Alpha = Union[float, str, tuple[float, ...]]  # a number, "auto", "keep" (the layer stays as it is), or a number for every attention head
+Alpha: TypeAlias = float | str | tuple[float, ...]  # a number, "auto", "keep" (the layer stays as it is), or one for every head
 
 
 @dataclass(frozen=True)
@@ -97,17 +98,23 @@ def _check_alpha(what: str, alpha: Any) -> Alpha:
     if alpha in ("auto", "keep") and what != "alpha":
         return str(alpha)
     if isinstance(alpha, (list, tuple)) and alpha and what != "alpha":
-        return tuple(float(_check_alpha(f"{what}, head {i}", a)) for i, a in enumerate(alpha))  # type: ignore[arg-type]
-    number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and np.isfinite(alpha) and alpha >= 0
-    if not number and alpha != "auto":
+        bad = next((a for a in alpha if not _is_number(a)), None)
+        if bad is None:
+            return tuple(map(float, alpha))
+        alpha = bad
+    if not _is_number(alpha) and (alpha != "auto" or what != "alpha"):
         more = "" if what == "alpha" else ', "keep", or a list of one for every head'
         raise UsageError(f'{what} is {shown(repr(alpha))}; expected a finite number >= 0 (0.05 to 0.1 is usual), "auto"{more}')
-    return float(alpha) if number else "auto"
+    return "auto" if alpha == "auto" else float(alpha)
+
+
+def _is_number(alpha: Any) -> bool:
+    return isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and bool(np.isfinite(alpha)) and alpha >= 0
 
 
 def read_alphas(path: PathLike) -> tuple[tuple[str, Alpha], ...]:
-    """A file of alphas by pattern of layers' names, `{"layers.0.*": 0.1, "q_proj": "auto", "embedding": "keep"}`: JSON, or YAML if pyyaml is
-    here.
+    """A file of alphas by pattern of layers' names, `{"layers.0.*": 0.1, "q_proj": "auto", "embedding": "keep"}`: JSON, or YAML with
+    pyyaml.
 
     Raises UsageError for another content, and for YAML without pyyaml.
     """
@@ -127,7 +134,7 @@ def check_patterns(patterns: Iterable[str], where: str) -> None:
     """Raises UsageError for one that fits no layer of any model: a name that is misspelt."""
     unknown = next((p for p in patterns if not any(fnmatchcase(n, p) for n in _EXAMPLES)), None)
     if unknown is not None:
-        raise UsageError(f"{where}: pattern {shown(repr(unknown))} fits no layer's name; names are as in layers.0.q, q_proj, embedding, head")
+        raise UsageError(f"{where}: pattern {shown(repr(unknown))} fits no layer's name; names are as in layers.0.q, q_proj, embedding")
 
 
 _EXAMPLES = [n for i in range(200) for kind in LINEARS for n in _names(f"layers.{i}.{kind}")] + [n for t in TABLES for n in _names(t)]

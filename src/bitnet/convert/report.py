@@ -137,7 +137,7 @@ def verdict(layers: list[Layer], scheme: str, before: float | None = None, after
     moved = means(layers)[-1]["weight_error"]
     if moved > MOVED:
         return (
-            f"{scheme} moved these weights by {moved:.0%} of their norm, which a model that was not trained for it seldom survives: measure it "
+            f"{scheme} moved these weights by {moved:.0%} of their norm, which a model not trained for it seldom survives: measure it "
             f"with --evaluate FILE. If it did not, {heal}"
         )
     return f"{scheme} moved these weights by {moved:.1%} of their norm; --evaluate FILE measures what that costs"
