@@ -74,6 +74,7 @@ class PreTokenizer:
 PRE_TOKENIZERS = (
     PreTokenizer("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     PreTokenizer("gpt-2 gpt2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo trillion granite-docling", (_GPT2,)),
+    PreTokenizer("smollm starcoder refact command-r codeshell exaone minerva-7b", (r"\p{N}", _GPT2)),
     PreTokenizer("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", (_CL100K % "{1,3}",), True, True),
     PreTokenizer("dbrx smaug-bpe chatglm-bpe glm4", (_CL100K % "{1,3}",)),
     PreTokenizer("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open kormo f2llmv2 grok-2", (_CL100K % "",)),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ def test_the_ids_of_llama_cpp_after_going_there_and_back(kind: str) -> None:
     strings, answers = golden("strings"), golden(kind)["ids"]
     raw, source = conversion.to_json(metadata(kind), SIZE, "m.gguf")
     there = Tokenizer.from_json(raw, SIZE)
-    back = tokenizer_from_gguf(conversion.to_gguf(there, raw, {}, sorted(source.eos_ids), "m"), SIZE, "m")
+    back = tokenizer_from_gguf(conversion.to_gguf(there, raw, {}, sorted(source.eos_ids), "m")[0], SIZE, "m")
     assert back.prefix_ids == there.prefix_ids == source.prefix_ids
     whole = [(text, ids) for text, ids in zip(strings, answers, strict=True) if text.isprintable() or text.isascii()]
     assert len(whole) > 500
@@ -58,15 +59,19 @@ def test_scores_that_no_list_of_merges_can_say_are_refused() -> None:
         conversion.to_json(metadata("llama-ties"), SIZE, "m.gguf")
 
 
-def test_the_embedded_tokenizer() -> None:
+def test_a_tokenizer_that_gguf_says_almost() -> None:
+    """The embedded one cuts at decimal digits, GGUF's nearest kind at all numbers; what is lost is counted, and kept beside."""
     raw = (EMBEDDED / "tokenizer.json").read_bytes()
     source, ends = conversion.read(raw, 4096, {}, {"eos_token_id": 0})
-    made = conversion.to_gguf(source, raw, {}, ends, "m")
-    assert made["tokenizer.ggml.eos_token_id"] == 0 and made["tokenizer.ggml.add_bos_token"] is True
+    made, note = conversion.to_gguf(source, raw, {}, ends, "m")
+    assert (
+        made["tokenizer.ggml.eos_token_id"] == 0 and made["tokenizer.ggml.add_bos_token"] is True and made["tokenizer.ggml.pre"] == "smollm"
+    )
+    assert note is not None and re.search(r"gives other ids than tokenizer.json on \d+ of \d+ texts", note)
+    assert made[conversion.HUGGING_FACE] == raw.decode() and conversion.to_json(made, 4096, "m")[0] == raw
     other = tokenizer_from_gguf(made, 4096, "m")
-    for text in golden("strings"):
-        if not any(0xD800 <= ord(character) < 0xE000 for character in text):
-            assert other.encode(text) == source.encode(text), ascii(text)
+    sound = [text for text in golden("strings") if not any(0xD800 <= ord(character) < 0xE000 for character in text)]
+    assert sum(other.encode(text) != source.encode(text) for text in sound) <= 5 < 900 < len(sound)
 
 
 def simple(pre: Any, normalizer: Any = None) -> bytes:
@@ -85,7 +90,8 @@ def simple(pre: Any, normalizer: Any = None) -> bytes:
 def test_missing_ids_special_and_added_tokens() -> None:
     raw = simple(pre_tokenizers.ByteLevel(add_prefix_space=False))
     source, ends = conversion.read(raw, 300, {"eos_token_id": [259, 5]}, {})
-    made = conversion.to_gguf(source, raw, {"pad_token": {"content": "<eos>"}}, ends, "m")
+    made, note = conversion.to_gguf(source, raw, {"pad_token": {"content": "<eos>"}}, ends, "m")
+    assert note is None
     assert made["tokenizer.ggml.token_type"][[0, 259, 260, 299]].tolist() == [1, 3, 4, 5]
     assert len(made["tokenizer.ggml.tokens"]) == 300 and made["tokenizer.ggml.tokens"][299] == "[PAD299]"
     assert (made["tokenizer.ggml.eos_token_id"], made["tokenizer.ggml.eot_token_id"], made["tokenizer.ggml.padding_token_id"]) == (

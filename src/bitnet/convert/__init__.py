@@ -115,6 +115,7 @@ def convert(
         notes += gguf.notes(model.config, form)
     else:
         head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
+        notes += hf.notes(model.config, form)
     _note_activations(model, weights, form, notes)
     require_disk(target, nbytes)
 
@@ -172,11 +173,12 @@ def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: P
         if raw is None:
             return {"tokenizer.ggml.model": "no_vocab"} | chat
         source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
-        return tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where) | chat
+        keys, note = tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where)
+        notes += [note] if note is not None else []
+        return keys | chat
     texts: dict[str, Any] = {}
     if from_gguf:
-        made, source = tokenizer.to_json(stored, vocab_size, where)
-        raw = made
+        raw, source = tokenizer.to_json(stored, vocab_size, where)
         tokens = stored["tokenizer.ggml.tokens"]
         named = {name: stored.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
         ends = [*dict.fromkeys([*([named["eos"]] if named["eos"] is not None else []), *sorted(source.eos_ids)])]

@@ -11,6 +11,8 @@ texts of many kinds and on the vocabulary's own tokens.
 from __future__ import annotations
 
 import json
+import random
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,7 +37,6 @@ from bitnet.tokenizer_gguf import (
 )
 
 _KEY = "tokenizer.ggml."
-# Without decomposed characters: tokenizer.json may compose them first, and llama.cpp does not.
 TEXTS = (
     "Once upon a time, there wasn't a fox in 1999; he'd 3,141 friends & 27 foes!", "a", " a", "  a", "\n", "\n\n  x\n",
     "\t\tif x == 0:\n\t\t\treturn", "I'm we're YOU'LL they've it'S", "1 12 123 1234 12345 1234567890", "x1y22z333",
@@ -47,13 +48,20 @@ TEXTS = (
     "   leading and trailing   ", "AAAaaa", "don't DON'T Don'T", "\u2581already\u2581there", "100%", "#1 @you",
 )  # fmt: skip
 SAMPLED = 2000  # tokens of the vocabulary that are tried as texts
+MIXED = 2000  # texts put together at random of what expressions tell apart
+MOST_DIFFERENT = 0.005  # of all those
+HUGGING_FACE = "tokenizer.huggingface.json"  # GGUF's key for the text of a tokenizer.json
+_PARTS = (
+    *"abzABZéßñÑħǅʰªжЖش日한अกिּ0123456789٣३５²½Ⅳ'’.,;:!?()[]{}<>=+^~|$€-_/\\@#%&*\"", "'s", "'S", "'t", "'ll", "'LL", "'re", "'ve", "'m",
+    "'d", " ", " ", " ", " ", "  ", "\n", "\r\n", "\n\n", "\t", "\u00a0", "\u3000", "\u2581", "\u200d", "😀", "the", "ing", "12", "1999",
+)  # fmt: skip
 
 
-def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: list[int], where: str) -> dict[str, Any]:
-    """The keys `tokenizer.ggml.*` of a tokenizer.json (`raw`, read as `source`), for a model of source.vocab_size tokens.
+def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: list[int], where: str) -> tuple[dict[str, Any], str | None]:
+    """(the keys of a tokenizer.json (`raw`, read as `source`) for a model of source.vocab_size tokens, what to know of them or None).
 
-    settings: tokenizer_config.json; ends: the ids that end a text, the most usual first. Raises UnsupportedModelError for a tokenizer that
-    GGUF has no kind for, or where no kind gives the same ids.
+    settings: tokenizer_config.json; ends: the ids that end a text, the most usual first. Where GGUF's nearest kind gives
+    other ids on a few odd texts, tokenizer.json itself is among the keys. Raises UnsupportedModelError where no kind comes near.
     """
     described = json.loads(raw)
     model = described.get("model", {})
@@ -87,17 +95,24 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
         ignoring = bool(model.get("ignore_merges"))
         kinds = sorted(PRE_TOKENIZERS, key=lambda kind: (kind.ignore_merges != ignoring, kind.names == "default"))
         candidates = [merges | {f"{_KEY}pre": kind.names.split()[0]} for kind in kinds]
-    texts_tried = _texts(source)
-    nearest = ""
+    texts_tried, best = _texts(source), None
     for candidate in candidates:
-        made = tokenizer_from_gguf(found | candidate, source.vocab_size, where)
-        different = _first_difference(source, made, texts_tried)
-        if different is None:
-            return candidate | found
-        nearest = nearest or different
-    raise UnsupportedModelError(
-        f"{where}: none of GGUF's kinds of tokenizers gives the ids that this tokenizer.json gives (the first differs on {nearest!a});"
-        " keep the Hugging Face layout, or name another file with --tokenizer"
+        keys = candidate | found
+        different = _differences(source, tokenizer_from_gguf(keys, source.vocab_size, where), texts_tried)
+        if best is None or len(different) < len(best[1]):
+            best = keys, different
+        if not different:
+            return keys, None
+    assert best is not None
+    keys, different = best
+    if len(different) > MOST_DIFFERENT * len(texts_tried) or set(different) & set(TEXTS):
+        raise UnsupportedModelError(
+            f"{where}: none of GGUF's kinds of tokenizers gives the ids that this tokenizer.json gives (the first differs on"
+            f" {different[0]!a}); keep the Hugging Face layout, or name another file with --tokenizer"
+        )
+    return keys | {HUGGING_FACE: raw.decode()}, (
+        f"GGUF's nearest kind of tokenizer ({keys[f'{_KEY}pre']}) gives other ids than tokenizer.json on {len(different)} of "
+        f"{len(texts_tried)} texts (the first: {different[0]!a}); this program goes by tokenizer.json, which is in the file"
     )
 
 
@@ -129,6 +144,8 @@ def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> Any:
 def to_json(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[bytes, Tokenizer]:
     """(tokenizer.json, the tokenizer that it is made from) of a GGUF's metadata. Raises UnsupportedModelError where ids would differ."""
     source = tokenizer_from_gguf(metadata, vocab_size, where)
+    if isinstance(text := metadata.get(HUGGING_FACE), str):
+        return text.encode(), source
     tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata[f"{_KEY}tokens"])]
     ids = {text: i for i, text in enumerate(tokens)}
     types = metadata.get(f"{_KEY}token_type", np.full(len(tokens), NORMAL))
@@ -151,10 +168,10 @@ def to_json(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[b
             single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, source.prefix_ids[0])]
         )
     raw = library.to_str().encode()
-    different = _first_difference(source, Tokenizer.from_json(raw, vocab_size), _texts(source))
-    if different is not None:
+    different = _differences(source, Tokenizer.from_json(raw, vocab_size), _texts(source))
+    if different:
         raise UnsupportedModelError(
-            f"{where}: a tokenizer.json made of this file's vocabulary would give other ids ({different!a}); name one: --tokenizer"
+            f"{where}: a tokenizer.json made of this file's vocabulary would give other ids ({different[0]!a}); name one: --tokenizer"
         )
     return raw, source
 
@@ -179,17 +196,24 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], ids: dict[str
 
 
 def _texts(source: Tokenizer) -> list[str]:
-    """What is tried: texts of many kinds, and an even sample of the vocabulary without tokens that GGUF makes control tokens by their text."""
+    """What is tried: texts of many kinds, and an even sample of the vocabulary.
+
+    Without tokens that GGUF makes control tokens by their text, and without decomposed characters: tokenizer.json may compose them first,
+    and llama.cpp does not.
+    """
     step = max(1, len(source) // SAMPLED)
     sample = (source.decode([i]) for i in range(0, len(source), step))
-    return [*TEXTS, *(text for text in sample if text and "\ufffd" not in text and text not in CONTROL_TEXTS)]
+    rng = random.Random(0)
+    mixed = ("".join(rng.choices(_PARTS, k=rng.randint(2, 16))) for _ in range(MIXED))
+    mixed = (text for text in mixed if unicodedata.is_normalized("NFC", text))
+    return [*TEXTS, *mixed, *(text for text in sample if text and "\ufffd" not in text and text not in CONTROL_TEXTS)]
 
 
-def _first_difference(one: Tokenizer, other: Tokenizer, texts: list[str]) -> str | None:
-    """The first text that the two read differently."""
+def _differences(one: Tokenizer, other: Tokenizer, texts: list[str]) -> list[str]:
+    """The texts that the two read differently."""
     if one.prefix_ids != other.prefix_ids:
-        return "what is put before a text"
-    return next((text for text in texts if one.encode(text, add_special=False) != other.encode(text, add_special=False)), None)
+        return texts
+    return [text for text in texts if one.encode(text, add_special=False) != other.encode(text, add_special=False)]
 
 
 def read(data: bytes, vocab_size: int, config: dict[str, Any], generation: dict[str, Any]) -> tuple[Tokenizer, list[int]]:
