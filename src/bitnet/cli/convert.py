@@ -21,6 +21,7 @@ hf                        a folder for transformers, packed ternary (linear clas
 safetensors               the same in one file, complete by itself; .bin, too
 hf-bitlinear              packed, with the reciprocal of the scale (linear class bitlinear)
 hf-dense-f32, -f16, -bf16 a folder of plain numbers; also safetensors-dense-...
+hf-int8, -int4, -fp4      a folder for this program, in groups of 32, with --quantization int8, int4, fp4
 mlx                       a folder of 2-bit weights in groups of 128
 gguf-tq1_0, gguf-tq2_0    llama.cpp, one scale for 256 weights
 gguf-q2_0, gguf-q1_0      llama.cpp, one scale for 64, or 128 binary, weights

@@ -64,7 +64,8 @@ def fit(weight: Weight, form: Format, requantize: bool, dtypes: Sequence[str], b
         return weight, None  # the same blocks
     if form.integer:
         if weight.scheme != form.integer:
-            raise UsageError(f"{weight.where}: is {weight.scheme}; {form.name} holds {form.integer}: add --quantization {form.integer}")
+            todo = "choose a ternary format" if coded else f"add --quantization {form.integer}"
+            raise UsageError(f"{weight.where}: is {weight.scheme}; {form.name} holds {form.integer}: {todo}")
         return weight, None
     if not coded:
         weight = three_valued(weight)
