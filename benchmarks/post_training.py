@@ -48,8 +48,8 @@ def main() -> None:
     parser.add_argument("--calibration", type=Path, required=True)
     parser.add_argument("--data", type=Path, required=True, help="the text that is scored")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--max-bytes", type=int, default=100_000, help="of the scored text")
-    parser.add_argument("--sequences", type=int, default=128)
+    parser.add_argument("--max-bytes", type=int, default=40_000, help="of the scored text")
+    parser.add_argument("--sequences", type=int, default=64)
     parser.add_argument("--sequence-length", type=int, default=256)
     parser.add_argument("--only", nargs="*", metavar="NAME")
     args = parser.parse_args()
@@ -71,7 +71,7 @@ def run(name: str, args: argparse.Namespace, text: str) -> dict[str, Any]:
     scheme, how, form = VARIANTS[name]
     ternarization = Ternarization(**how) if how else None
     calibration = None
-    if scheme == "ternary":  # for all, so that outputs' errors can be compared
+    if scheme == "ternary" and "alphas" in how:  # of the linear layers, whose outputs' errors are then compared
         source = TernaryTransformer.from_pretrained(args.model)
         ids = source.tokenizer.encode(read_text(args.calibration, 1 << 21), add_special=False)
         calibration = sequences(ids, source.tokenizer.prefix_ids, args.sequences, args.sequence_length, source.engine.config.max_context)

@@ -14,7 +14,7 @@ from bitnet.convert.calibrated import TRIED, as_ternary, best_rows, best_thresho
 from bitnet.convert.layerwise import plain_product, sequences, walk
 from bitnet.convert.quantize import ternarized
 from bitnet.convert.source import Weight, read, scaled
-from bitnet.errors import UsageError
+from bitnet.errors import BitNetError, UsageError
 from bitnet.models import open_checkpoint
 
 UNITS = ["tensor", "row", 32, 64]
@@ -220,6 +220,25 @@ def test_sequences_of_a_text() -> None:
     assert sequences(ids, [1], 128, 512, 512).shape == (1, 26), "a short text is one short sequence"
     with pytest.raises(UsageError, match="calibration text has 1 tokens; expected at least 2"):
         sequences([5], [], 128, 512, 512)
+
+
+@pytest.mark.parametrize("how", [Ternarization(alpha="auto"), Ternarization("gptq")])
+def test_what_is_not_finite_is_refused(tmp_path: Path, how: Ternarization) -> None:
+    if how.method == "gptq":
+        gptq()
+    source = packed_models.write(tmp_path / "m", "qwen3", trits=False)
+    stored = packed_models.safetensors.read(source / "model.safetensors").tensors
+    plain = {name: ("BF16", t.raw().copy()) for name, t in stored.items()}
+    for name, message in (
+        ("model.layers.0.mlp.up_proj.weight", "holds NaN or infinity"),
+        ("model.layers.0.input_layernorm.weight", "not finite"),
+    ):
+        spoilt = plain[name][1].copy()
+        spoilt.reshape(-1)[5] = 0x7FC0
+        packed_models.safetensors.write(source / "model.safetensors", plain | {name: ("BF16", spoilt)})
+        with pytest.raises(BitNetError, match=message):
+            convert(source, tmp_path / "t", quantization="ternary", ternarization=how, calibration=TEXT)
+        assert not (tmp_path / "t").exists()
 
 
 def test_what_needs_calibration_says_so(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.layerwise import Product
-from bitnet.convert.quantize import Alpha, grouped, groups_of, kept_codes, rounded
+from bitnet.convert.quantize import Alpha, finite, grouped, groups_of, kept_codes, rounded
 from bitnet.convert.source import F32, I8, Weight, from_codes, scaled
 
 TRIED = (0.0, 0.05, 0.06, 0.08, *(round(0.1 * n, 1) for n in range(1, 16)))  # alphas; for Gaussian weights about 0.75 is the best
@@ -54,7 +54,7 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
     unit: what shares a scale; stored: how scales lie in the file; head: rows of an attention head, 0 where there are none.
     """
     rows = weight.shape[0]
-    w = np.asarray(weight.values(0, rows), np.float32)
+    w = finite(weight, 0, rows)
     parts = grouped(w, groups_of(weight, unit))
     size = np.abs(parts)
     mean = size.mean(axis=None if unit == "tensor" else 2, keepdims=True, dtype=np.float64).reshape(
@@ -148,7 +148,7 @@ def best_rows(weight: Weight, unit: str | int, stored: str) -> Weight:
     rows, groups = weight.shape[0], groups_of(weight, unit)
     trits, scales = np.empty(weight.shape, np.int8), np.empty((rows, groups), np.float32)
     for first, last in weight.spans():
-        parts = grouped(weight.values(first, last), groups)
+        parts = grouped(finite(weight, first, last), groups)
         size = np.abs(parts)
         falling = -np.sort(-size, axis=2)
         sums = falling.cumsum(axis=2, dtype=np.float64)

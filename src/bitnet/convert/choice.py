@@ -69,7 +69,7 @@ def choose(
             choices[name] = Choice(rule, taken)
         else:
             rows = weight.shape[0]
-            error = output_error(weight.values(0, rows), made.values(0, rows), gram, product, head)
+            error = output_error(weight.values(0, rows), made.values(0, rows), gram, plain_product, head)
             choices[name] = Choice(rule, taken, error.relative, error.heads)
         return made
 

@@ -22,7 +22,7 @@ import numpy as np
 
 from bitnet.convert.calibrated import as_ternary, quadratic, refit
 from bitnet.convert.layerwise import plain_product
-from bitnet.convert.quantize import groups_of
+from bitnet.convert.quantize import finite, groups_of
 from bitnet.convert.source import F32, I8, Weight, scaled
 from bitnet.errors import BitNetError, UsageError
 
@@ -62,7 +62,7 @@ class ErrorFeedback:
         for first in range(0, rows, step):
             last = min(rows, first + step)
             place = slice(0, 1) if unit == "tensor" else slice(first, last)
-            trits[first:last], scales[place] = self._fitted(weight.values(first, last), gram, unit, groups, weight.where)
+            trits[first:last], scales[place] = self._fitted(finite(weight, first, last), gram, unit, groups, weight.where)
         return as_ternary(weight, trits, scales, stored)
 
     def _fitted(self, w: F32, gram: F32, unit: str | int, groups: int, where: str) -> tuple[I8, F32]:
@@ -98,8 +98,8 @@ class ErrorFeedback:
         h = _tensor(torch, gram).double()
         diagonal = h.diagonal()
         mean = float(diagonal.mean())
-        if not np.isfinite(mean) or mean <= 0:
-            raise BitNetError(f"{where}: the calibration text gives it no inputs that are finite and not 0; give another text")
+        if mean <= 0:
+            raise BitNetError(f"{where}: the calibration text gives it no inputs but 0; give another text")
         order = torch.argsort(diagonal, descending=True, stable=True)
         h = h[order][:, order]
         h.diagonal().add_(DAMPING * mean)

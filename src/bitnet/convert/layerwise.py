@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.source import F32, Model, Weight
-from bitnet.errors import UsageError
+from bitnet.errors import BitNetError, UsageError
 
 Product = Callable[[F32, F32], F32]  # x [tokens, in], w [out, in] -> x w^T, float32 [tokens, out]
 Rule = Callable[[Weight, F32], Weight]  # a layer as it is and its gram, float32 [in, in] -> the layer as it shall be
@@ -177,6 +177,10 @@ def _gram(inputs: Iterable[F32], size: int, product: Product) -> F32:
         columns = part.reshape(-1, size).T
         total += product(columns, columns)
         tokens += columns.shape[1]
+    if not np.isfinite(total).all():
+        raise BitNetError(
+            "the calibration text gives a layer inputs that are not finite; the model is damaged, or it is no model of this text"
+        )
     return np.asarray(total / np.float32(tokens), np.float32)
 
 

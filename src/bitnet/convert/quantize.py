@@ -174,7 +174,7 @@ def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
         to[place(first, last)] += summed
 
     for first, last in weight.spans():
-        add(sums, first, last, np.abs(_finite(weight, first, last), dtype=np.float64))
+        add(sums, first, last, np.abs(finite(weight, first, last), dtype=np.float64))
     mean = sums / (rows * inputs / sums.size)
 
     def threshold(first: int, last: int) -> NDArray[np.float64]:
@@ -243,7 +243,7 @@ def binary(weight: Weight, unit: str | int, stored: str) -> Weight:
     else:
         scales = np.empty((rows, groups), np.float32)
         for first, last in weight.spans():
-            scales[first:last] = quantize_binary(_finite(weight, first, last), weight.shape[1] // groups)[1]
+            scales[first:last] = quantize_binary(finite(weight, first, last), weight.shape[1] // groups)[1]
     return from_codes(weight.name, weight.shape, "binary", weight.where, codes, rounded(scales, stored))
 
 
@@ -254,7 +254,7 @@ def integer(weight: Weight, scheme: str) -> Weight:
         raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {GROUP}; {scheme} needs those")
     scales = np.empty((rows, inputs // GROUP), np.float32)
     for first, last in weight.spans():
-        scales[first:last] = _integers(_finite(weight, first, last), scheme)[1]
+        scales[first:last] = _integers(finite(weight, first, last), scheme)[1]
 
     def codes(first: int, last: int) -> I8:
         return _integers(weight.values(first, last), scheme)[0]
@@ -287,7 +287,7 @@ def grouped(values: NDArray[Any], groups: int) -> NDArray[Any]:
     return values.reshape(len(values), groups, -1)
 
 
-def _finite(weight: Weight, first: int, last: int) -> F32:
+def finite(weight: Weight, first: int, last: int) -> F32:
     values: F32 = weight.values(first, last)
     if not np.isfinite(values).all():
         raise FormatError(f"{weight.where}: holds NaN or infinity; the file is damaged or training diverged")
