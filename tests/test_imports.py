@@ -19,7 +19,7 @@ LAYERS = {
     "files": {"packing"},
     "models": {"files", "packing", "ternary"},
     "engine": {"_native", "models", "machine"},
-    "weights": {"_native", "engine", "files", "machine", "models", "ternary"},
+    "weights": {"_native", "engine", "files", "machine", "models", "packing", "ternary"},
     "shapes": {"engine", "models", "weights"},
     "tuning": {"_native", "engine", "machine", "weights"},
     "sampling": set(),

@@ -26,11 +26,13 @@ from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 from bitnet.models.config import weight_shapes
+from bitnet.packing import INTEGERS
 
 HEADS = ("stored", "int8", "int4")
 QUANTIZED = {"int8": 32, "int4": 32, "fp4": 32, "binary": 0, "ternary": 0}  # -> inputs that share a scale and a step; 0: a whole row's
 WEIGHTS = ("stored", "f16", *QUANTIZED)
 _FLOATS = ("f32", "f64", "f16", "bf16")
+_INTEGERS = tuple(INTEGERS)  # with the scales of their own file: they run as those very integers
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
 _CHUNK = 1 << 20  # values of a tensor worked on at once
@@ -141,7 +143,7 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
 
 
 def _check_scheme(tensor: Tensor) -> None:
-    known = (*_FLOATS, *_BLOCKS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
+    known = (*_FLOATS, *_BLOCKS, *_INTEGERS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
     if tensor.scheme not in known:
         raise UnsupportedModelError(f"{tensor.where}: stored as {tensor.scheme}; this build computes with {', '.join(known)}")
 
@@ -150,7 +152,7 @@ def _becomes(tensor: Tensor, weights: str) -> str:
     """What `weights` makes of a linear layer, BitNet's apart: its own scheme, f16, or one of `QUANTIZED`."""
     if weights == "f16":
         return "f16"
-    if tensor.scheme in ("ternary", "binary") or (tensor.scheme in _FLOATS and weights == "stored"):
+    if tensor.scheme in ("ternary", "binary", *_INTEGERS) or (tensor.scheme in _FLOATS and weights == "stored"):
         return tensor.scheme
     return "int8" if weights == "stored" else weights
 
@@ -203,6 +205,8 @@ class _Loader:
             self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
             self._set_codes(name, tensor, shape, "ternary")
+        elif tensor.scheme in _INTEGERS and scheme == "stored":
+            self._set_integers(name, tensor, shape)
         elif tensor.scheme in _FLOATS and scheme == "stored":
             self._set_floats(name, tensor, shape)
         elif scheme == "int4":
@@ -220,6 +224,8 @@ class _Loader:
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)
             return self._set_codes(name, tensor, shape, self.ternary_scheme)
+        if tensor.scheme in _INTEGERS and self.weights != "f16":
+            return self._set_integers(name, tensor, shape)
         if not stays_dense and tensor.scheme in _FLOATS:
             if q is None or not q.online:
                 raise FormatError(
@@ -252,6 +258,19 @@ class _Loader:
         matrix.set_scales(0, np.ascontiguousarray(scales, np.float32))
         self.native.set_matrix(name, matrix)
         return scheme
+
+    def _set_integers(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """Integers and their scales as they are stored."""
+        scales = np.ascontiguousarray(tensor.scales(), np.float32)
+        if not np.isfinite(scales).all():
+            raise _not_finite(tensor)
+        matrix = self._matrix(tensor.scheme, shape, scales.shape[1])
+        for first, last in _spans(shape):
+            matrix.fill_codes(first, np.ascontiguousarray(tensor.code_rows(first, last)))
+            self._was_read(tensor, tensor.nbytes * (last - first) // shape[0])
+        matrix.set_scales(0, scales)
+        self.native.set_matrix(name, matrix)
+        return tensor.scheme
 
     def _fill_stored(self, matrix: Any, tensor: Tensor) -> bool:
         """Codes as they lie in the file; False where there are others than of trits, or a layout that native code does not read."""

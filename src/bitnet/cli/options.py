@@ -84,17 +84,27 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
     ),
     click.option(
         "--quantization",
-        type=click.Choice(["ternary", "int8", "int4", "fp16"]),
+        type=click.Choice(["ternary", "binary", "int8", "int4", "fp4", "fp16"]),
         help="Bring the weights into this. Default: keep what is there.",
     ),
     click.option("--ternary", is_flag=True, help="The same as --quantization ternary."),
     click.option(
-        "--alpha", type=float, metavar="A", help="Of ternary: weights up to A x mean|W| become 0. Default: the article's, by kind of layer."
+        "--alpha", metavar="A", help="Of ternary: weights up to A x mean|W| become 0; or auto. Default: the article's, by kind of layer."
     ),
-    click.option("--method", type=click.Choice(["threshold", "absmean"]), default="threshold", show_default=True, help="Of ternary."),
+    click.option("--alpha-config", metavar="FILE", help="Alphas by pattern of layers' names, in JSON or YAML; before --alpha."),
+    click.option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave as they are, such as embedding. Repeatable."),
     click.option(
-        "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or N inputs."
+        "--method", type=click.Choice(["threshold", "absmean", "gptq"]), default="threshold", show_default=True, help="Of ternary."
     ),
+    click.option(
+        "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or group:N."
+    ),
+    click.option("--calibration", metavar="FILE", help="Text for --alpha auto and gptq, and for outputs' errors. Default: a short sample."),
+    click.option("--sequences", type=int, default=128, show_default=True, metavar="N", help="Of the calibration text, at most."),
+    click.option("--sequence-length", type=int, default=512, show_default=True, metavar="N", help="Tokens of each."),
+    click.option("--evaluate", metavar="FILE", help="A text on which to measure perplexity before and after."),
+    click.option("--evaluate-bytes", type=int, metavar="N", help="Only its first N bytes."),
+    click.option("--report", "report_file", metavar="FILE", help="Where the report goes as JSON. Default: TARGET.report.json."),
     click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
     click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),
     click.option("--verify/--no-verify", default=True, show_default=True, help="Read what was written and compare every weight."),
