@@ -174,14 +174,14 @@ def _quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any
     return found | {"report": path}, [*table(report.layers), said, where, *([f"note: {missing}"] if missing else [])]
 
 
-def record(report: Report, seconds: float, peak_bytes: int) -> dict[str, Any]:
+def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
     """The report as plain values."""
     losses = [{"weight": loss.name, "relative_error": loss.relative} for loss in report.losses]
     plain = {key: getattr(report, key) for key in ("source", "target", "format", "bytes", "tensors", "verified", "notes")}
     return {**plain, "requantized": losses, "seconds": seconds, "peak_rss_bytes": peak_bytes}
 
 
-def lines(report: Report, seconds: float, peak_bytes: int) -> list[str]:
+def lines(report: Report, seconds: float, peak_bytes: int | None) -> list[str]:
     """The report for people."""
     found = [f"note: {note}" for note in report.notes]
     if report.losses:
@@ -194,6 +194,6 @@ def lines(report: Report, seconds: float, peak_bytes: int) -> list[str]:
     checked = "every weight read back and compared" if report.verified else "not verified"
     found.append(
         f"{report.target}: {report.format}, {report.bytes:,} bytes, {report.tensors} tensors, {checked}; {seconds:.1f} s, "
-        f"peak memory {peak_bytes / 1e6:,.0f} MB"
+        f"peak memory {f'{peak_bytes / 1e6:,.0f} MB' if peak_bytes else 'unknown'}"
     )
     return found
