@@ -104,7 +104,7 @@ def test_other_two_bit_weights_of_mlx_are_refused(tmp_path: Path) -> None:
     golden = np.load(GOLDEN / "mlx_24x768.npz")
     tensors = {"g.weight": golden["words"], "g.scales": golden["scales"], "g.biases": golden["biases"] * np.float16(1.5)}
     safetensors.write(tmp_path / "x", tensors)
-    with pytest.raises(UnsupportedModelError, match="'g.biases': is not -scale everywhere, so these are no ternary weights"):
+    with pytest.raises(UnsupportedModelError, match=r"'g.biases': is not -scale everywhere, so these are no ternary weights"):
         safetensors.read(tmp_path / "x").tensors["g.weight"].scales()
 
 
