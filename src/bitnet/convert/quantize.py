@@ -73,10 +73,6 @@ class Ternarization:
             return found
         return ALPHAS[name.rsplit(".", 1)[-1]] if self.alpha is None else self.alpha
 
-    def keeps(self, name: str) -> bool:
-        """Whether the layer with this canonical name stays as it is."""
-        return self.alpha_of(name) == "keep"
-
     @property
     def calibrated(self) -> bool:
         """Whether it needs to know the layers' inputs."""
