@@ -57,7 +57,17 @@ def test_dense_families(tmp_path: Path, family: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{"weights": "int8"}, {"weights": "int8", "activation_group": 0, "head": "int8"}, {"head": "int4"}], ids=str
+    "options",
+    [
+        {"weights": "int8"},
+        {"weights": "int8", "activation_group": 0, "head": "int8"},
+        {"head": "int4"},
+        {"weights": "int4"},
+        {"weights": "fp4"},
+        {"weights": "binary"},
+        {"weights": "ternary"},
+    ],
+    ids=str,
 )
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_integer_weights(tmp_path: Path, family: str, options: dict[str, Any]) -> None:

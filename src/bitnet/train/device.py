@@ -7,7 +7,7 @@ and values in f16. Logits agree; the bits are the native engine's alone. A terna
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -138,9 +138,16 @@ class TorchModel:
         """Nothing to do: the loader sets what models.canonical has found."""
 
     @property
+    def weight_bytes(self) -> int:
+        return self._bytes(self.linears)
+
+    @property
     def weight_bytes_per_token(self) -> int:
         skipped = "embedding" if "head" in self.linears else ""  # of which a token reads one row
-        buffers = [b for name, linear in self.linears.items() if name != skipped for b in linear.buffers()]
+        return self._bytes(name for name in self.linears if name != skipped)
+
+    def _bytes(self, linears: Iterable[str]) -> int:
+        buffers = [b for name in linears for b in self.linears[name].buffers()]
         return sum(b.numel() * b.element_size() for b in (*buffers, *self.vectors.values()))
 
     def cache(self) -> TorchCache:
