@@ -39,8 +39,9 @@ template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   size_t n = 1;
   for (size_t s : shape) n *= s;
-  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))));
+  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n) * sizeof(T)));
   if (!*data) throw std::bad_alloc();
+  **data = T{};  // gcc would warn of memory that nobody has written
   nb::capsule owner(*data, [](void* p) noexcept { std::free(p); });
   return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }
@@ -275,6 +276,18 @@ NB_MODULE(_native, m) {
 #if defined(__GLIBC__)
     malloc_trim(0);
 #endif
+  });
+
+  m.def("missing_instructions", [] {  // of x86-64-v2, which numpy's wheels take for granted; this module does not
+    std::vector<std::string> missing;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("ssse3")) missing.push_back("ssse3");
+    if (!__builtin_cpu_supports("sse4.1")) missing.push_back("sse4.1");
+    if (!__builtin_cpu_supports("sse4.2")) missing.push_back("sse4.2");
+    if (!__builtin_cpu_supports("popcnt")) missing.push_back("popcnt");
+#endif
+    return missing;
   });
 
   // ---- for tests, benchmarks and `bitnet doctor`

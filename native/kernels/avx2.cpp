@@ -28,7 +28,8 @@ BITNET_INLINE void store_bytes(int8_t* to, i16x x) {  // of -128..127
 }
 constexpr int kSums = 6;  // of two registers each
 
-static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
+typedef int32_t four __attribute__((may_alias, aligned(1)));
+static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(const four*)x); }
 
 }  // namespace
 

@@ -19,13 +19,13 @@ BITNET_INLINE void store_bytes(int8_t* to, i16x x) { _mm_storeu_si128((__m128i*)
 BITNET_INLINE i16x dots_of(__m512i sums) { return {{(IntPart)sums}}; }
 constexpr int kSums = 24;
 
-static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
+typedef int32_t four __attribute__((may_alias, aligned(1)));
+static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const four*)x); }
 
 // sum += codes * x, by fours. In assembly where that is possible: gcc 12 keeps the broadcast apart and copies every sum, which costs
 // base-3 a quarter of its speed. Not under sanitizers, which could not see what it reads.
 static inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, const int8_t* x) {
 #if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
-  typedef int32_t four __attribute__((may_alias, aligned(1)));
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const four*)x));
 #else
   sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x));

@@ -8,17 +8,18 @@
 #if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 #include "kernels.h"
 
 namespace bitnet {
 namespace {
-
-struct Candidate {
-  const Kernels* kernels;
-  bool supported;
-};
 
 #if defined(__x86_64__)
 // AMX int8 tiles: the CPU has them, and Linux (5.16 or later) lets this process use their state, for which it must be asked.
@@ -34,7 +35,11 @@ bool amx_permitted() {
 #endif
 }
 
-bool avx_vnni() {  // leaf 7.1, which __builtin_cpu_supports does not know everywhere
+bool has_f16c() {  // a name that clang 14 does not know; its registers are AVX's
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx_vnni() {  // nor this one
   unsigned a, b, c, d;
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
@@ -48,13 +53,35 @@ const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   }();
   return k;
 }
+#elif defined(__aarch64__)
+struct ArmFeatures {
+  bool dotprod = false, i8mm = false;
+};
+ArmFeatures arm_features() {  // what is not known here is taken for missing. Tried on Linux only
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  return {(getauxval(AT_HWCAP) & kDotprod) != 0, (getauxval(AT_HWCAP2) & kI8mm) != 0};
+#elif defined(__APPLE__)
+  auto has = [](const char* feature) {
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#elif defined(_WIN32)
+  constexpr DWORD kDotprod = 43, kI8mm = 66;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
+  return {IsProcessorFeaturePresent(kDotprod) != 0, IsProcessorFeaturePresent(kI8mm) != 0};
+#else
+  return {};
+#endif
+}
 #endif
 
 int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // the feature bits of gcc include the operating system's permission for the registers
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
@@ -62,8 +89,13 @@ int list_candidates(Candidate* out) {  // best first
   out[n++] = {&amx_kernels(), amx};
   out[n++] = {&kAvx512Vbmi, vbmi};
   out[n++] = {&kAvx512Vnni, avx512};
-  out[n++] = {&kAvxVnni, avx2 && avx_vnni()};
+  out[n++] = {&kAvxVnni, avx2 && has_avx_vnni()};
   out[n++] = {&kAvx2, avx2};
+#elif defined(__aarch64__)
+  static const ArmFeatures arm = arm_features();
+  out[n++] = {&kNeonI8mm, arm.dotprod && arm.i8mm};
+  out[n++] = {&kNeonDotprod, arm.dotprod};
+  out[n++] = {&kNeon, true};  // every 64-bit Arm
 #endif
   out[n++] = {&kScalar, true};
   return n;
@@ -231,11 +263,9 @@ int test_isas(IsaReport* reports) {
   return n;
 }
 
-const Kernels* choose_kernels(const char* wanted, const char** failed) {
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed) {
   static std::atomic<const Kernels*> sound{nullptr};  // what passed last in this process: the test takes 3 ms, and each model asks twice
   *failed = nullptr;
-  Candidate candidates[kMaxIsas];
-  int n = list_candidates(candidates);
   for (int i = 0; i < n; i++) {
     const Candidate& c = candidates[i];
     if (!c.supported || (wanted && strcmp(wanted, c.kernels->name))) continue;
@@ -246,6 +276,12 @@ const Kernels* choose_kernels(const char* wanted, const char** failed) {
     if (!*failed) *failed = c.kernels->name;
   }
   return nullptr;
+}
+
+const Kernels* choose_kernels(const char* wanted, const char** failed) {
+  Candidate candidates[kMaxIsas];
+  const int n = list_candidates(candidates);
+  return choose_kernels(candidates, n, wanted, failed);
 }
 
 }  // namespace bitnet

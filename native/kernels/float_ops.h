@@ -10,8 +10,6 @@
 namespace {
 using bitnet::kGemmTokens;
 
-using bitnet::kGemmTokens;
-
 template <int N> struct Count { static constexpr int count = N; };
 BITNET_INLINE v16 vmax(v16 a, v16 b) { return select(a > b, a, b); }
 BITNET_INLINE v16 vabs(v16 x) { return as_float(as_int(x) & 0x7fffffff); }
@@ -66,7 +64,7 @@ BITNET_INLINE void prefetch(const uint8_t* at) {
   __builtin_prefetch(at + 1024, 0, 3);
 }
 
-// Dense weights: what is stored for 16 rows of one input, widened.
+// What is stored for 16 rows of one input, widened.
 struct DenseF32 {
   using Stored = float;
   BITNET_INLINE v16 widen(const Stored* p) { return load(p); }
@@ -84,16 +82,16 @@ struct DenseBf16 {
 template <class Dense, int T>
 static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
   constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
-  v16 acc[T][4];
+  v16 sum[T][4];
   for (int t = 0; t < T; t++)
-    for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
+    for (int j = 0; j < 4; j++) sum[t][j] = splat(0.0f);
   for (int64_t k = 0; k < n_inputs; k += 4, w += 64)
     for (int j = 0; j < 4; j++) {
       if (j % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(w + 16 * j));
       const v16 wide = Dense::widen(w + 16 * j);
-      for (int t = 0; t < T; t++) acc[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), acc[t][j]);
+      for (int t = 0; t < T; t++) sum[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), sum[t][j]);
     }
-  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+  for (int t = 0; t < T; t++) store(out + 16 * t, (sum[t][0] + sum[t][1]) + (sum[t][2] + sum[t][3]));
 }
 // P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
 template <class Dense, int P, int T>
@@ -103,19 +101,19 @@ static void dense_block(const typename Dense::Stored* const w[P], int64_t n_inpu
   for (int64_t k0 = 0; k0 < n_inputs; k0 += kInputs) {
     const int64_t end = k0 + kInputs < n_inputs ? k0 + kInputs : n_inputs;
     for (int j = 0; j < 4; j++) {
-      v16 acc[P][T];
+      v16 sum[P][T];
       for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++) acc[p][t] = k0 ? partial[j][p][t] : splat(0.0f);
+        for (int t = 0; t < T; t++) sum[p][t] = k0 ? partial[j][p][t] : splat(0.0f);
       for (int64_t k = k0 + j; k < end; k += 4) {
         v16 wide[P];
         for (int p = 0; p < P; p++) wide[p] = Dense::widen(w[p] + 16 * k);
         for (int t = 0; t < T; t++) {
           const v16 xt = splat(x[t * x_stride + k]);
-          for (int p = 0; p < P; p++) acc[p][t] = fma16(wide[p], xt, acc[p][t]);
+          for (int p = 0; p < P; p++) sum[p][t] = fma16(wide[p], xt, sum[p][t]);
         }
       }
       for (int p = 0; p < P; p++)
-        for (int t = 0; t < T; t++) partial[j][p][t] = acc[p][t];
+        for (int t = 0; t < T; t++) partial[j][p][t] = sum[p][t];
     }
   }
   for (int p = 0; p < P; p++)

@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes, a table of 16 entries.
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes(Words), a table of 16 entries.
 #pragma once
 #include "float_ops.h"
 
@@ -113,12 +113,10 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
 typedef uint16_t Words __attribute__((vector_size(kPartBytes), aligned(1), may_alias));  // of codes, two to a word
 BITNET_INLINE Words load_words(const uint8_t* p) { return *reinterpret_cast<const Words*>(p); }
 BITNET_INLINE void store_words(uint8_t* p, Words x) { *reinterpret_cast<Words*>(p) = x; }
-BITNET_INLINE Words as_they_are(Words bits) { return bits; }
-BITNET_INLINE Words doubled(Words bits) { return bits + bits; }
-BITNET_INLINE Words fp4_codes(Words numbers);  // kFp4Codes, byte by byte
+BITNET_INLINE Words fp4_codes(Words numbers);  // of E2M1 numbers, one a byte: kFp4Codes
 
-// Tiles of Bits bits each: the code of bits s of a byte to tile s.
-template <int Bits, Words (*code)(Words)>
+// Tiles of Bits bits each: code s of a byte to tile s.
+template <int Bits>
 static void unpack_bits(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   constexpr int kTiles = 8 / Bits;
   constexpr uint16_t kMask = ((1 << Bits) - 1) * 0x0101;
@@ -126,7 +124,26 @@ static void unpack_bits(const uint8_t* panel, int64_t n_vectors, int64_t ahead, 
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     for (int p = 0; p < 64; p += kPartBytes) {
       const Words packed = load_words(panel + 64 * v + p);
-      for (int s = 0; s < kTiles; s++) store_words(codes + 64 * (kTiles * v + s) + p, code((packed >> (Bits * s)) & kMask));
+      for (int s = 0; s < kTiles; s++) store_words(codes + 64 * (kTiles * v + s) + p, (packed >> (Bits * s)) & kMask);
+    }
+  }
+}
+static void unpack_fp4(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
+    for (int p = 0; p < 64; p += kPartBytes) {
+      const Words packed = load_words(panel + 64 * v + p);
+      for (int s = 0; s < 2; s++) store_words(codes + 64 * (2 * v + s) + p, fp4_codes((packed >> (4 * s)) & 0x0f0f));
+    }
+  }
+}
+static void unpack_b1(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {  // to 0 and 2, as ternary codes
+  for (int64_t v = 0; v < n_vectors; v++) {
+    __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
+    for (int p = 0; p < 64; p += kPartBytes) {
+      const Words packed = load_words(panel + 64 * v + p);
+      store_words(codes + 512 * v + p, (packed << 1) & 0x0202);
+      for (int s = 1; s < 8; s++) store_words(codes + 64 * (8 * v + s) + p, (packed >> (s - 1)) & 0x0202);
     }
   }
 }
@@ -137,7 +154,7 @@ BITNET_INLINE void base3_digits(Words byte, Words digits[5]) {
   digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                    // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
-static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+[[maybe_unused]] static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     for (int p = 0; p < 64; p += kPartBytes) {
@@ -148,23 +165,28 @@ static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, ui
     }
   }
 }
-// Base-3 where no table of bytes can be looked up: unpacked piece by piece for a codec of one tile a vector.
-template <class Tile>
-struct UnpackedBase3 {
+// A codec of Tiles tiles a vector, unpacked piece by piece for one of one tile: base-3 where no table of bytes can be looked up.
+template <void (*unpack)(const uint8_t*, int64_t, int64_t, uint8_t*), int Tiles, class Tile>
+struct Unpacked {
   template <int T>
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     constexpr int kVectors = 8;
-    alignas(64) uint8_t tiles[kVectors * 320];
+    alignas(64) uint8_t tiles[kVectors * Tiles * 64];
     for (int t = 0; t < T; t++) dots[t] = splat_int(0);
     for (int64_t v = 0; v < n_vectors; v += kVectors) {
       const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
-      unpack_b3(codes + 64 * v, n, 4096, tiles);
+      unpack(codes + 64 * v, n, 4096, tiles);
       i16x part[T];
-      Tile::template dot<T>(tiles, 5 * n, x + 20 * v, x_stride, part);
+      Tile::template dot<T>(tiles, Tiles * n, x + 4 * Tiles * v, x_stride, part);
       for (int t = 0; t < T; t++) dots[t] += part[t];
     }
   }
 };
+
+template <class Tile>
+using UnpackedBase3 = Unpacked<unpack_b3, 5, Tile>;
+template <class Tile>
+using UnpackedBinary = Unpacked<unpack_b1, 8, Tile>;
 
 static int32_t sum_i8(const int8_t* q, int n) {
   i16x sums = splat_int(0);
@@ -178,10 +200,10 @@ static int32_t sum_i8(const int8_t* q, int n) {
 }  // namespace
 
 #define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                                    \
-  {                                                                                                                                  \
-    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary, gemm_i4, \
-        gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>,                        \
-        unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, multiply_dense<DenseF16>,               \
-        multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,                  \
-        gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                              \
+  {                                                                                                                                \
+    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary,        \
+        gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2>, unpack_b3, unpack_b1, unpack_bits<4>, unpack_fp4, add_runs, write_run, \
+        sum_i8, multiply_dense<DenseF16>, multiply_dense<DenseBf16>, multiply_dense<DenseF32>, rms_norm,                           \
+        quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax,     \
+        weigh_f16, read_bytes                                                                                                      \
   }

@@ -127,6 +127,8 @@ extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi;
 extern const GemmInteger kGemmAmx;
 extern void (*const kBeginAmx)(int64_t inputs, int n_tokens);
 extern void (*const kEndAmx)();
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonDotprod, kNeonI8mm;
 #endif
 
 // ---- dispatch.cpp
@@ -140,5 +142,11 @@ int test_isas(IsaReport* reports);  // best first; returns how many
 // The best instruction set whose self-test passes. `wanted`: a name, or nullptr. Returns nullptr when `wanted` is unknown or
 // cannot run here; sets *failed to the name of a better set that failed its self-test, else nullptr.
 const Kernels* choose_kernels(const char* wanted, const char** failed);
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+// The same among `candidates`, best first. The test remembers kernels by their address.
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed);
 
 }  // namespace bitnet

@@ -70,7 +70,7 @@ constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through mult
 
 namespace {
 BITNET_INLINE Words fp4_codes(Words numbers) {
-  for (int i = 0; i < kPartBytes / 2; i++) numbers[i] = (uint16_t)(bitnet::kFp4Codes[numbers[i] & 15] | bitnet::kFp4Codes[numbers[i] >> 8] << 8);
+  for (int i = 0; i < kPartBytes / 2; i++) numbers[i] = (uint16_t)(bitnet::kFp4Codes[numbers[i] & 255] | bitnet::kFp4Codes[numbers[i] >> 8] << 8);
   return numbers;
 }
 // A vector of Tiles tiles; digit(byte, s) is the code of tile s.

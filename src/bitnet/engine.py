@@ -153,12 +153,12 @@ def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -
     if not 1 <= wanted <= MOST_THREADS:
         raise UsageError(f"threads is {wanted}; expected 1 to {MOST_THREADS}")
     isa, failed = _native.choose_isa()
-    if failed:
-        warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa or 'nothing'} instead", stacklevel=3)
     if not isa:
-        raise BitNetError(
-            f"BITNET_ISA={os.environ.get('BITNET_ISA', '')} cannot run here; there are {', '.join(_native.self_test())} (see bitnet doctor)"
-        )
+        asked, there = os.environ.get("BITNET_ISA", ""), ", ".join(_native.self_test())
+        why = ", where it failed its self-test" if failed else ""
+        raise BitNetError(f"BITNET_ISA={asked} cannot run here{why}; there are {there} (see bitnet doctor)")
+    if failed:
+        warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa} instead", stacklevel=3)
     windowed = list(c.windowed or (False,) * c.n_layers)
     try:
         native = _native.Model(

@@ -60,6 +60,7 @@ def load_engine(
     activation_group: int | None = None,
     codec: str = "auto",
     model: Canonical | None = None,
+    model_elsewhere: Callable[[ModelConfig, int], Any] | None = None,
 ) -> Engine:
     """Repack a checkpoint's weights for this machine.
 
@@ -69,6 +70,7 @@ def load_engine(
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
     `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
+    `model_elsewhere`: makes what stands for the native model, of a configuration and an activation group (train/device.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
     `UsageError` for options that would not run a BitNet model as it was trained, and for codec "b3" with groups of activations.
     """
@@ -94,7 +96,7 @@ def load_engine(
     if binary and weights != "f16":
         check_binary_steps(activation_group)
     release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
-    native = new_native(config, threads, activation_group)
+    native = model_elsewhere(config, activation_group) if model_elsewhere else new_native(config, threads, activation_group)
     scale_group = min((tensor.scale_group for tensor in packed), default=0)
     ternary_codec = chosen_codec(codec, native.isa, activation_group if packed or weights == "ternary" else 0, scale_group)
     schemes = set()
@@ -112,6 +114,7 @@ def load_engine(
     if codec != "auto" and "ternary" not in schemes:
         raise UsageError(f"{where}: has no ternary layers in this way to run it; codec {codec!r} is for them, leave it out")
     scheme = next(scheme for scheme in ("ternary", "binary", "int4", "fp4", "int8", "dense") if scheme in schemes)
+    ternary_codec = getattr(native, "codec", ternary_codec)
     runs = ternary_codec if scheme == "ternary" else scheme
     return Engine(config, native, runs, head)
 
@@ -357,7 +360,7 @@ class _Loader:
         return "dense"
 
     def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
-        return Matrix(self.native, scheme, shape[0], shape[1], n_groups)
+        return getattr(self.native, "Matrix", Matrix)(self.native, scheme, shape[0], shape[1], n_groups)
 
     def _made(
         self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]

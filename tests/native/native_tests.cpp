@@ -1,10 +1,14 @@
 // The native core without Python, so that the sanitizers see all of it: kernels against the scalar ones over the grid of
 // sizes, the thread pool, and the forward pass of a small random model in every arrangement of its batch.
+#include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <string>
 
 #include "amx_emulation.h"
 #define BITNET_EMULATED_AMX
@@ -45,6 +49,54 @@ std::vector<const Kernels*> runnable() {
   const char* failed = nullptr;
   check(choose_kernels("no such set", &failed) == nullptr, "an unknown name is refused", "");
   return found;
+}
+
+// Kernels that lie are found out at start-up, named, and replaced by the next best: one that does nothing in each place of the table in
+// turn, and some that are wrong in one bit, or by saturating.
+void test_lies(const std::vector<const Kernels*>& isas) {
+  static const Kernels* honest;
+  honest = isas.size() > 1 ? isas[isas.size() - 2] : &kScalar;  // the simplest that is not the reference itself
+  auto found_out = [&](Kernels lying, const char* what, int place) {
+    static std::vector<std::unique_ptr<Kernels>> kept;  // a table's address must stay its own
+    lying.name = "lying";
+    kept.push_back(std::make_unique<Kernels>(lying));
+    const Candidate candidates[] = {{kept.back().get(), false}, {kept.back().get(), true}, {honest, true}, {&kScalar, true}};
+    const char* failed = nullptr;
+    check(choose_kernels(candidates, 4, nullptr, &failed) == honest && failed && !std::strcmp(failed, "lying"), what, honest->name, place);
+    check(choose_kernels(candidates, 4, "lying", &failed) == nullptr && failed && !std::strcmp(failed, "lying"), what, "asked for", place);
+  };
+  using Function = void (*)();
+  const Function nothing = [] {};
+  constexpr int kPlaces = int((sizeof(Kernels) - sizeof(const char*)) / sizeof(Function));
+  for (int place = 0; place < kPlaces; place++) {
+    Kernels lying = *honest;
+    char* at = reinterpret_cast<char*>(&lying) + sizeof(const char*) + place * sizeof(Function);
+    Function before;
+    std::memcpy(&before, at, sizeof before);
+    if (!before) continue;
+    std::memcpy(at, &nothing, sizeof nothing);
+    found_out(lying, "a kernel that does nothing is found out", place);
+  }
+  Kernels lying = *honest;
+  lying.multiply_t2 = [](const IntegerMatrix& w, const QuantizedRows& x, int first, int n, float* y) {
+    honest->multiply_t2(w, x, first, n, y);
+    float& last = y[size_t(x.n_tokens) * w.rows - 1];
+    last = std::nextafter(last, 1e9f);
+  };
+  found_out(lying, "one bit of a product is found out", 0);
+  lying = *honest;
+  lying.sum_i8 = [](const int8_t* q, int n) { return std::clamp(honest->sum_i8(q, n), -32768 / 4, 32767 / 4); };
+  found_out(lying, "saturation is found out", 0);
+  lying = *honest;
+  lying.quantize = [](const float* x, int n, int8_t* q, int32_t* sum) {
+    const float step = honest->quantize(x, n, q, sum);
+    q[n - 1] ^= 1;
+    return step;
+  };
+  found_out(lying, "one bit of a code is found out", 0);
+  const Candidate liars[] = {{&lying, true}};
+  const char* failed = nullptr;
+  check(choose_kernels(liars, 1, nullptr, &failed) == nullptr && failed, "where all lie, none runs", "");
 }
 
 // What ternary.py defines, in 64-bit integers.
@@ -98,6 +150,53 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
         for (int i = 0; i < c.cols; i++)
           check(row[i] == codes[size_t(c.rows - 1) * c.cols + i] * scales[size_t(c.rows - 1) * c.groups + i / group], "dequantize_row", "", i);
       }
+}
+
+// The largest sums: as many inputs as kernels.h allows, every code the largest or the smallest, every activation -128 or 127.
+void test_bounds(const std::vector<const Kernels*>& isas) {
+  constexpr int kInputs = 65536, kTokens = 15;
+  std::vector<int8_t> x(size_t(round_up(kTokens, 16)) * kInputs + kSlack);
+  const std::vector<float> ones(kTokens * 16, 1.0f);
+  const std::vector<int32_t> no_sums(kTokens);
+  std::vector<int32_t> dots(kGemmTokens * 16);
+  for (int value : {-128, 127}) {
+    std::fill(x.begin(), x.end(), int8_t(value));
+    for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::binary, Scheme::int4, Scheme::fp4, Scheme::int8})
+      for (int code : {layout(scheme).top, 0}) {
+        const int per_vector = layout(scheme).inputs(), vectors = kInputs / per_vector;
+        int byte = code;  // of vectors that hold the code everywhere
+        if (scheme == Scheme::ternary) byte = 0x55 * code;
+        else if (scheme == Scheme::ternary_base3) byte = code ? 9 * 26 + 8 + 26 / 7 : 0;
+        else if (scheme == Scheme::binary) byte = code ? 0xff : 0;
+        else if (scheme == Scheme::int4) byte = 0x11 * code;
+        else if (scheme == Scheme::fp4) byte = code ? 0x77 : 0xff;  // 6 and -6
+        const std::vector<uint8_t> panel(size_t(vectors) * 64 + kSlack, uint8_t(byte)), tiles(size_t(kInputs) * 16 + kSlack, uint8_t(code));
+        const Run run{0, kInputs, 0, vectors, 0, 0};
+        const IntegerMatrix w{panel.data(), 0, ones.data(), nullptr, 0, 16, 0};
+        for (const Kernels* k : isas) {
+          if (!std::strcmp(k->name, "scalar") && isas.size() > 1) continue;  // it sums one by one, in 32 bits
+          const auto [multiply, gemm] = [&]() -> std::pair<MultiplyInteger, GemmInteger> {
+            switch (scheme) {
+              case Scheme::ternary: return {k->multiply_t2, k->gemm_ternary};
+              case Scheme::ternary_base3: return {k->multiply_b3, k->gemm_ternary};
+              case Scheme::binary: return {k->multiply_b1, k->gemm_ternary};
+              case Scheme::int4: return {k->multiply_i4, k->gemm_i4};
+              case Scheme::fp4: return {k->multiply_fp4, k->gemm_fp4};
+              default: return {k->multiply_i8, k->gemm_i8};
+            }
+          }();
+          std::vector<float> y(kTokens * 16);
+          multiply(w, {x.data(), kInputs, &run, 1, no_sums.data(), ones.data(), 1, false, kTokens}, 0, 1, y.data());
+          const int64_t expected = int64_t{vectors} * per_vector * code * value;
+          for (float v : y) check(v == float(expected), "the largest sums", k->name, code, value);
+          if (!gemm) continue;
+          if (k->begin_gemm) k->begin_gemm(kInputs - 16, kTokens);
+          gemm(tiles.data(), 0, 1, kInputs - 16, x.data(), kInputs, kTokens, true, true, dots.data());
+          if (k->end_gemm) k->end_gemm();
+          for (int i = 0; i < kTokens * 16; i++) check(dots[i] == int64_t{kInputs - 16} * code * value, "the largest sums of gemm", k->name, code, value);
+        }
+      }
+  }
 }
 
 bool same(const Linear& a, const Linear& b) {
@@ -227,7 +326,8 @@ bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits
   return forward(m, batch, all, logits.data(), [] { return false; });
 }
 
-void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
+// Logits of 300 tokens by every instruction set: the same bits in every arrangement; returns their checksum, to compare machines.
+uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
   std::vector<int32_t> ids(300);
   for (int32_t& id : ids) id = int32_t(rng() % c.vocab_size);
   std::vector<float> first;
@@ -255,21 +355,32 @@ void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
       std::vector<Span> again = {{&b, ids.data(), 5}};
       check(!forward(m, again, false, step.data(), [] { return true; }) && b.length() == before, "an interrupted forward appends nothing", k->name);
     }
+  uint64_t sum = 0xcbf29ce484222325;  // FNV-1a
+  for (float v : first) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    sum = (sum ^ bits) * 0x100000001b3;
+  }
+  return sum;
 }
 }  // namespace
 
 int main() {
   const auto isas = runnable();
+  test_lies(isas);
   test_matmul(isas);
+  test_bounds(isas);
   test_repack();
   test_amx_in_emulation();
   test_threads();
   Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = 48, .ffn_size = 80, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12,
            .max_context = 700, .norm_eps = 1e-5f, .activation = Activation::relu2, .attention_scale = 0.3f, .sub_norms = true};
-  test_forward(isas, c);
+  const uint64_t first = test_forward(isas, c);
   c.activation = Activation::gelu_tanh, c.sub_norms = false, c.post_norms = c.qk_norms = true, c.sliding_window = 70;
   c.embedding_scale = 7, c.activation_group = 32;
-  test_forward(isas, c);
-  std::printf("%s on %zu instruction sets: %d failures\n", failures ? "FAILED" : "passed", isas.size(), failures);
+  std::string names;
+  for (const Kernels* k : isas) names += (names.empty() ? "" : ", ") + std::string(k->name);
+  std::printf("logits %016" PRIx64 " %016" PRIx64 "\n", first, test_forward(isas, c));  // the same on every machine
+  std::printf("%s on %s: %d failures\n", failures ? "FAILED" : "passed", names.c_str(), failures);
   return failures ? 1 : 0;
 }

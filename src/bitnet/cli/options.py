@@ -19,6 +19,7 @@ _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="Th
 
 _engine = [
     threads_option,
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
     click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
@@ -68,7 +69,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, i2_s
+engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, i2_s
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
