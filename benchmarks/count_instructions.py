@@ -27,7 +27,12 @@ MARKERS = ("<!-- instructions -->", "<!-- /instructions -->")
 # products of one instruction on a 128-bit register; x86's ymm and zmm hold 2 and 4 of them
 PRODUCTS = {"vpdpbusd": 16, "vpmaddubsw": 16, "sdot": 16, "usdot": 16, "smmla": 32, "usmmla": 32}
 PRODUCTS |= dict.fromkeys(("smull", "smull2", "smlal", "smlal2"), 8)
-CODECS = {"two-bit": ("TwoBit", 2.0), "base-3": ("Base3", 1.6), "int4": ("Int4", 4.0), "int8": ("Int8|WholeTiles", 8.0)}  # template, bits
+CODECS = {  # template, bits
+    "two-bit": ("TwoBit", 2.0),
+    "base-3": ("Base3", 1.6),
+    "int4": ("Int4", 4.0),
+    "int8": ("Int8|WholeTiles|TileHalf<255", 8.0),
+}
 SETS = ("avx2", "avxvnni", "avx512vnni", "avx512vbmi", "neon", "neondotprod", "neoni8mm")
 WEIGHTS = 256  # what the tables count for
 
@@ -136,7 +141,7 @@ def count_set(isa: str, path: Path) -> dict[str, Loop]:
         if loop is None:
             continue
         for codec, (template, _) in CODECS.items():
-            if re.match(rf"void multiply_tokens<(?:(?!Unpacked)\w+<)?(?:\w+, )?(?:{template})\w*>*, 1>\(", name):
+            if re.match(rf"void multiply_tokens<(?:(?!Unpacked)\w+<)?(?:\w+, )?(?:{template})\w*[> ]*, 1>\(", name):
                 loop.products //= (
                     2 if (isa, codec) == ("avx2", "int8") else 1
                 )  # an int8 code takes two multiplications there, of its halves
