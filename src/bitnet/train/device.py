@@ -86,8 +86,7 @@ class TorchMatrix:
         if self.floats is not None:
             self.floats[rows] = stored
         else:
-            groups, inputs = self.scales.shape[1], wide.shape[1]
-            codes, scales = _QUANTIZE[self.scheme](wide, 0 if groups == 1 else ternary.group_size(inputs, groups))
+            codes, scales = _QUANTIZE[self.scheme](wide, ternary.group_size(wide.shape[1], self.scales.shape[1]))
             self.fill_codes(first_row, codes)
             self.scales[rows] = scales.reshape(len(wide), -1)
         return True
