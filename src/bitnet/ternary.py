@@ -104,14 +104,9 @@ def quantize_int4(weights: F32, group: int = 32) -> tuple[I8, F32]:
 
     One scale per `group` of inputs, of which the last may be shorter, rounded to f16: 4.5 bits a weight in groups of 32.
     """
-    w = np.asarray(weights, np.float32)
-    rows, inputs = w.shape
-    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
-    groups.reshape(rows, -1)[:, :inputs] = w
-    scale = (np.abs(groups).max(axis=-1) / np.float32(7)).astype(np.float16).astype(np.float32)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    codes = np.clip(np.rint(groups * inverse[..., None]), -7, 7).astype(np.int8)
-    return codes.reshape(rows, -1)[:, :inputs], scale
+    x, scale = _scaled_groups(weights, group, 7)
+    codes = np.clip(np.rint(x), -7, 7).astype(np.int8)
+    return codes.reshape(len(x), -1)[:, : np.shape(weights)[1]], scale
 
 
 def quantize_fp4(weights: F32, group: int = 32) -> tuple[I8, F32]:
@@ -121,18 +116,23 @@ def quantize_fp4(weights: F32, group: int = 32) -> tuple[I8, F32]:
     rounded to f16, half of what an E2M1 value is multiplied by. A weight becomes the nearest value; of two as near, the one whose E2M1
     code is even, which is round half to even.
     """
-    w = np.asarray(weights, np.float32)
-    rows, inputs = w.shape
-    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
-    groups.reshape(rows, -1)[:, :inputs] = w
-    scale = (np.abs(groups).max(axis=-1) / np.float32(12)).astype(np.float16).astype(np.float32)
-    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
-    x = groups * inverse[..., None]
+    x, scale = _scaled_groups(weights, group, 12)
     a = np.abs(x)
     # code 0 to 7 of the magnitude, by the points halfway between two doubled values: where the upper code is even, a tie goes up
     code = (a > 0.5) + (a >= 1.5).astype(np.int8) + (a > 2.5) + (a >= 3.5) + (a > 5) + (a >= 7) + (a > 10)
     codes = np.where(x < 0, -FP4_DOUBLED[code], FP4_DOUBLED[code])
-    return codes.reshape(rows, -1)[:, :inputs], scale
+    return codes.reshape(len(x), -1)[:, : np.shape(weights)[1]], scale
+
+
+def _scaled_groups(weights: F32, group: int, top: int) -> tuple[F32, F32]:
+    """(weights / scale [out, groups, group], zero-padded; scale [out, groups] = |W|max / top of each group, rounded to f16)."""
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
+    groups.reshape(rows, -1)[:, :inputs] = w
+    scale = (np.abs(groups).max(axis=-1) / np.float32(top)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    return groups * inverse[..., None], scale
 
 
 def quantize_binary(weights: F32, group: int = 0) -> tuple[I8, F32]:
