@@ -54,7 +54,7 @@ struct Linear {
 // codes [rows, cols]: trits in {-1, 0, 1}, or int4 in [-8, 7], or int8; scales [rows, n_groups]. Throws std::invalid_argument.
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
-Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
+Linear repack_dense(Scheme scheme, const void* values, int rows, int cols, Arena* arena = nullptr);
 // A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
 Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena = nullptr);
 // One scale for all rows is kept once, and several a row take half the memory wherever f16 holds them exactly: to be called when all

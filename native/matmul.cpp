@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <utility>
 #include <vector>
 
 namespace bitnet {
@@ -137,15 +138,20 @@ int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
   return scheme == Scheme::ternary_base3 ? 4 : 5;
 }
 
-void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
+// write(the panel's sums of a token, their number, where they belong in y)
+template <typename Write>
+void for_dense(const Kernels& k, const Linear& w, const float* x, int64_t x_stride, int n_tokens, int panel, float* y, Write&& write) {
   const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
   const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
   alignas(64) float sums[kGemmTokens * kPanelRows];
   for (int t0 = 0; t0 < n_tokens; t0 += kGemmTokens) {
     const int n = std::min(kGemmTokens, n_tokens - t0);
-    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + int64_t{t0} * w.padded_cols, w.padded_cols, n, sums);
-    for (int t = 0; t < n; t++) std::copy_n(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
+    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + t0 * x_stride, x_stride, n, sums);
+    for (int t = 0; t < n; t++) write(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
   }
+}
+void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
+  for_dense(k, w, x, w.padded_cols, n_tokens, panel, y, [](const float* sums, int n, float* to) { std::copy_n(sums, n, to); });
 }
 
 void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
@@ -153,6 +159,15 @@ void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
     for (int r = panel * kPanelRows; r < std::min(w.rows, (panel + 1) * kPanelRows); r++) y[int64_t{t} * w.rows + r] += w.bias[r];
 }
 }  // namespace
+
+void add_dense(const Kernels& k, const Linear& w, const float* x, int64_t x_stride, int n_tokens, int panel, float* y) {
+  for_dense(k, w, x, x_stride, n_tokens, panel, y, [](const float* sums, int n, float* to) {
+    if (n == kPanelRows)
+      for (int r = 0; r < kPanelRows; r++) to[r] += sums[r];
+    else
+      for (int r = 0; r < n; r++) to[r] += sums[r];
+  });
+}
 
 void Activations::prepare(const Linear& w) {
   if (!w.integer()) return;
@@ -209,13 +224,13 @@ const float* Activations::dense(int padded) {
   return padded_.data();
 }
 
-void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x) {
+void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x, LowRankUpdates* beside) {
   const Linear& w0 = *products.begin()->w;
   int n = 0;  // panels of all matrices, one after another
   int64_t bytes = 0;
   for (const Product& p : products) {
     if (p.w->scheme != w0.scheme || p.w->group != w0.group) {  // they need different preparations of x
-      for (const Product& each : products) matmul(k, pool, {each}, x);
+      for (const Product& each : products) matmul(k, pool, {each}, x, std::exchange(beside, nullptr));
       return;
     }
     n += p.w->n_panels(), bytes += p.w->bytes();
@@ -234,7 +249,11 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   for (int t0 = 0; t0 < n_tokens; t0 += block) {
     const int tokens = std::min(block, n_tokens - t0);
     const QuantizedRows rows = w0.integer() ? x.rows(t0, tokens) : QuantizedRows{};
-    pool.run_ranges(n, piece, [&](int first, int end, int) {
+    const int aside = beside && t0 == 0 ? beside->pieces() : 0;  // first, for they are long
+    pool.run_ranges(aside + n, piece, [&](int first, int end, int) {
+      for (; first < std::min(end, aside); first++) beside->multiply_a(first);
+      if (first == end) return;
+      first -= aside, end -= aside;
       for (const Product& p : products) {
         const int here = std::min(end, p.w->n_panels());
         if (first < here) {

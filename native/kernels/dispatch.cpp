@@ -168,6 +168,12 @@ const char* first_difference(const Kernels& k) {
       dense[d][0](weights[d], kDense, f, kInputs, kTokens, y1), dense[d][1](weights[d], kDense, f, kInputs, kTokens, y2);
       if (memcmp(y1, y2, kTokens * 16 * sizeof(float))) return "dot_dense";
     }
+    const DotRows rows[3][2] = {{k.rows_f16_f32, kScalar.rows_f16_f32}, {k.rows_bf16_f32, kScalar.rows_bf16_f32}, {k.rows_f32_f32, kScalar.rows_f32_f32}};
+    for (int d = 0; d < 3; d++) {
+      rows[d][0](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y1, 16), rows[d][1](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y2, 16);
+      for (int t = 0; t < 7; t++)
+        if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_rows";
+    }
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "rms_norm";

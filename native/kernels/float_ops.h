@@ -74,6 +74,44 @@ static void dot_dense(const void* panel, int64_t n_inputs, const float* x, int64
   for (; t < n_tokens; t++) dot_dense_block<load_weights, 1>(panel, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
 }
 
+template <v16 (*load_weights)(const void*, int64_t), int R, int T>
+BITNET_INLINE void dot_rows_block(const void* rows, int64_t first, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride,
+                                  float* out, int64_t out_stride) {
+  v16 acc[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) acc[r][t] = splat(0.0f);
+  auto add = [&](int64_t k, auto&& load_x) __attribute__((always_inline)) {
+    v16 in[T];
+    for (int t = 0; t < T; t++) in[t] = load_x(x + t * x_stride + k);
+    for (int r = 0; r < R; r++) {
+      const v16 w = load_weights(rows, first + r * row_stride + k);
+      for (int t = 0; t < T; t++) acc[r][t] += w * in[t];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= n_inputs; k += 16) add(k, [](const float* at) __attribute__((always_inline)) { return load(at); });
+  if (k < n_inputs) add(k, [&](const float* at) __attribute__((always_inline)) { return load_tail(at, int(n_inputs - k), 0.0f); });
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_lanes(acc[r][t]);
+}
+template <v16 (*load_weights)(const void*, int64_t), int R, int T>
+BITNET_INLINE void dot_rows_of(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
+                               int64_t out_stride) {
+  int r = 0;
+  for (; r + R <= n_rows; r += R) dot_rows_block<load_weights, R, T>(rows, r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r < n_rows; r++) dot_rows_block<load_weights, 1, T>(rows, r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+}
+template <v16 (*load_weights)(const void*, int64_t)>
+static void dot_rows(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
+                     int64_t out_stride) {
+  constexpr int T = kSums >= 16 ? 4 : 2, R = kSums >= 16 ? 4 : 2;
+  int t = 0;
+  for (; t + T <= n_tokens; t += T)
+    dot_rows_of<load_weights, R, T>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t < n_tokens; t++)
+    dot_rows_of<load_weights, 2 * R, 1>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+}
+
 BITNET_INLINE v16 load_dense_f32(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
 BITNET_INLINE v16 load_dense_f16(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
 BITNET_INLINE v16 load_dense_bf16(const void* p, int64_t i) {
