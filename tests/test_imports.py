@@ -26,6 +26,7 @@ LAYERS = {
     "tokenizer": set(),
     "generation": {"engine", "sampling", "tokenizer"},
     "chat": {"tokenizer"},
+    "convert": {"chat", "files", "models", "packing", "ternary", "tokenizer", "tokenizer_gguf"},
     "hub": {"machine"},
     "tokenizer_gguf": {"tokenizer"},
     "transformer": {

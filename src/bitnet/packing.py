@@ -33,6 +33,12 @@ class Codec(NamedTuple):
     unpack: Callable[[NDArray[np.uint8]], NDArray[np.int8]]
 
 
+def bf16_bits(values: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 -> the bits of bf16, rounded half to even; for finite values, of which those beyond bf16 become infinity."""
+    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
+    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+
+
 def pack_hf(trits: NDArray[np.int8]) -> NDArray[np.uint8]:
     """Trits -1, 0, +1, int8 [out, in] -> uint8 [ceil(out/4), in]. Raises ValueError for another shape or another value."""
     if trits.ndim != 2:
@@ -142,9 +148,14 @@ class Bits:
         return codes
 
     def pack(self, codes: I8) -> U8:
-        fields = ((codes - np.int8(self.lowest)) // np.int8(self.factor)).astype(np.uint8).reshape(len(codes), -1, self.per_byte, self.run)
-        shifted = fields << np.array(self.shifts, np.uint8).reshape(-1, 1)
-        return np.asarray(np.bitwise_or.reduce(shifted, axis=2).reshape(len(codes), -1), np.uint8)
+        fields = codes - np.int8(self.lowest)
+        if self.factor != 1:
+            fields //= np.int8(self.factor)
+        parts = fields.view(np.uint8).reshape(len(codes), -1, self.per_byte, self.run)
+        packed = np.zeros((len(codes), parts.shape[1], self.run), np.uint8)
+        for k, shift in enumerate(self.shifts):
+            packed |= parts[:, :, k] << np.uint8(shift)
+        return packed.reshape(len(codes), -1)
 
 
 @dataclass(frozen=True)
@@ -167,6 +178,7 @@ class Trits:
 # trit of digit k of a byte, int8 [256, 5]: ((b * 3^k mod 256) * 3) >> 8, less 1
 _DIGITS = (((np.arange(256)[:, None] * 3 ** np.arange(5)) % 256 * 3 >> 8) - 1).astype(np.int8)
 _PAIRS = (0, 2, 4, 6)
+TWO_BIT = Bits(1, _PAIRS)  # codes in order, the first in the lowest bits: MLX's 2-bit words, too, which are little-endian
 _SIGNS = Bits(1, tuple(range(8)), factor=2)
 
 Layout = Bits | Trits

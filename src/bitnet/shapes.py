@@ -9,8 +9,9 @@ import numpy as np
 from bitnet.engine import CODECS, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
+from bitnet.models.config import weight_shapes
 from bitnet.models.rope import Rope
-from bitnet.weights import INT4_GROUP, layer_norms, weight_shapes
+from bitnet.weights import INT4_GROUP, layer_norms
 
 # scheme of embedding and head -> bits per weight, with the scales of small groups
 HEADS = {"f16": 16.0, "int8": 8.0, "int4": 4.5, "ternary": 2.0}

@@ -52,6 +52,8 @@ _INFILL_TEXTS = frozenset((
     "<|fim_middle|>", "<fim-middle>", "<fim_middle>", "<｜fim▁end｜>", "<MID>", "▁<MID>", "<|code_middle|>", "<|middle|>",
 ))  # fmt: skip
 
+CONTROL_TEXTS = END_TEXTS | _INFILL_TEXTS
+
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
 _CL100K = (  # of OpenAI's cl100k_base; %s is how many digits make a word
     r"(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|"
@@ -72,6 +74,7 @@ class PreTokenizer:
 PRE_TOKENIZERS = (
     PreTokenizer("default", (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")),
     PreTokenizer("gpt-2 gpt2 phi-2 gigachat a.x-4.0 mellum exaone4 mpt olmo trillion granite-docling", (_GPT2,)),
+    PreTokenizer("smollm starcoder refact command-r codeshell exaone minerva-7b", (r"\p{N}", _GPT2)),
     PreTokenizer("llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2", (_CL100K % "{1,3}",), True, True),
     PreTokenizer("dbrx smaug-bpe chatglm-bpe glm4", (_CL100K % "{1,3}",)),
     PreTokenizer("qwen2 deepseek-r1-qwen megrez stablelm2 hunyuan solar-open kormo f2llmv2 grok-2", (_CL100K % "",)),
@@ -309,7 +312,7 @@ class _Vocabulary:
         ends = {token for name in ("eos", "eot", "eom") if (token := named[name]) is not None}
         ends |= {ids[text] for text in END_TEXTS if text in ids}
         control = (types == CONTROL) | (types == UNKNOWN)
-        control[[ids[text] for text in END_TEXTS | _INFILL_TEXTS if text in ids]] = True  # files often say otherwise
+        control[[ids[text] for text in CONTROL_TEXTS if text in ids]] = True  # files often say otherwise
         return cls(
             tokens, ids, control, (types == USER_DEFINED) & ~control, ~control & (types != BYTE), _unknown(named["unknown"], types), ends
         )

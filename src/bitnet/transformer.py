@@ -300,7 +300,9 @@ def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.P
         except (OSError, ValueError) as error:
             raise UsageError(f"tokenizer {os.fspath(override)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
     elif checkpoint.gguf_metadata:
-        return tokenizer_from_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path))
+        found = tokenizer_from_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path))
+        whole = checkpoint.gguf_metadata.get("tokenizer.huggingface.json")  # where GGUF's own keys say less
+        return Tokenizer.from_json(whole.encode(), vocab_size, found.eos_ids) if isinstance(whole, str) else found
     if data is None:
         raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
     return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))

@@ -24,6 +24,7 @@ from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
+from bitnet.models.config import weight_shapes
 
 HEADS = ("stored", "int8", "int4")
 WEIGHTS = ("stored", "int8", "f16")
@@ -110,26 +111,6 @@ def load_engine(
     return Engine(config, native, runs, head)
 
 
-def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every kind of weight, by the last part of its canonical name."""
-    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
-    matrices: dict[str, tuple[int, ...]] = {
-        "embedding": (c.vocab_size, c.hidden_size),
-        "head": (c.vocab_size, c.hidden_size),
-        "q": (q, c.hidden_size),
-        "k": (kv, c.hidden_size),
-        "v": (kv, c.hidden_size),
-        "o": (c.hidden_size, q),
-        "gate": (c.ffn_size, c.hidden_size),
-        "up": (c.ffn_size, c.hidden_size),
-        "down": (c.hidden_size, c.ffn_size),
-    }
-    hidden_norms = ("final_norm", "attn_norm", "ffn_norm", "post_attn_norm", "post_ffn_norm")
-    vectors: dict[str, tuple[int, ...]] = dict.fromkeys(hidden_norms, (c.hidden_size,))
-    vectors |= {"attn_sub_norm": (q,), "ffn_sub_norm": (c.ffn_size,), "q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
-    return matrices | vectors | {f"{part}_bias": matrices[part][:1] for part in LINEARS}
-
-
 def layer_norms(c: ModelConfig) -> list[str]:
     """The norms that a layer of this model has."""
     norms = ["attn_norm", "ffn_norm"]
@@ -214,7 +195,7 @@ class _Loader:
         q = self.quantization
         stays_dense = q is None or any(part in q.dense for part in (tensor.name, tensor.name.removesuffix(".weight")))
         if tensor.scheme in ("ternary", "binary"):
-            if q is None and self.layout == "hf":
+            if q is None and self.layout == "hf" and tensor.codec == "hf":
                 raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)

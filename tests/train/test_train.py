@@ -15,8 +15,9 @@ pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
 
 from bitnet import ternary  # noqa: E402
 from bitnet.errors import BitNetError  # noqa: E402
+from bitnet.packing import bf16_bits  # noqa: E402
 from bitnet.train import data  # noqa: E402
-from bitnet.train.export import export_run, to_bf16  # noqa: E402
+from bitnet.train.export import export_run  # noqa: E402
 from bitnet.train.layers import TernaryLinear, ternarize_linears  # noqa: E402
 from bitnet.train.loop import train  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
@@ -179,7 +180,7 @@ def test_from_text_to_a_model_that_the_engine_runs(tmp_path: Path) -> None:
     ids = tokenizer.encode(corpus(1)).ids[:60]
     with torch.no_grad():
         for p in (model.model.embed_tokens.weight, *(p for n, p in model.named_parameters() if "norm" in n)):
-            p.copy_(torch.tensor((to_bf16(p.numpy()).astype(np.uint32) << 16).view(np.float32)))
+            p.copy_(torch.tensor((bf16_bits(p.numpy()).astype(np.uint32) << 16).view(np.float32)))
         for module in model.modules():
             if isinstance(module, TernaryLinear):
                 module.compute_dtype = torch.float32
@@ -204,4 +205,4 @@ def test_the_shipped_recipe_parses_and_bad_ones_are_refused(tmp_path: Path) -> N
 def test_bf16_rounds_half_to_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.1415927, 1e-40, 0.0], np.float32)
     expected = torch.tensor(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(to_bf16(values), expected)
+    assert np.array_equal(bf16_bits(values), expected)

@@ -12,6 +12,7 @@ from bitnet.cli.errors import Guarded
 # name -> its line in `bitnet --help`; the command is `command` in bitnet.cli.<name>
 COMMANDS = {
     "bench": "Measure speed against the memory bandwidth of this machine.",
+    "convert": "Write a model in another format, exactly or not at all.",
     "doctor": "Check this machine, or a model: does it run right, and if not, why.",
     "eval": "Measure perplexity and bits per byte on text files.",
     "inspect": "Show what a model is made of.",

@@ -73,6 +73,32 @@ hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
 )
+ternary_options = _all(  # the article's; what runs is ternary anyway
+    click.option("--quantization", type=click.Choice(["ternary"]), default="ternary", expose_value=False, help="Ternary is what there is."),
+    click.option("--ternary", is_flag=True, expose_value=False, help="The same as --quantization ternary."),
+)
+conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.convert_model
+    click.option(
+        "--format", "form", metavar="FORMAT", help="What to write. Default: by the target's name. `bitnet convert --help` lists them."
+    ),
+    click.option(
+        "--quantization",
+        type=click.Choice(["ternary", "int8", "int4", "fp16"]),
+        help="Bring the weights into this. Default: keep what is there.",
+    ),
+    click.option("--ternary", is_flag=True, help="The same as --quantization ternary."),
+    click.option(
+        "--alpha", type=float, metavar="A", help="Of ternary: weights up to A x mean|W| become 0. Default: the article's, by kind of layer."
+    ),
+    click.option("--method", type=click.Choice(["threshold", "absmean"]), default="threshold", show_default=True, help="Of ternary."),
+    click.option(
+        "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or N inputs."
+    ),
+    click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
+    click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),
+    click.option("--verify/--no-verify", default=True, show_default=True, help="Read what was written and compare every weight."),
+    click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
+)
 generation_options = _all(_prompt, *_sampling)  # prompt, and the keyword arguments of TernaryTransformer.stream
 output_options = _all(json_option, debug_option)  # as_json
 

@@ -11,8 +11,7 @@ import json
 import mmap
 import os
 import re
-import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from bitnet.errors import FormatError, UsageError
 from bitnet.files import MEMORY_BYTES, PathLike, map_file, refuse_other_formats, shown, system_errors
+from bitnet.files.replacing import new_file
 from bitnet.files.tensor import DTYPES, Tensor, pair_ternary
 
 MAX_HEADER_BYTES = 100_000_000  # as the official reader
@@ -199,47 +199,60 @@ def _check_tiling(entries: Mapping[str, tuple[Any, Any, int, int]], data_bytes: 
         raise FormatError(f"{where}: {data_bytes - at:,} bytes after the last tensor (offset {at:,}) belong to none; {AGAIN}")
 
 
+@dataclass(frozen=True)
+class Item:
+    """A tensor to write: `chunks` gives its bytes, row by row, as often as it is called."""
+
+    name: str
+    dtype: str  # a key of DTYPES
+    shape: tuple[int, ...]
+    chunks: Callable[[], Iterable[NDArray[Any]]]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * DTYPES[self.dtype].itemsize
+
+
 def write(path: PathLike, tensors: Mapping[str, Values], metadata: Mapping[str, str] | None = None) -> None:
     """Write arrays, or (dtype, array) pairs where numpy has no such dtype: ("BF16", uint16 bits). The same input gives the same bytes.
 
-    Beside the target, synced, then renamed, so that `path` is either as it was or complete. Larger items come first: with a header of whole
-    8 bytes each tensor is aligned to its item. Raises UsageError for what safetensors cannot hold, BitNetError where the disk refuses.
+    Beside the target, synced, then renamed, so that `path` is either as it was or complete. Raises UsageError for what safetensors cannot
+    hold, BitNetError where the disk refuses.
     """
-    typed = {name: _typed(name, values) for name, values in tensors.items()}
-    order = sorted(typed, key=lambda name: (-typed[name][1].itemsize, name))
+    items = [_item(name, values) for name, values in tensors.items()]
+    with system_errors(path, "written"):
+        start, items = layout(items, metadata, shown(path))
+        with new_file(path) as file:
+            file.write(start)
+            for item in items:
+                for chunk in item.chunks():
+                    file.write(chunk.data)
+
+
+def layout(items: Iterable[Item], metadata: Mapping[str, str] | None, where: str) -> tuple[bytes, list[Item]]:
+    """(the bytes before the tensors, the tensors in their order): what a file of these consists of.
+
+    Larger items come first: with a header of whole 8 bytes each tensor is aligned to its item.
+    """
+    order = sorted(items, key=lambda item: (-DTYPES[item.dtype].itemsize, item.name))
+    if len(order) >= MAX_TENSORS or not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
+        raise UsageError(f"{where}: {len(order):,} tensors, metadata of {type(metadata).__name__}; expected fewer, and only texts")
     description: dict[str, Any] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     begin = 0
-    for name in order:
-        dtype, array = typed[name]
-        description[name] = {"dtype": dtype, "shape": list(array.shape), "data_offsets": [begin, begin + array.nbytes]}
-        begin += array.nbytes
-    if len(order) >= MAX_TENSORS or not all(isinstance(text, str) for pair in (metadata or {}).items() for text in pair):
-        raise UsageError(f"{shown(path)}: {len(order):,} tensors, metadata of {type(metadata).__name__}; expected fewer, and only texts")
-    with system_errors(path, "written"):
-        header = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
-        header += b" " * (-len(header) % 8)
-        target = Path(os.path.realpath(path))
-        if target.exists() and not target.is_file():
-            raise UsageError(f"{shown(path)}: is a folder, pipe or device; expected a file to write")
-        beside = target.with_name(f".{target.name[:100]}.{secrets.token_hex(6)}.tmp")
-        try:
-            with open(beside, "xb") as file:
-                file.write(len(header).to_bytes(8, "little") + header)
-                for name in order:
-                    file.write(np.ascontiguousarray(typed[name][1]).data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, target)
-        finally:
-            beside.unlink(missing_ok=True)
+    for item in order:
+        description[item.name] = {"dtype": item.dtype, "shape": list(item.shape), "data_offsets": [begin, begin + item.nbytes]}
+        begin += item.nbytes
+    header = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, order
 
 
-def _typed(name: str, values: Values) -> tuple[str, NDArray[Any]]:
-    """(dtype, little-endian array) of one tensor to write."""
+def _item(name: str, values: Values) -> Item:
+    """One array to write, little-endian."""
     dtype, array = values if isinstance(values, tuple) else (None, values)
     array = array.astype(array.dtype.newbyteorder("<"), copy=False)
     if dtype is None:
         dtype = next((known for known, form in DTYPES.items() if form == array.dtype and known not in ("BF16", "F8_E4M3", "F8_E5M2")), "")
     if name == "__metadata__" or DTYPES.get(dtype) != array.dtype or array.ndim > MAX_DIMENSIONS:
         raise UsageError(f"tensor {shown(name)!r}: cannot write {array.dtype} {list(array.shape)} as {dtype or 'any dtype'}")
-    return dtype, array
+    return Item(name, dtype, array.shape, lambda: [np.ascontiguousarray(array)])

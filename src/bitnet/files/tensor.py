@@ -1,6 +1,7 @@
 """One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale.
 
-A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), or in GGUF's blocks."""
+A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), as MLX's two-bit words
+(with scales and biases beside them), or in GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
 from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
-from bitnet.packing import BLOCKS, CODECS, TwoBitBlocks
+from bitnet.packing import BLOCKS, CODECS, TWO_BIT, TwoBitBlocks
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -44,8 +45,9 @@ class Tensor:
     offset: int  # of this tensor's first byte in the file
     scale: Tensor | None = None  # of ternary: what is stored as `weight_scale`
     linear_class: str = ""  # of ternary: whether the scale divides ("bitlinear") or multiplies ("autobitlinear")
-    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; of GGUF's codes: a key of packing.BLOCKS
+    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; "mlx"; of GGUF's codes: a key of packing.BLOCKS
     kind: GgmlType | None = None  # of GGUF's block formats, whose stored values are bytes
+    bias: Tensor | None = None  # of MLX's ternary, where it is -scale: a weight is code * scale + bias with codes 0, 1, 2
 
     @property
     def where(self) -> str:
@@ -57,6 +59,8 @@ class Tensor:
         if self.kind is not None:
             tail = I2_S_TAIL if self.codec.startswith("i2_s") else 0
             return (prod(self.shape) // self.kind.block * self.kind.nbytes + tail,)
+        if self.codec == "mlx":
+            return (self.shape[0], self.shape[1] // 16)
         return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
 
     @property
@@ -88,6 +92,8 @@ class Tensor:
     @property
     def scale_group(self) -> int:
         """Inputs that share a scale in packed ternary or binary weights; 0 where all do."""
+        if self.codec == "mlx" and self.scale is not None:
+            return self.shape[1] // self.scale.shape[1]
         blocks = BLOCKS.get(self.codec)
         return 0 if blocks is None or blocks.scale_at is None else blocks.block
 
@@ -99,21 +105,26 @@ class Tensor:
 
     def _row_size(self) -> int:
         """Bytes of a stored row."""
-        columns = prod(self.shape[1:])
-        return columns // self.kind.block * self.kind.nbytes if self.kind is not None else columns * DTYPES[self.dtype].itemsize
+        if self.kind is not None:
+            return prod(self.shape[1:]) // self.kind.block * self.kind.nbytes
+        return prod(self.stored_shape[1:]) * DTYPES[self.dtype].itemsize
 
     def dense(self) -> NDArray[np.float32]:
         """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""
+        if self.scheme == "ternary" and self.kind is None:
+            return self._scaled(self.trits(), 0)
         if self.kind is None:
             return self._plain(slice(None))
         out = np.empty(self.shape, np.float32)
         flat = out.reshape(-1, self.kind.block)
-        for first, last in self._pieces():
+        for first, last in self._pieces(0, len(flat)):
             flat[first:last] = self._decoded(first, last)
         return out
 
     def dense_rows(self, first: int, last: int) -> NDArray[np.float32]:
         """dense()[first:last], made without the rest: for walking a large matrix."""
+        if self.scheme == "ternary" and self.kind is None:
+            return self._scaled(self.code_rows(first, last), first)
         if self.kind is None:
             return self._plain(slice(first, last))
         row = prod(self.shape[1:])
@@ -128,21 +139,57 @@ class Tensor:
             raise FormatError(f"{self.where}: holds a code of 3, which stands for +2 scales; expected -1, 0 and +1 of a ternary tensor")
         return codes
 
+    def code_rows(self, first: int, last: int) -> NDArray[np.int8]:
+        """codes()[first:last], made without the rest."""
+        self._expect_codes()
+        if self.kind is None and self.codec == "hf":
+            return self._banded_rows(first, last)
+        if self.kind is None:
+            return self._checked(TWO_BIT.unpack(self.row_bytes(first, last)))
+        row, block = prod(self.shape[1:]), self.kind.block
+        begin, end = first * row // block, -(-last * row // block)
+        codes = np.empty(((end - begin), block), np.int8)
+        for at, stop in self._pieces(begin, end):
+            codes[at - begin : stop - begin] = BLOCKS[self.codec].unpack(self._blocks(at, stop))
+        codes = codes.reshape(-1)[first * row - begin * block :][: (last - first) * row].reshape(last - first, *self.shape[1:])
+        return codes if self.codec.startswith("q2_0") else self._checked(codes)
+
+    def _banded_rows(self, first: int, last: int) -> NDArray[np.int8]:
+        """Of Hugging Face's bytes, in which the codes of row r lie in byte r mod R at the bits of band r div R."""
+        bands, packed = self.shape[0] // 4, self.raw()
+        out = np.empty((last - first, *self.shape[1:]), np.uint8)
+        for band in range(4):
+            begin, end = max(first, band * bands), min(last, (band + 1) * bands)
+            if begin < end:
+                rows = out[begin - first : end - first]
+                np.right_shift(packed[begin - band * bands : end - band * bands], np.uint8(2 * band), out=rows)
+                np.bitwise_and(rows, np.uint8(3), out=rows)
+        out -= np.uint8(1)
+        return self._checked(out.view(np.int8))
+
+    def _checked(self, codes: NDArray[np.int8]) -> NDArray[np.int8]:
+        if codes.max(initial=0) > 1:
+            raise FormatError(f"{self.where}: holds a code of 3; expected 0, 1 and 2. The file is damaged or packed in another layout")
+        return codes
+
+    def _scaled(self, codes: NDArray[np.int8], first: int) -> NDArray[np.float32]:
+        """Codes of the rows from `first` on, times their scales."""
+        with np.errstate(all="ignore"):
+            scales = self.scales()
+            if scales.size == 1:
+                return codes * scales
+            groups = scales[first : first + len(codes), :, None]
+            return np.asarray(codes.reshape(len(codes), groups.shape[1], -1) * groups, np.float32).reshape(codes.shape)
+
     def codes(self) -> NDArray[np.int8]:
         """int8 of `shape`, a weight being code * scale: the trits; in Q2_0 also +2. Raises FormatError for a scheme without codes."""
         self._expect_codes()
-        if self.kind is None:
-            try:
-                return CODECS[self.codec].unpack(self.raw())
-            except ValueError as error:
-                raise FormatError(f"{self.where}: {error}; the file is damaged or packed in another layout") from None
-        codes = np.empty(self.shape, np.int8)
-        flat = codes.reshape(-1, self.kind.block)
-        for first, last in self._pieces():
-            flat[first:last] = BLOCKS[self.codec].unpack(self._blocks(first, last))
-        if not self.codec.startswith("q2_0") and codes.max(initial=0) > 1:
-            raise FormatError(f"{self.where}: holds a code of 3; expected 0, 1 and 2. The file is damaged or packed in another layout")
-        return codes
+        if self.kind is not None or self.codec == "mlx":
+            return self.code_rows(0, self.shape[0])
+        try:
+            return CODECS[self.codec].unpack(self.raw())
+        except ValueError as error:
+            raise FormatError(f"{self.where}: {error}; the file is damaged or packed in another layout") from None
 
     def scales(self) -> NDArray[np.float32]:
         """float32 [1], one scale for the tensor, or [rows, groups] of equal runs of a row's inputs.
@@ -156,6 +203,13 @@ class Tensor:
             return BLOCKS[self.codec].scales(self._blocks(0, prod(self.shape) // self.kind.block)).reshape(*self.shape[:-1], -1)
         scale = self.scale
         assert scale is not None
+        if self.bias is not None:
+            values = scale.dense()
+            if not np.array_equal(self.bias.dense(), -values):
+                raise UnsupportedModelError(
+                    f"{self.bias.where}: is not -scale everywhere, so these are no ternary weights; of MLX's formats this build reads those"
+                )
+            return values
         if prod(scale.shape) != 1:
             raise FormatError(f"{scale.where}: has shape {list(scale.shape)}; expected [1], one scale for the tensor")
         values = scale.dense().reshape(1)
@@ -168,8 +222,6 @@ class Tensor:
         if self.dtype.startswith("F8"):
             raise UnsupportedModelError(f"{self.where}: has dtype {self.dtype}, which this build lists but does not compute with")
         with np.errstate(all="ignore"):  # NaN and infinity, stored or beyond float32, are for the caller to judge
-            if self.scheme == "ternary":
-                return (self.trits() * self.scales())[rows]
             raw = self.raw() if rows == slice(None) else self.raw()[rows]
             if self.dtype == "BF16":
                 raw = (raw.astype(np.uint32) << np.uint32(16)).view(np.float32)
@@ -194,11 +246,11 @@ class Tensor:
                 return codec.unpack(blocks) * scales
         raise UnsupportedModelError(f"{self.where}: is stored as {self.scheme}, which this build lists but does not compute with")
 
-    def _pieces(self) -> Iterator[tuple[int, int]]:
-        """All blocks, in runs whose values stay in the second-level cache."""
+    def _pieces(self, begin: int, end: int) -> Iterator[tuple[int, int]]:
+        """Blocks in runs whose values stay in the second-level cache."""
         assert self.kind is not None
-        count, step = prod(self.shape) // self.kind.block, max(1, CACHED_VALUES // self.kind.block)
-        return ((first, min(count, first + step)) for first in range(0, count, step))
+        step = max(1, CACHED_VALUES // self.kind.block)
+        return ((first, min(end, first + step)) for first in range(begin, end, step))
 
     def as_ternary(self, scale: Tensor, linear_class: str, codec: str) -> Tensor:
         """This tensor of packed bytes [R, in] as the ternary one that it holds."""
@@ -218,9 +270,25 @@ def pair_ternary(tensors: dict[str, Tensor], metadata: Mapping[str, str], folder
         if name.endswith("weight") and weight.dtype == "U8" and len(weight.shape) == 2 and scale and scale.dtype in ("F32", "F16", "BF16"):
             pairs[name] = scale
     if not pairs:
-        return tensors
+        return _pair_mlx(tensors)
     linear_class = _linear_class(metadata, folder, shown(next(iter(pairs.values())).path))
     return {name: t.as_ternary(pairs[name], linear_class, "hf") if name in pairs else t for name, t in tensors.items()}
+
+
+def _pair_mlx(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """MLX's two-bit words with their scales and biases as ternary weights, and without those two under names of their own."""
+    found, parts = dict(tensors), []
+    for name, weight in tensors.items():
+        layer = name.removesuffix(".weight")
+        scale, bias = tensors.get(f"{layer}.scales"), tensors.get(f"{layer}.biases")
+        if weight.dtype != "U32" or len(weight.shape) != 2 or scale is None or bias is None or layer == name:
+            continue
+        rows, columns = weight.shape[0], weight.shape[1] * 16  # if of two bits; else the shape will not be the model's
+        fits = len(scale.shape) == 2 and scale.shape == bias.shape and scale.shape[0] == rows and scale.shape[1] > 0
+        if fits and columns % scale.shape[1] == 0 and {scale.dtype, bias.dtype} <= {"F32", "F16", "BF16"}:
+            found[name] = replace(weight, shape=(rows, columns), scheme="ternary", codec="mlx", scale=scale, bias=bias)
+            parts += [scale.name, bias.name]
+    return {name: tensor for name, tensor in found.items() if name not in parts}
 
 
 def _linear_class(metadata: Mapping[str, str], folder: Path, path: str) -> str:

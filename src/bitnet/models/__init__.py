@@ -108,6 +108,8 @@ def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
     if found is None:
         first = "BitnetForCausalLM" in (hf.get("architectures") or ())
         return Quantization(online=True, dense=("lm_head",)) if first else None
+    if isinstance(found, dict) and "quant_method" not in found and {"group_size", "bits"} <= found.keys():
+        return Quantization(online=False) if hf.get("model_type") == "bitnet" else None  # MLX's, which quantizes weights only
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method != "bitnet":
         raise UnsupportedModelError(

@@ -132,3 +132,23 @@ def decoder_names(config: ModelConfig, **renamed: str) -> dict[str, str]:
     names = {f"layers.{i}.{ours}": f"model.layers.{i}.{theirs}" for i in range(config.n_layers) for ours, theirs in stored.items()}
     names |= {"embedding": "model.embed_tokens.weight", "final_norm": "model.norm.weight"}
     return names if config.tied else names | {"head": "lm_head.weight"}
+
+
+def weight_shapes(c: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every kind of weight, by the last part of its canonical name."""
+    q, kv = c.n_heads * c.head_dim, c.n_kv_heads * c.head_dim
+    matrices: dict[str, tuple[int, ...]] = {
+        "embedding": (c.vocab_size, c.hidden_size),
+        "head": (c.vocab_size, c.hidden_size),
+        "q": (q, c.hidden_size),
+        "k": (kv, c.hidden_size),
+        "v": (kv, c.hidden_size),
+        "o": (c.hidden_size, q),
+        "gate": (c.ffn_size, c.hidden_size),
+        "up": (c.ffn_size, c.hidden_size),
+        "down": (c.hidden_size, c.ffn_size),
+    }
+    hidden_norms = ("final_norm", "attn_norm", "ffn_norm", "post_attn_norm", "post_ffn_norm")
+    vectors: dict[str, tuple[int, ...]] = dict.fromkeys(hidden_norms, (c.hidden_size,))
+    vectors |= {"attn_sub_norm": (q,), "ffn_sub_norm": (c.ffn_size,), "q_norm": (c.head_dim,), "k_norm": (c.head_dim,)}
+    return matrices | vectors | {f"{part}_bias": matrices[part][:1] for part in LINEARS}

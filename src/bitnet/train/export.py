@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from pathlib import Path
 
 import numpy as np
 from transformers import BitNetForCausalLM
 
 from bitnet.files import safetensors
-from bitnet.packing import pack_hf
+from bitnet.files.replacing import write_text
+from bitnet.packing import bf16_bits, pack_hf
 from bitnet.ternary import absmean
 from bitnet.train.layers import TernaryLinear
 from bitnet.train.recipe import Recipe
@@ -33,7 +33,7 @@ def export_model(model: BitNetForCausalLM, folder: Path) -> None:
             tensors[name] = pack_hf(trits)
             tensors[f"{name}_scale"] = np.array([scale], np.float32)
         elif name != "lm_head.weight":  # tied to the embedding
-            tensors[name] = ("BF16", to_bf16(weight))
+            tensors[name] = ("BF16", bf16_bits(weight))
     config = {k: v for k, v in model.config.to_diff_dict().items() if k != "transformers_version"}
     config |= {
         "architectures": ["BitNetForCausalLM"],
@@ -44,12 +44,6 @@ def export_model(model: BitNetForCausalLM, folder: Path) -> None:
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "generation_config.json", json.dumps({"bos_token_id": 0, "eos_token_id": 0}) + "\n")
     safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
-
-
-def to_bf16(values: np.ndarray) -> np.ndarray:
-    """float32 -> bf16 bits, uint16, rounded half to even; for finite values."""
-    bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
 
 
 def export_run(recipe: Recipe, model: BitNetForCausalLM, run: Path, folder: Path, evaluation: list[Path], card: Path | None) -> None:
@@ -113,13 +107,3 @@ def plot_loss(rows: list[dict[str, str]], decay_start: int, path: Path) -> None:
     figure.tight_layout()
     figure.savefig(path)
     pyplot.close(figure)
-
-
-def write_text(path: Path, text: str) -> None:
-    """Beside, synced, renamed."""
-    beside = path.with_name(path.name + ".writing")
-    with beside.open("w", encoding="utf-8") as f:
-        f.write(text)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)

@@ -1,0 +1,253 @@
+"""Any model in, any ternary format out: exactly, or refused in one line with the numbers, or with an error that was asked for.
+
+read (source.py) -> quantize (quantize.py) -> fit to the format (fit.py) -> write (hf.py, gguf.py, tokenizer.py) -> read back (verify.py).
+A weight is read, changed and written in runs of rows, so memory does not grow with the model. Nothing is written before every weight fits.
+The new file or folder takes the place of the target in one step, after it has been read back (files/replacing.py).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.chat import find_template
+from bitnet.convert import gguf, hf, tokenizer
+from bitnet.convert.fit import InexactError, Loss, fit, rebased
+from bitnet.convert.formats import FORMATS, Format, choose
+from bitnet.convert.quantize import SCHEMES, TABLES, Ternarization, integer, is_quantized, ternarized
+from bitnet.convert.source import Model, Weight, read
+from bitnet.convert.target import check_target, keep_others, require_disk
+from bitnet.convert.verify import NotTheSameError, Progress, verify
+from bitnet.errors import UsageError
+from bitnet.files import PathLike, gguf_write, read_file, safetensors
+from bitnet.files.hf import MAX_TOKENIZER_BYTES
+from bitnet.files.replacing import new_file, new_folder, write_synced
+from bitnet.models import LINEARS, Checkpoint, open_checkpoint
+
+__all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
+
+_TEXT_FILES = {"chat_template": "chat_template.jinja"}  # the others are KEY.json
+_Chunks = Iterable[tuple[Iterable[NDArray[Any]], int]]  # (a tensor's bytes in pieces, zero bytes after it)
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a conversion did."""
+
+    source: str
+    target: str
+    format: str
+    bytes: int
+    tensors: int
+    verified: bool
+    losses: list[Loss] = field(default_factory=list)  # of weights that were requantized
+    notes: list[str] = field(default_factory=list)
+
+
+def convert(
+    source: PathLike,
+    target: PathLike,
+    *,
+    format: str | None = None,
+    quantization: str | None = None,
+    ternarization: Ternarization | None = None,
+    tokenizer_json: PathLike | None = None,
+    allow_requantize: bool = False,
+    verify_written: bool = True,
+    i2_s: str = "x86",
+    progress: Progress = lambda what, done, total: None,
+) -> Report:
+    """Write the model at `source` (a folder or file of any format that is read) to `target`.
+
+    format: one of FORMATS, or None for what the target's name asks for: .gguf, .safetensors and .bin (one file), else a folder.
+    quantization: None to write what is there; "ternary" by `ternarization`, "int8", "int4" or "fp16" otherwise.
+    tokenizer_json: a file to be used instead of the model's own tokenizer.
+    allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
+    verify_written: read the file back and compare everything, before it takes the target's place.
+
+    Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was
+    written is not what was meant, and what the readers raise.
+    """
+    target = Path(target)
+    if quantization is not None and quantization not in SCHEMES:
+        raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
+    if ternarization is not None and quantization != "ternary":
+        raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
+    checkpoint = open_checkpoint(source, i2_s)
+    model = read(checkpoint)
+    groups = [w.group for w in model.weights.values() if w.kind in LINEARS and w.codes is not None]
+    form = choose(format, target, quantization, min((g for g in groups if g), default=0))
+    if quantization == "fp16" and form.weights != "f16":
+        raise UsageError(f"{form.name} does not hold fp16; choose gguf-f16, hf-dense-f16 or safetensors-dense-f16")
+    if (
+        form.integer
+        and quantization != form.integer
+        and not all(w.scheme == form.weights for w in model.weights.values() if w.kind in LINEARS)
+    ):
+        raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
+    check_target(target, checkpoint, form)
+    notes: list[str] = []
+    wanted = _quantized(model, form, quantization, ternarization or Ternarization(), notes)
+    weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16")
+    texts = _texts(checkpoint, model, form, tokenizer_json, notes)
+    if form.container == "gguf":
+        head, chunks, nbytes, count = _gguf_parts(model, weights, form, texts)
+        notes += gguf.notes(model.config, form)
+    else:
+        head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
+    _note_activations(model, weights, form, notes)
+    require_disk(target, nbytes)
+
+    def checked(path: Path) -> None:
+        if verify_written:
+            verify(path, model, weights, progress)
+
+    if form.folder:
+        with new_folder(target) as folder:
+            for key, text in texts.items():
+                write_synced(folder / _TEXT_FILES.get(key, f"{key}.json"), text.encode())
+            keep_others(target, folder)
+            with open(folder / "model.safetensors", "xb") as weights_file:
+                _write(weights_file, head, chunks, nbytes, progress)
+                os.fsync(weights_file.fileno())
+            checked(folder)
+    else:
+        with new_file(target) as file:
+            _write(file, head, chunks, nbytes, progress)
+            file.flush()
+            checked(Path(file.name))
+    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes)
+
+
+def _quantized(model: Model, form: Format, scheme: str | None, how: Ternarization, notes: list[str]) -> dict[str, Weight]:
+    """Every weight as `scheme` makes it; what has codes already keeps them."""
+    wanted = dict(model.weights)
+    if scheme not in ("ternary", "int8", "int4"):
+        return wanted
+    kept = 0
+    for name, weight in model.weights.items():
+        if not is_quantized(weight) or weight.codes is not None:
+            kept += weight.codes is not None
+        elif scheme == "ternary":
+            wanted[name] = ternarized(weight, how, _scale_dtype(weight, form))
+        else:
+            wanted[name] = integer(weight, scheme)
+    if kept and scheme == "ternary":
+        notes.append(f"{kept} weights of the source are ternary or binary already and stay what they are")
+        if any(weight.scheme == "binary" for weight in model.weights.values()):
+            notes.append(
+                "weights of -s and +s yield no zeros for any alpha below 1: ternary formats hold them without a loss, and without a gain"
+            )
+    return wanted
+
+
+def _scale_dtype(weight: Weight, form: Format) -> str:
+    """How the scales of a weight that becomes ternary will be stored, so that they are rounded once, here."""
+    if form.dense:
+        return form.weights
+    if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
+        return weight.scheme if weight.scheme in ("f32", "bf16") else "f16"
+    return "f16" if form.container == "mlx" else form.scale
+
+
+def _fitted(model: Model, wanted: Mapping[str, Weight], form: Format, requantize: bool) -> tuple[dict[str, Weight], list[Loss]]:
+    main = model.weights["embedding"].scheme
+    dtypes = [*dict.fromkeys([*([main] if main in ("f16", "bf16", "f32") else []), "bf16", "f16", "f32"])]
+    beside = form.container == "gguf" and gguf.keeps_scale_beside(model.config)
+    mixed = (model.canonical.quantization is not None and model.config.architecture != "bitnet") or form.container != "gguf"
+    plain = mixed and any(weight.codes is not None for weight in wanted.values() if weight.kind in LINEARS)
+    offset = 1.0 if model.config.architecture == "gemma3_text" and form.container != "gguf" else 0.0
+    weights, losses = {}, []
+    for name, weight in wanted.items():
+        based = rebased(weight, offset) if weight.kind.endswith("norm") else weight
+        weights[name], loss = fit(based, form, requantize, dtypes, beside, plain)
+        losses += [loss] if loss is not None else []
+    return weights, losses
+
+
+def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: PathLike | None, notes: list[str]) -> dict[str, Any]:
+    """What stands beside the weights: of GGUF the keys of the tokenizer, else the JSON texts by name."""
+    where, vocab_size, stored = str(checkpoint.path), model.config.vocab_size, checkpoint.gguf_metadata
+    template = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, stored)
+    raw = read_file(tokenizer_json, MAX_TOKENIZER_BYTES) if tokenizer_json is not None else checkpoint.tokenizer_json
+    from_gguf = raw is None and stored.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
+    if raw is None and not from_gguf:
+        notes.append("the source has no tokenizer, so the target has none; --tokenizer names one")
+    if form.container == "gguf":
+        chat = {} if template is None else {"tokenizer.chat_template": template}
+        if from_gguf:
+            return {key: value for key, value in stored.items() if key.startswith("tokenizer.")} | chat
+        if raw is None:
+            return {"tokenizer.ggml.model": "no_vocab"} | chat
+        source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
+        keys, note = tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where)
+        notes += [note] if note is not None else []
+        return keys | chat
+    texts: dict[str, Any] = {}
+    if from_gguf:
+        raw, source = tokenizer.to_json(stored, vocab_size, where)
+        tokens = stored["tokenizer.ggml.tokens"]
+        named = {name: stored.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
+        ends = [*dict.fromkeys([*([named["eos"]] if named["eos"] is not None else []), *sorted(source.eos_ids)])]
+        special = {
+            f"{name}_token": tokens[i]
+            for name, i in (("bos", named["bos"]), ("eos", named["eos"]), ("pad", named["padding"]))
+            if i is not None
+        }
+        texts["tokenizer_config"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}, indent=2) + "\n"
+        texts["generation_config"] = json.dumps({"bos_token_id": named["bos"], "eos_token_id": ends or None}) + "\n"
+    if checkpoint.generation_config:
+        texts["generation_config"] = json.dumps(checkpoint.generation_config, indent=2) + "\n"
+    if checkpoint.tokenizer_config:
+        texts["tokenizer_config"] = json.dumps(checkpoint.tokenizer_config, indent=2, ensure_ascii=False) + "\n"
+    if template is not None and not (checkpoint.tokenizer_config.get("chat_template") and checkpoint.chat_template is None):
+        texts["chat_template"] = template
+    if raw is not None:
+        texts["tokenizer"] = raw.decode()
+    return texts
+
+
+def _gguf_parts(model: Model, weights: Mapping[str, Weight], form: Format, keys: dict[str, Any]) -> tuple[bytes, _Chunks, int, int]:
+    head, order = gguf_write.layout(gguf.items(model, weights.values(), form), gguf.metadata_of(model, form, keys))
+    return head, ((item.chunks(), fill) for item, fill in order), len(head) + sum(item.nbytes + fill for item, fill in order), len(order)
+
+
+def _safetensors_parts(
+    model: Model, weights: Mapping[str, Weight], form: Format, texts: dict[str, str]
+) -> tuple[bytes, _Chunks, int, int, dict[str, str]]:
+    config = hf.config_of(model, form, weights)
+    names = hf.names_of(model, config, str(model.checkpoint.path))
+    texts = hf.documents(config, texts)
+    metadata = {"format": "mlx" if form.container == "mlx" else "pt"} | ({} if form.folder else texts)
+    head, order = safetensors.layout(hf.items(weights.values(), names, form), metadata, str(model.checkpoint.path))
+    return head, ((item.chunks(), 0) for item in order), len(head) + sum(item.nbytes for item in order), len(order), texts
+
+
+def _write(file: Any, head: bytes, tensors: _Chunks, nbytes: int, progress: Progress) -> None:
+    file.write(head)
+    done = len(head)
+    for chunks, fill in tensors:
+        for chunk in chunks:
+            file.write(np.ascontiguousarray(chunk).data)
+            done += chunk.nbytes
+            progress("writing", done, nbytes)
+        file.write(bytes(fill))
+        done += fill
+    file.flush()
+    assert done == nbytes, f"{done} bytes instead of {nbytes}"
+
+
+def _note_activations(model: Model, weights: Mapping[str, Weight], form: Format, notes: list[str]) -> None:
+    """BitNet layers are trained with int8 activations, which plain numbers do not ask for."""
+    before = any(w.codes is not None for w in model.weights.values() if w.kind in LINEARS)
+    after = any(w.codes is not None for w in weights.values() if w.kind in LINEARS)
+    asks = form.container == "gguf" and model.config.architecture == "bitnet"  # whose masters are ternarized at load
+    if before and not after and not asks:
+        notes.append("dense layers run with float32 activations, the ternary ones of the source with int8 activations per token")

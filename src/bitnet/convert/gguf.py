@@ -1,0 +1,217 @@
+"""Models as GGUF, as llama.cpp's own convert scripts write them: names, metadata, rows of llama's queries and keys by pairs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.convert.fit import stored_scales
+from bitnet.convert.formats import Format
+from bitnet.convert.hf import as_bits
+from bitnet.convert.quantize import TABLES
+from bitnet.convert.source import F32, I8, Model, Weight, permuted
+from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.files.ggml import I2_S_TAIL
+from bitnet.files.gguf_write import Item
+from bitnet.models import LINEARS, ModelConfig, gguf
+from bitnet.packing import BLOCKS
+
+ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "bitnet": "bitnet"}
+FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "i2_s": 40}  # where programs agree on them
+WINDOW_PERIOD = 6  # of gemma 3 in llama.cpp: every sixth layer sees everything
+
+
+def architecture(config: ModelConfig, form: Format) -> str:
+    """bitnet.cpp tells its models with relu^2 by a name of their own; llama.cpp knows `bitnet` only."""
+    return "bitnet-b1.58" if form.weights == "i2_s" and config.activation == "relu2" else ARCHITECTURES[config.architecture]
+
+
+def keeps_scale_beside(config: ModelConfig) -> bool:
+    """Whether llama.cpp multiplies by a tensor's scale that is a tensor of its own (`blk.0.attn_q.scale`).
+
+    Seen in llama.cpp of 2026 for these three; of qwen2 and gemma3 it loads such a tensor and forgets it.
+    """
+    return config.architecture in ("llama", "qwen3", "bitnet") and not config.biases
+
+
+def notes(config: ModelConfig, form: Format) -> list[str]:
+    """What the user of such a file must know."""
+    found = []
+    if form.weights == "i2_s":
+        found.append("I2_S is bitnet.cpp's format, and only bitnet.cpp and this program read it; for llama.cpp choose gguf-tq2_0")
+    if config.architecture == "bitnet" and config.activation == "relu2":
+        found.append(
+            "this model's feed-forward is relu(gate)^2 * up; today's llama.cpp computes architecture bitnet with SiLU instead: it loads "
+            "the file and answers something else. bitnet.cpp (gguf-i2_s) and this program run it as trained"
+        )
+    if form.weights in ("pq2_0", "ptq1_0"):
+        found.append(f"{form.weights.upper()} is the Bonsai models' format, and llama.cpp itself does not read it; q2_0 is exact as well")
+    return found
+
+
+def metadata_of(model: Model, form: Format, tokenizer: dict[str, Any]) -> dict[str, Any]:
+    """The file's keys. Raises UnsupportedModelError for what llama.cpp computes otherwise, whatever the file says."""
+    c, name = model.config, architecture(model.config, form)
+    _check(c)
+    path = model.checkpoint.path
+    kept = {key: value for key, value in model.checkpoint.gguf_metadata.items() if key.startswith("general.")}
+    general: dict[str, Any] = {"general.name": path.name or path.absolute().name, **kept, "general.quantization_version": 2}
+    general |= {"general.architecture": name, "general.file_type": FILE_TYPES.get(form.weights)}
+    general = {key: value for key, value in general.items() if value is not None and key != "general.alignment"}
+    keys: dict[str, Any] = {
+        "vocab_size": c.vocab_size, "context_length": c.max_context, "embedding_length": c.hidden_size, "block_count": c.n_layers,
+        "feed_forward_length": c.ffn_size, "attention.head_count": c.n_heads, "attention.head_count_kv": c.n_kv_heads,
+        "attention.key_length": c.head_dim, "attention.value_length": c.head_dim, "attention.layer_norm_rms_epsilon": float(c.norm_eps),
+        "rope.dimension_count": c.head_dim, "rope.freq_base": float(c.rope.theta),
+    }  # fmt: skip
+    if c.architecture == "bitnet":
+        keys["hidden_activation"] = c.activation
+    if c.architecture == "gemma3_text":
+        keys |= {"attention.sliding_window": c.sliding_window} if c.sliding_window else {}
+        keys["rope.freq_base_swa"] = float((c.rope_local or c.rope).theta)
+    if c.rope.kind in ("linear", "yarn"):
+        keys |= {"rope.scaling.type": c.rope.kind, "rope.scaling.factor": float(c.rope.factor)}
+    if c.rope.kind == "yarn":
+        keys |= {"rope.scaling.original_context_length": c.rope.original_context}
+        keys |= {"rope.scaling.yarn_beta_fast": c.rope.beta_fast, "rope.scaling.yarn_beta_slow": c.rope.beta_slow}
+        if not math.isclose(c.rope.attention_factor, 0.1 * math.log(c.rope.factor) + 1):
+            keys["rope.scaling.yarn_attn_factor"] = c.rope.attention_factor
+    return general | {f"{name}.{key}": value for key, value in keys.items()} | tokenizer
+
+
+def _check(c: ModelConfig) -> None:
+    where = f"a {c.architecture} model"
+    if c.architecture == "gemma3_text":
+        usual = all(windowed == ((i + 1) % WINDOW_PERIOD != 0) for i, windowed in enumerate(c.windowed))
+        if c.windowed and not usual:
+            raise UnsupportedModelError(
+                f"{where} in GGUF: llama.cpp gives every {WINDOW_PERIOD}th layer full attention, this one has others"
+            )
+        scale = (c.hidden_size / c.n_heads if c.n_layers == 62 else c.head_dim) ** -0.5
+        if not math.isclose(c.attention_scale, scale, rel_tol=1e-6):
+            raise UnsupportedModelError(f"{where} in GGUF: llama.cpp scales queries by {scale:g}, this one by {c.attention_scale:g}")
+        if c.rope_local is not None and c.rope_local.kind != "default":
+            raise UnsupportedModelError(f"{where} in GGUF: the rope of windowed layers is scaled ({c.rope_local.kind}), which no key says")
+    elif any(c.windowed) and c.sliding_window < c.max_context:
+        raise UnsupportedModelError(
+            f"{where} in GGUF: {sum(c.windowed)} layers see {c.sliding_window} tokens only, and llama.cpp computes them with full attention"
+        )
+    if c.rope.kind == "yarn" and not c.rope.truncate:
+        raise UnsupportedModelError(f"{where} in GGUF: yarn without truncation, which no key says")
+
+
+def items(model: Model, weights: Iterable[Weight], form: Format) -> Iterator[Item]:
+    """The tensors in the order of the model."""
+    c = model.config
+    names = gguf.names(c)
+    if c.rope.kind == "llama3" or c.rope.divisors:
+        yield Item("rope_freqs.weight", "f32", (c.head_dim // 2,), lambda: [_divisors(c)])
+    for weight in weights:
+        name = names[weight.name]
+        heads = c.architecture == "llama" and weight.kind in ("q", "k", "q_bias", "k_bias")
+        if weight.codes is not None and weight.kind in (*LINEARS, *TABLES):
+            if form.integer:
+                yield Item(name, form.weights, weight.shape, _integers(weight, _turned(weight.codes, heads, c), form, heads, c))
+                continue
+            scales = weight.scales
+            assert scales is not None
+            apart = form.scale == "f16" and not np.array_equal(stored_scales(scales, form), scales)
+            inner = np.ones((1, 1), np.float32) if apart else scales
+            make = _whole if form.weights == "i2_s" else _blocks
+            yield Item(
+                name, form.weights, weight.shape, make(weight, _turned(weight.codes, heads, c), _turned_scales(inner, heads, c), form)
+            )
+            if apart:
+                yield Item(f"{name.removesuffix('.weight')}.scale", "f32", (1,), lambda scales=scales: [scales.reshape(1)])  # type: ignore[misc]
+        else:
+            yield Item(name, weight.scheme, weight.shape, _plain(weight, heads, c))
+
+
+def _turned(rows: Callable[[int, int], NDArray[Any]], heads: bool, c: ModelConfig) -> Callable[[int, int], NDArray[Any]]:
+    return permuted(rows, c.head_dim, by_pairs=True) if heads else rows
+
+
+def _turned_scales(scales: F32, heads: bool, c: ModelConfig) -> F32:
+    if not heads or len(scales) == 1:
+        return scales
+    return permuted(lambda a, b: scales[a:b], c.head_dim, by_pairs=True)(0, len(scales))
+
+
+def _blocks(weight: Weight, codes: Callable[[int, int], I8], scales: F32, form: Format) -> Callable[[], Iterator[NDArray[Any]]]:
+    codec = BLOCKS[form.codec]
+    blocks = weight.shape[1] // codec.block
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for first, last in weight.spans():
+            found = _checked(weight, codes(first, last), form)
+            each = np.broadcast_to(scales if len(scales) == 1 else scales[first:last], (last - first, scales.shape[1]))
+            yield codec.pack(found.reshape(-1, codec.block), np.repeat(each, blocks // scales.shape[1], axis=1).reshape(-1))
+
+    return chunks
+
+
+def _whole(weight: Weight, codes: Callable[[int, int], I8], scales: F32, form: Format) -> Callable[[], Iterator[NDArray[Any]]]:
+    """I2_S: codes in stretches of 128 over the whole tensor, its scale after them."""
+    codec = BLOCKS[form.codec]
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for first, last in weight.spans(codec.block // math.gcd(weight.shape[1], codec.block)):
+            yield codec.pack(_checked(weight, codes(first, last), form).reshape(-1, codec.block))
+        tail = np.zeros(I2_S_TAIL // 4, np.float32)
+        tail[0] = scales[0, 0]
+        yield tail
+
+    return chunks
+
+
+def _checked(weight: Weight, codes: I8, form: Format) -> I8:
+    if codes.max(initial=0) > 1 and not form.weights.endswith("q2_0"):
+        raise FormatError(
+            f"{weight.where}: holds codes of 3, which stand for +2 scales and are not ternary; gguf-q2_0 and dense formats hold them"
+        )
+    return codes
+
+
+def _integers(
+    weight: Weight, codes: Callable[[int, int], I8], form: Format, heads: bool, c: ModelConfig
+) -> Callable[[], Iterator[NDArray[Any]]]:
+    """Q8_0 and Q4_0: 32 codes after the f16 scale that they share; Q4_0 keeps code + 8, the first 16 in the low halves of bytes."""
+    assert weight.scales is not None
+    scales = _turned_scales(weight.scales, heads, c)
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for first, last in weight.spans():
+            found = codes(first, last).reshape(-1, 32)
+            d = np.ascontiguousarray(scales[first:last].reshape(-1, 1), "<f2").view(np.uint8)
+            if form.weights == "q4_0":
+                fields = (found + np.int8(8)).view(np.uint8)
+                body = fields[:, :16] | (fields[:, 16:] << np.uint8(4))
+            else:
+                body = found.view(np.uint8)
+            yield np.concatenate([d, body], axis=1)
+
+    return chunks
+
+
+def _plain(weight: Weight, heads: bool, c: ModelConfig) -> Callable[[], Iterator[NDArray[Any]]]:
+    read = _turned(weight.values if weight.stored is None else weight.stored, heads, c)
+
+    def chunks() -> Iterator[NDArray[Any]]:
+        for first, last in weight.spans():
+            rows = read(first, last)
+            yield np.ascontiguousarray(rows if weight.stored is not None else as_bits(rows, weight.scheme))
+
+    return chunks
+
+
+def _divisors(c: ModelConfig) -> F32:
+    """By how much llama3's rule slows each pair of rope down."""
+    if c.rope.divisors:
+        return np.array(c.rope.divisors, np.float32)
+    plain = replace(c.rope, kind="default", factor=1.0).frequencies(c.head_dim)
+    return np.asarray(plain / c.rope.frequencies(c.head_dim), np.float32)

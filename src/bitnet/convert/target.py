@@ -1,0 +1,71 @@
+"""Where a model may be written, checked before anything is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+from contextlib import suppress
+from pathlib import Path
+
+from bitnet.convert.formats import Format
+from bitnet.errors import BitNetError, UsageError
+from bitnet.files import shown, system_errors
+from bitnet.models import Checkpoint
+
+# what a model's folder holds of the model; other files of a folder that is replaced stay in it
+_MODEL_FILES = re.compile(
+    r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|tokenizer_config\.json|"
+    r"chat_template\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
+)
+
+
+def check_target(target: Path, checkpoint: Checkpoint, form: Format) -> None:
+    """Raises UsageError for a target that is the source, a link, of another kind than the format's, or a folder of other things."""
+    where = shown(target)
+    with system_errors(target, "written"):
+        parent = target.absolute().parent
+        if not parent.is_dir():
+            raise UsageError(f"{where}: there is no folder {shown(parent)}; make it first")
+        if target.is_symlink():
+            raise UsageError(f"{where}: is a symbolic link to {shown(os.readlink(target))}; name the file itself, or remove the link")
+        if not target.exists():
+            return
+        for source in {Path(tensor.path) for tensor in checkpoint.tensors.values()} | {checkpoint.path}:
+            if os.path.samefile(source, target):
+                raise UsageError(f"{where}: is the source itself, by this name or by a link to it; name another target")
+        if target.is_dir() != form.folder:
+            kinds = ("a folder", "one file") if target.is_dir() else ("a file", "a folder")
+            raise UsageError(f"{where}: is {kinds[0]}, and {form.name} is {kinds[1]}; name another target, or choose another --format")
+        if not form.folder:
+            if not target.is_file():
+                raise UsageError(f"{where}: is a pipe or device; expected a file to write")
+            return
+        if target.resolve() in checkpoint.path.resolve().parents:
+            raise UsageError(f"{where}: holds the source, and would be replaced; name another target")
+        entries = list(os.scandir(target))
+        if entries and not (target / "config.json").is_file():
+            raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
+        other = next((e.name for e in entries if e.is_symlink() or not e.is_file()), None)
+        if other is not None:
+            raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
+
+
+def require_disk(target: Path, nbytes: int) -> None:
+    """Raises BitNetError, with the numbers, where the disk has not the room for the new file beside the old one."""
+    with system_errors(target, "written"):
+        free = shutil.disk_usage(target.absolute().parent).free
+    if nbytes > free:
+        raise BitNetError(
+            f"{shown(target)}: needs {nbytes:,} bytes of disk, {free:,} are free; free some, choose a smaller format or another disk"
+        )
+
+
+def keep_others(old: Path, new: Path) -> None:
+    """The files of a folder to be replaced that are none of a model's (README.md, LICENSE), in the new one as well."""
+    for entry in os.scandir(old) if old.is_dir() else ():
+        if not _MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
+            with suppress(OSError):
+                os.link(entry.path, new / entry.name)
+                continue
+            shutil.copy2(entry.path, new / entry.name)

@@ -1,0 +1,88 @@
+"""What was written, read back through the readers and compared: every trit, every scale, every other number, and the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from math import prod
+from pathlib import Path
+
+import numpy as np
+
+from bitnet.convert.source import F32, Model, Weight, read
+from bitnet.errors import BitNetError
+from bitnet.models import ModelConfig, open_checkpoint
+from bitnet.models.rope import Rope
+
+Progress = Callable[[str, int, int], None]  # (what is done, values or bytes so far, of how many)
+_AS_STORED = ("norm_offset", "rope_interleaved")  # of ModelConfig: how a format keeps weights, not what the model is
+_ROPES = ("rope", "rope_local")
+
+
+class NotTheSameError(BitNetError):
+    """What was written is not what was to be written: a bug here, or a disk that lies."""
+
+
+def verify(path: Path, model: Model, weights: Mapping[str, Weight], progress: Progress) -> None:
+    """That the file or folder holds these weights of this model. Raises NotTheSameError."""
+    found = read(open_checkpoint(path))
+    if different := differences(model.config, found.config):
+        raise NotTheSameError(f"{path}: would be read as another model ({'; '.join(different)}); choose another format")
+    total, done = sum(prod(weight.shape) for weight in weights.values()), 0
+    for name, weight in weights.items():
+        _compare(weight, found.weights[name])
+        done += prod(weight.shape)
+        progress("verifying", done, total)
+
+
+def _compare(expected: Weight, found: Weight) -> None:
+    coded = expected.codes is not None and found.codes is not None
+    if coded:
+        assert expected.scales is not None and found.scales is not None
+        one, other = _expanded(expected.scales, found.scales), _expanded(found.scales, expected.scales)
+        if not np.array_equal(one, other):
+            raise NotTheSameError(f"{found.where}: scales differ from those of the source ({np.sum(one != other):,} of {one.size:,})")
+    for first, last in expected.spans():
+        if coded:
+            assert expected.codes is not None and found.codes is not None
+            same = np.array_equal(expected.codes(first, last), found.codes(first, last))
+        else:
+            a, b = expected.values(first, last), found.values(first, last)
+            same = (
+                np.array_equal(a + np.float32(expected.offset), b + np.float32(found.offset))
+                if expected.offset or found.offset
+                else np.array_equal(a, b)
+            )
+        if not same:
+            raise NotTheSameError(f"{found.where}: differs from the source between rows {first} and {last}")
+
+
+def _expanded(scales: F32, other: F32) -> F32:
+    """Scales, repeated so that they have as many rows and groups as the finer of the two."""
+    rows, groups = max(len(scales), len(other)), max(scales.shape[1], other.shape[1])
+    return np.repeat(np.broadcast_to(scales, (rows, scales.shape[1])), groups // scales.shape[1], axis=1)
+
+
+def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
+    """The fields in which two models differ; numbers that a file keeps in float32 are compared as such."""
+    found = []
+    for name in (field.name for field in fields(ModelConfig) if field.name not in _AS_STORED):
+        a, b = getattr(one, name), getattr(other, name)
+        if name in _ROPES:
+            same = _same_rope(a, b, one.head_dim)
+        elif name == "windowed":
+            same = a == b or not (any(a) or any(b)) or min(one.sliding_window, other.sliding_window) >= one.max_context
+        elif name == "sliding_window":
+            same = a == b or not any(one.windowed) or min(a, b) >= one.max_context or not (any(one.windowed) or any(other.windowed))
+        else:
+            same = bool(np.isclose(a, b, rtol=1e-6, atol=0)) if isinstance(a, float) else a == b
+        if not same:
+            found.append(f"{name} {b} instead of {a}")
+    return found
+
+
+def _same_rope(one: Rope | None, other: Rope | None, head_dim: int) -> bool:
+    if one is None or other is None:
+        return one is other
+    close = np.allclose(one.frequencies(head_dim), other.frequencies(head_dim), rtol=1e-5, atol=0)
+    return bool(close and np.isclose(one.attention_factor, other.attention_factor, rtol=1e-6))

@@ -1,0 +1,172 @@
+"""Ordinary weights into ternary, int8 and int4: the definitions of bitnet.ternary, the article's alphas, and scales of least error."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from packed_models import logits, write
+
+from bitnet import ternary
+from bitnet.convert import Ternarization, convert
+from bitnet.convert.quantize import ALPHAS, integer, rounded, ternarized
+from bitnet.convert.source import Weight, read
+from bitnet.errors import FormatError, UsageError
+from bitnet.models import LINEARS, open_checkpoint
+
+VALUES = np.random.default_rng(4).standard_normal((96, 256)).astype(np.float32) * np.linspace(0.5, 2, 96, dtype=np.float32)[:, None]
+
+
+def weight(name: str = "layers.0.q", values: np.ndarray = VALUES) -> Weight:
+    return Weight(name, values.shape, "f32", "file: tensor 'x'", lambda a, b: values[a:b])
+
+
+def parts(found: Weight) -> tuple[np.ndarray, np.ndarray]:
+    assert found.codes is not None and found.scales is not None
+    return found.codes(0, found.shape[0]), found.scales
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.05, 0.065, 0.5, 2.0])
+def test_threshold_is_ternarize_with_the_scale_of_least_error(alpha: float) -> None:
+    codes, scales = parts(ternarized(weight(), Ternarization(alpha=alpha), "f32"))
+    assert np.array_equal(codes, ternary.ternarize(VALUES, alpha)) and scales.shape == (1, 1)
+    best = (VALUES.astype(np.float64) * codes).sum() / (codes != 0).sum()
+    assert scales[0, 0] == np.float32(best)
+    errors = [np.linalg.norm(VALUES - codes * s) for s in (scales[0, 0], scales[0, 0] * 0.99, scales[0, 0] * 1.01)]
+    assert errors[0] == min(errors)
+
+
+def test_absmean_is_its_definition() -> None:
+    codes, scales = parts(ternarized(weight(), Ternarization("absmean"), "f32"))
+    expected, scale = ternary.absmean(VALUES)
+    assert np.array_equal(codes, expected) and scales[0, 0] == scale
+
+
+@pytest.mark.parametrize("method", ["threshold", "absmean"])
+@pytest.mark.parametrize("unit", ["row", 64, 128])
+def test_a_row_or_a_group_is_a_tensor_of_its_own(method: str, unit: str | int) -> None:
+    codes, scales = parts(ternarized(weight(), Ternarization(method, None, unit), "f32"))
+    width = 256 if unit == "row" else int(unit)
+    pieces = [VALUES[r : r + 1, k : k + width] for r in range(96) for k in range(0, 256, width)]
+    alone = [parts(ternarized(weight(values=piece), Ternarization(method), "f32")) for piece in pieces]
+    assert np.array_equal(codes.reshape(-1, width), np.concatenate([c for c, _ in alone]))
+    assert np.allclose(scales.reshape(-1), np.concatenate([s[0] for _, s in alone]), rtol=2e-7, atol=0), "sums of another order"
+
+
+def test_runs_of_rows_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = parts(ternarized(weight(), Ternarization(), "f32"))
+    monkeypatch.setattr("bitnet.convert.source.CHUNK", 256 * 7)
+    pieces = parts(ternarized(weight(), Ternarization(), "f32"))
+    assert np.array_equal(whole[0], pieces[0]) and np.allclose(whole[1], pieces[1], rtol=2e-7)
+
+
+def test_the_articles_alphas() -> None:
+    assert {part: ALPHAS[part] for part in LINEARS} == {"q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
+    assert ALPHAS["embedding"] == ALPHAS["head"] == 0.05
+    shares = {}
+    for name in ("layers.3.q", "layers.3.o", "head"):
+        codes, scales = parts(ternarized(weight(name), Ternarization(), "f32"))
+        shares[name] = (codes == 0).mean()
+        assert scales.shape == ((96, 1) if name == "head" else (1, 1)), "tables have a scale for every row"
+    assert shares["layers.3.q"] > shares["layers.3.o"] > shares["head"] > 0
+    assert Ternarization(alpha=0.065).alpha_of("head") == 0.065
+
+
+@pytest.mark.parametrize("stored", ["f16", "bf16", "f32"])
+def test_scales_are_rounded_to_what_the_file_holds(stored: str) -> None:
+    exact = parts(ternarized(weight(), Ternarization(), "f32"))
+    found = parts(ternarized(weight(), Ternarization(), stored))
+    assert np.array_equal(found[0], exact[0]) and np.array_equal(found[1], rounded(exact[1], stored))
+    assert abs(found[1] / exact[1] - 1) <= {"f16": 2.0**-11, "bf16": 2.0**-8, "f32": 0}[stored]
+
+
+def test_int4_is_its_definition_and_int8_with_f16_scales() -> None:
+    codes, scales = parts(integer(weight(), "int4"))
+    expected = ternary.quantize_int4(VALUES, 32)
+    assert np.array_equal(codes, expected[0]) and np.array_equal(scales, expected[1])
+    codes, scales = parts(integer(weight(), "int8"))
+    assert np.array_equal(scales, rounded(ternary.quantize_int8(VALUES, 32)[1], "f16")) and np.abs(codes).max() == 127
+    step = np.repeat(scales, 32, axis=1)
+    assert np.all(np.abs(codes * step - VALUES) <= step * (0.5 + 127 * 2.0**-11)), "half a step, and f16's rounding of the largest"
+
+
+def test_what_is_refused() -> None:
+    for arguments, message in (
+        ({"method": "best"}, "method is 'best'; expected one of threshold, absmean"),
+        ({"alpha": -1.0}, "alpha is -1.0; expected a finite number >= 0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"method": "absmean", "alpha": 0.1}, "absmean has no alpha"),
+        ({"scale": "column"}, "scale is 'column'; expected tensor, row, or a multiple of 32"),
+        ({"scale": 33}, "scale is 33"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            Ternarization(**arguments)
+    with pytest.raises(UsageError, match="has 256 inputs, which are no whole groups of 96"):
+        ternarized(weight(), Ternarization(scale=96), "f32")
+    with pytest.raises(FormatError, match="tensor 'x': holds NaN or infinity"):
+        ternarized(weight(values=np.full((2, 64), np.nan, np.float32)), Ternarization(), "f32")
+    codes, scales = parts(ternarized(weight(values=np.zeros((2, 64), np.float32)), Ternarization(), "f32"))
+    assert not codes.any() and scales[0, 0] == np.float32(1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])
+@pytest.mark.parametrize("form", ["hf", "safetensors", "mlx", "gguf-tq2_0", "gguf-q2_0", "gguf-i2_s", "hf-dense-bf16"])
+def test_a_whole_model(tmp_path: Path, family: str, form: str) -> None:
+    """Verified against what was computed, runs, and its tables are ternary too, packed where the format can."""
+    source = write(tmp_path / "source", family, trits=False)
+    target = tmp_path / ("m.gguf" if "gguf" in form else "out.safetensors" if form == "safetensors" else "out")
+    report = convert(source, target, format=form, quantization="ternary")
+    assert not report.losses and report.verified
+    found, before = read(open_checkpoint(target)), read(open_checkpoint(source))
+    for name, w in found.weights.items():
+        if w.kind not in (*LINEARS, "embedding", "head"):
+            continue
+        values = w.values(0, w.shape[0])
+        assert len(np.unique(np.abs(values[0]))) <= 2
+        assert np.array_equal(np.sign(values), ternary.ternarize(before.weights[name].values(0, w.shape[0]), ALPHAS[w.kind])) or w.kind in (
+            "embedding",
+            "head",
+        )
+        packed = form != "hf-dense-bf16" and (w.kind in LINEARS or form in ("mlx", "gguf-tq2_0", "gguf-q2_0"))
+        assert (w.scheme == "ternary") == packed
+    assert np.isfinite(logits(target)).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form", "kind"), [("int8", "gguf-q8_0", "q8_0"), ("int4", "gguf-q4_0", "q4_0"), ("fp16", "gguf-f16", "f16")]
+)
+def test_other_schemes_go_through_the_same_door(tmp_path: Path, scheme: str, form: str, kind: str) -> None:
+    source = write(tmp_path / "source", "llama", trits=False)
+    report = convert(source, tmp_path / "m.gguf", quantization=scheme)
+    assert report.format == form and report.verified
+    tensors = open_checkpoint(tmp_path / "m.gguf").tensors
+    assert {tensors[name].scheme for name in ("token_embd.weight", "blk.0.ffn_up.weight", "blk.0.attn_q.weight", "output.weight")} == {kind}
+    error = np.linalg.norm(logits(tmp_path / "m.gguf", weights="f16") - logits(source)) / np.linalg.norm(logits(source))
+    assert error < {"int8": 0.05, "int4": 0.5, "fp16": 0.01}[scheme]
+    with pytest.raises(UsageError, match=f"does not hold fp16|holds {scheme}|not {scheme}"):
+        convert(source, tmp_path / "other", format="hf", quantization=scheme)
+
+
+def test_what_is_ternary_already_stays(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "qwen3")
+    report = convert(source, tmp_path / "out", quantization="ternary")
+    assert any("7 weights of the source are ternary or binary already" in note for note in report.notes)
+    one, other = read(open_checkpoint(source)), read(open_checkpoint(tmp_path / "out"))
+    assert np.array_equal(one.weights["layers.0.q"].values(0, 256), other.weights["layers.0.q"].values(0, 256))
+
+
+def test_a_binary_source_yields_no_zeros_and_says_so(tmp_path: Path) -> None:
+    convert(write(tmp_path / "source", "qwen3", zeros=False), tmp_path / "b.gguf", format="gguf-q1_0")
+    assert open_checkpoint(tmp_path / "b.gguf").tensors["blk.0.attn_q.weight"].scheme == "binary"
+    report = convert(tmp_path / "b.gguf", tmp_path / "t.gguf", format="gguf-q2_0", quantization="ternary")
+    assert any("yield no zeros for any alpha below 1" in note for note in report.notes)
+    trits = open_checkpoint(tmp_path / "t.gguf").tensors["blk.0.attn_q.weight"].trits()
+    assert not (trits == 0).any()
+
+
+def test_alpha_without_ternary_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="alpha, method and scale belong to quantization 'ternary'"):
+        convert(write(tmp_path / "source"), tmp_path / "out", ternarization=Ternarization(alpha=0.1))
+    with pytest.raises(UsageError, match="quantization is 'fp4'; expected one of ternary, int8, int4, fp16"):
+        convert(write(tmp_path / "source"), tmp_path / "out", quantization="fp4")
