@@ -107,8 +107,11 @@ void LowRankUpdates::add_b(ThreadPool& pool, std::initializer_list<Product> prod
     for (const Product& p : products) {
       for (const Update& u : updates_) {
         const Linear& b = u.w->parts[part].b;
-        for (int panel = first; b.rows && panel < std::min(end, p.w->n_panels()); panel++)
-          add_dense(*k_, b, &inner_[u.inner + u.w->parts[part].first], u.w->ranks, u.n, panel, p.y + int64_t{u.first} * b.rows);
+        const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, b.rows) - row;
+        if (n_rows <= 0) continue;
+        const AddDense add = b.scheme == Scheme::f16 ? k_->add_f16_f32 : b.scheme == Scheme::bf16 ? k_->add_bf16_f32 : k_->add_f32_f32;
+        add(b.panels.data() + first * b.panel_bytes, b.panel_bytes, n_rows, b.padded_cols, &inner_[u.inner + u.w->parts[part].first], u.w->ranks, u.n,
+            p.y + int64_t{u.first} * b.rows + row, b.rows);
       }
       first = std::max(0, first - p.w->n_panels()), end -= p.w->n_panels(), part++;
       if (end <= 0) break;

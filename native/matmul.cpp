@@ -138,20 +138,15 @@ int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
   return scheme == Scheme::ternary_base3 ? 4 : 5;
 }
 
-// write(the panel's sums of a token, their number, where they belong in y)
-template <typename Write>
-void for_dense(const Kernels& k, const Linear& w, const float* x, int64_t x_stride, int n_tokens, int panel, float* y, Write&& write) {
+void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
   const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
   const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
   alignas(64) float sums[kGemmTokens * kPanelRows];
   for (int t0 = 0; t0 < n_tokens; t0 += kGemmTokens) {
     const int n = std::min(kGemmTokens, n_tokens - t0);
-    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + t0 * x_stride, x_stride, n, sums);
-    for (int t = 0; t < n; t++) write(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
+    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + int64_t{t0} * w.padded_cols, w.padded_cols, n, sums);
+    for (int t = 0; t < n; t++) std::copy_n(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
   }
-}
-void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
-  for_dense(k, w, x, w.padded_cols, n_tokens, panel, y, [](const float* sums, int n, float* to) { std::copy_n(sums, n, to); });
 }
 
 void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
@@ -159,15 +154,6 @@ void add_bias(const Linear& w, int panel, int n_tokens, float* y) {
     for (int r = panel * kPanelRows; r < std::min(w.rows, (panel + 1) * kPanelRows); r++) y[int64_t{t} * w.rows + r] += w.bias[r];
 }
 }  // namespace
-
-void add_dense(const Kernels& k, const Linear& w, const float* x, int64_t x_stride, int n_tokens, int panel, float* y) {
-  for_dense(k, w, x, x_stride, n_tokens, panel, y, [](const float* sums, int n, float* to) {
-    if (n == kPanelRows)
-      for (int r = 0; r < kPanelRows; r++) to[r] += sums[r];
-    else
-      for (int r = 0; r < n; r++) to[r] += sums[r];
-  });
-}
 
 void Activations::prepare(const Linear& w) {
   if (!w.integer()) return;

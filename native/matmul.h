@@ -56,7 +56,4 @@ struct Product {
 void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x, LowRankUpdates* beside = nullptr);
 inline void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) { matmul(k, pool, {{&w, y}}, x); }
 
-// y [n_tokens, w.rows] += x w^T in the rows of one panel of a dense w; x's rows, x_stride apart, are readable up to w.padded_cols.
-void add_dense(const Kernels& k, const Linear& w, const float* x, int64_t x_stride, int n_tokens, int panel, float* y);
-
 }  // namespace bitnet

@@ -168,6 +168,11 @@ const char* first_difference(const Kernels& k) {
       dense[d][0](weights[d], kDense, f, kInputs, kTokens, y1), dense[d][1](weights[d], kDense, f, kInputs, kTokens, y2);
       if (memcmp(y1, y2, kTokens * 16 * sizeof(float))) return "dot_dense";
     }
+    const AddDense sums_of[3][2] = {{k.add_f16_f32, kScalar.add_f16_f32}, {k.add_bf16_f32, kScalar.add_bf16_f32}, {k.add_f32_f32, kScalar.add_f32_f32}};
+    for (int d = 0; d < 3; d++) {  // on what the products left in y1 and y2; 23 rows in two panels of 8 inputs
+      sums_of[d][0](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, y1, 32), sums_of[d][1](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, y2, 32);
+      if (memcmp(y1, y2, sizeof y1)) return "add_dense";
+    }
     const DotRows rows[3][2] = {{k.rows_f16_f32, kScalar.rows_f16_f32}, {k.rows_bf16_f32, kScalar.rows_bf16_f32}, {k.rows_f32_f32, kScalar.rows_f32_f32}};
     for (int d = 0; d < 3; d++) {
       rows[d][0](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y1, 16), rows[d][1](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y2, 16);

@@ -56,7 +56,7 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
 }
 
 template <v16 (*load_weights)(const void*, int64_t), int T>
-BITNET_INLINE void dot_dense_block(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+BITNET_INLINE void dot_dense_block(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, v16* sums) {
   v16 acc[T][4];
   for (int t = 0; t < T; t++)
     for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
@@ -65,13 +65,38 @@ BITNET_INLINE void dot_dense_block(const void* panel, int64_t n_inputs, const fl
       v16 w = load_weights(panel, (k + j) * 16);
       for (int t = 0; t < T; t++) acc[t][j] += w * x[t * x_stride + k + j];
     }
-  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+  for (int t = 0; t < T; t++) sums[t] = (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]);
 }
 template <v16 (*load_weights)(const void*, int64_t)>
 static void dot_dense(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
+  auto run = [&](int t, auto count) __attribute__((always_inline)) {
+    constexpr int T = decltype(count)::count;
+    v16 sums[T];
+    dot_dense_block<load_weights, T>(panel, n_inputs, x + t * x_stride, x_stride, sums);
+    for (int i = 0; i < T; i++) store(out + 16 * (t + i), sums[i]);
+  };
   int t = 0;
-  for (; t + 4 <= n_tokens; t += 4) dot_dense_block<load_weights, 4>(panel, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
-  for (; t < n_tokens; t++) dot_dense_block<load_weights, 1>(panel, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; t + 4 <= n_tokens; t += 4) run(t, Count<4>());
+  for (; t < n_tokens; t++) run(t, Count<1>());
+}
+template <v16 (*load_weights)(const void*, int64_t)>
+static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                      float* y, int64_t y_stride) {
+  auto run = [&](int row, int t, auto count) __attribute__((always_inline)) {
+    constexpr int T = decltype(count)::count;
+    v16 sums[T];
+    dot_dense_block<load_weights, T>(static_cast<const char*>(panels) + row / 16 * panel_bytes, n_inputs, x + t * x_stride, x_stride, sums);
+    for (int i = 0; i < T; i++) {
+      float* to = y + (t + i) * y_stride + row;
+      if (row + 16 <= n_rows) store(to, load(to) + sums[i]);
+      else store_tail(to, n_rows - row, load_tail(to, n_rows - row, 0.0f) + sums[i]);
+    }
+  };
+  int t = 0;
+  for (; t + 4 <= n_tokens; t += 4)
+    for (int row = 0; row < n_rows; row += 16) run(row, t, Count<4>());
+  for (; t < n_tokens; t++)
+    for (int row = 0; row < n_rows; row += 16) run(row, t, Count<1>());
 }
 
 template <v16 (*load_weights)(const void*, int64_t), int R, int T>

@@ -155,7 +155,8 @@ static int32_t sum_i8(const int8_t* q, int n) {
   {                                                                                                                                \
     name, multiply<TwoBit>, multiply<Base3>, multiply<Int4>, multiply<Int8>, gemm_ternary, gemm_i4, gemm_i8, nullptr, nullptr,     \
         unpack_bits<2>, unpack_b3, unpack_bits<4>, add_run, write_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
-        dot_dense<load_dense_f32>, dot_rows<load_dense_f16>, dot_rows<load_dense_bf16>, dot_rows<load_dense_f32>,                     \
+        dot_dense<load_dense_f32>, add_dense<load_dense_f16>, add_dense<load_dense_bf16>, add_dense<load_dense_f32>,                  \
+        dot_rows<load_dense_f16>, dot_rows<load_dense_bf16>, dot_rows<load_dense_f32>,                                             \
         rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate,                                  \
         to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                                                               \
   }

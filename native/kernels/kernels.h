@@ -62,6 +62,9 @@ using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x,
 // n_inputs is a multiple of 4; input k is added to partial sum k % 4, the result is (0 + 1) + (2 + 3).
 using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                           float* out /* [n_tokens, 16] */);
+// y [n_tokens, y_stride] += what DotDense gives, for n_rows rows of panels that lie panel_bytes apart.
+using AddDense = void (*)(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                          float* y, int64_t y_stride);
 // out [n_tokens, out_stride]: x times few rows [n_rows, row_stride], which lie one after another, zeros from n_inputs up to the next multiple of
 // 16. Lane l adds the products of inputs l, l + 16, ... in order; the lanes are a fixed tree.
 using DotRows = void (*)(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
@@ -91,6 +94,7 @@ struct Kernels {
   void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
   DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
+  AddDense add_f16_f32, add_bf16_f32, add_f32_f32;
   DotRows rows_f16_f32, rows_bf16_f32, rows_f32_f32;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
