@@ -109,8 +109,8 @@ class Engine:
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.
 
-        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order. Raises `UsageError` for shapes that are not the
-        model's.
+        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order. Raises `UsageError` for shapes that are not
+        the model's.
         """
         native, head = _native.Adapter(self._native), self.config.head_dim
         try:

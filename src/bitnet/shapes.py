@@ -9,8 +9,8 @@ import numpy as np
 from bitnet.engine import CODECS, Adapter, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
-from bitnet.models.peft import LowRank
 from bitnet.models.config import weight_shapes
+from bitnet.models.peft import LowRank
 from bitnet.models.rope import Rope
 from bitnet.weights import INT4_GROUP, layer_norms
 
@@ -94,7 +94,7 @@ def random_engine(shape: str, *, threads: int | None = None, head: str = "int8",
 
 
 def random_adapter(engine: Engine, rank: int, scheme: str = "f32", seed: int = 1) -> Adapter:
-    """A low-rank adapter with random weights beside every linear layer: for speed, not for text. `scheme`: "f32" (PEFT's default) or "f16"."""
+    """A low-rank adapter with random weights beside every linear layer: for speed, not for text. `scheme`: "f32" (as PEFT) or "f16"."""
     if not 1 <= rank <= MOST_RANK:
         raise UsageError(f"lora is {rank}; expected a rank from 1 to {MOST_RANK}")
     rng, shapes = np.random.default_rng(seed), weight_shapes(engine.config)

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import EMBEDDED_MODEL, debug_option, json_option, threads_option
+from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, threads_option
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine
+    from bitnet.engine import Adapter, Engine
     from bitnet.evaluate.accuracy import HeadCost
     from bitnet.tuning import Settings
 
@@ -40,12 +40,14 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @click.option("--depth", type=int, default=0, show_default=True, metavar="N", help="Tokens in the context before the first decoded one.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences at once.")
 @click.option("--repetitions", type=int, default=5, show_default=True, metavar="N", help="The medians are printed.")
+@adapter_option
+@click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
 @json_option
 @debug_option
 def command(
     model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
-    depth: int, batch: int, repetitions: int, tune: bool, as_json: bool,
+    depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None, tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -57,25 +59,27 @@ def command(
 
     if model is not None and shape is not None:
         raise click.UsageError("MODEL and --shape exclude each other")
+    if lora is not None and adapter is not None:
+        raise click.UsageError("--adapter and --lora exclude each other")
     check_options(threads=threads)
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
     if tune:
-        if shape is not None or head is not None or codec != "auto" or threads is not None:
+        if shape is not None or head is not None or codec != "auto" or threads is not None or adapter is not None or lora is not None:
             raise click.UsageError(
                 "--tune measures every codec, head and number of threads of a MODEL; leave out the options that set them"
             )
         found = tuned(model or EMBEDDED_MODEL)
     else:
-        found = benched(model, shape, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions)
+        found = benched(model, shape, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
     if as_json:
         click.echo(json.dumps(found))
 
 
 def benched(
     model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
-    depth: int, batch: int, repetitions: int,
+    depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
@@ -85,6 +89,7 @@ def benched(
     start = time.perf_counter()
     engine, use = build(model, shape, head, codec, threads)
     load_s = time.perf_counter() - start
+    beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
         prompt_tokens = max(1, min(512, engine.config.max_context))
     check_cache(engine, max(prompt_tokens, depth + new_tokens) * batch)
@@ -121,8 +126,11 @@ def benched(
         "kv_bytes_per_token": kv_bytes_per_token(engine.config, depth, new_tokens),
         "outside_matmul_share": speed.outside_matmul_share,
         "head_cost": None,
+        "adapter": None,
     }
     click.echo("\n".join(rows(result, use)))
+    if beside is not None:
+        result["adapter"] = printed_adapter_cost(engine, beside, adapter or f"random, rank {lora}", sizes, repetitions)
     if engine.head in MODEL_HEADS and engine.head != "stored":
         result["head_cost"] = printed_head_cost(model, shape, engine)
     return result
@@ -149,6 +157,29 @@ def build(model: str | None, shape: str | None, head: str | None, codec: str, th
     path = resolve(EMBEDDED_MODEL if model is None else model)
     use = settle(path, codec, head, threads)
     return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec), use
+
+
+def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:
+    """The one that was asked for."""
+    from bitnet.models.peft import read_adapter
+    from bitnet.shapes import random_adapter
+
+    if path is not None:
+        return engine.adapter(read_adapter(path, engine.config).parts)
+    return None if rank is None else random_adapter(engine, rank)
+
+
+def printed_adapter_cost(engine: Engine, adapter: Adapter, name: str, sizes: dict[str, Any], repetitions: int) -> dict[str, Any]:
+    """What decoding with the adapter costs, against the model alone in turns."""
+    from bitnet.bench.speed import measure_adapter
+
+    sizes = {key: value for key, value in sizes.items() if key != "prompt_tokens"}
+    alone, adapted = measure_adapter(engine, adapter, **sizes, repetitions=repetitions)
+    click.echo(
+        f"{'adapter':<10} {name}: {adapted:,.1f} tokens/s, {adapted / alone:.1%} of the {alone:,.1f} without it, in turns; "
+        f"{adapter.nbytes / 1e6:,.1f} MB more a token"
+    )
+    return {"name": name, "bytes_per_token": adapter.nbytes, "decode_tok_s": adapted, "decode_tok_s_alone": alone, "share": adapted / alone}
 
 
 def check_cache(engine: Engine, tokens: int) -> None:

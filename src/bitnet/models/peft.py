@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) as PEFT lays them out: adapter_config.json and adapter_model.safetensors in one folder.
 
-Beside a linear layer y = W x lie A [rank, in] and B [out, rank]: y = W x + scale * B (A x), where scale is alpha / rank, or alpha / sqrt(rank)
-with use_rslora. Tensors are called base_model.model.MODULE.lora_A.weight and lora_B.weight, modules as Hugging Face calls them, whatever file
-the base comes from. What else PEFT can put into an adapter changes the model in other ways, and is refused, never ignored
+Beside a linear layer y = W x lie A [rank, in] and B [out, rank]: y = W x + scale * B (A x), where scale is alpha / rank, or with use_rslora
+alpha / sqrt(rank). Tensors are called base_model.model.MODULE.lora_A.weight and lora_B.weight, modules as Hugging Face calls them,
+whatever file the base comes from. What else PEFT can put into an adapter changes the model in other ways, and is refused, never ignored
 (huggingface.co/docs/peft: LoraConfig, "PEFT checkpoint format").
 """
 
@@ -28,10 +28,10 @@ from bitnet.models.fields import integer, number
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # of LoraConfig: what is read here, what only training uses, and where the model comes from
 _KNOWN = {
-    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules", "layers_to_transform",
-    "layers_pattern", "bias", "init_lora_weights", "lora_dropout", "fan_in_fan_out", "inference_mode", "task_type", "auto_mapping",
-    "base_model_name_or_path", "revision", "peft_version", "megatron_core", "runtime_config", "eva_config", "qalora_group_size",
-    "ensure_weight_tying", "velora_config",
+    "peft_type", "r", "lora_alpha", "use_rslora", "rank_pattern", "alpha_pattern", "target_modules", "exclude_modules",
+    "layers_to_transform", "layers_pattern", "bias", "init_lora_weights", "lora_dropout", "fan_in_fan_out", "inference_mode", "task_type",
+    "auto_mapping", "base_model_name_or_path", "revision", "peft_version", "megatron_core", "runtime_config", "eva_config",
+    "qalora_group_size", "ensure_weight_tying", "velora_config",
 }  # fmt: skip
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base's weights as they are
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -82,8 +82,8 @@ def is_adapter(path: PathLike) -> bool:
 def read_adapter(path: PathLike, config: ModelConfig) -> PeftAdapter:
     """The adapter in the folder `path`, for a base of this configuration.
 
-    Raises `UnsupportedModelError` for what is no plain LoRA on q, k, v, o, gate, up and down, `FormatError` for damaged files and for shapes
-    or modules that the base does not have.
+    Raises `UnsupportedModelError` for what is no plain LoRA on q, k, v, o, gate, up and down, `FormatError` for damaged files and for
+    shapes or modules that the base does not have.
     """
     folder, where = Path(path), shown(path)
     if not is_adapter(folder):
@@ -91,11 +91,15 @@ def read_adapter(path: PathLike, config: ModelConfig) -> PeftAdapter:
     found = json_object(read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES), f"{where}/{CONFIG_FILE}")
     _refuse_others(found, where)
     if not (folder / WEIGHTS_FILE).exists() and (folder / "adapter_model.bin").exists():
-        raise FormatError(f"{where}: has adapter_model.bin, a pickle that could run any code; save it again with PEFT, which writes safetensors")
+        raise FormatError(
+            f"{where}: has adapter_model.bin, a pickle that could run any code; save it again with PEFT, which writes safetensors"
+        )
     sides = _sides(safetensors.read_stored(folder / WEIGHTS_FILE).tensors, config, where)
     _check_targets(found, set(sides), config, where)
     shapes = weight_shapes(config)
-    return PeftAdapter(folder, found, {name: _part(name, pair, found, shapes[name.rsplit(".", 1)[-1]], config) for name, pair in sides.items()})
+    return PeftAdapter(
+        folder, found, {name: _part(name, pair, found, shapes[name.rsplit(".", 1)[-1]], config) for name, pair in sides.items()}
+    )
 
 
 def modules(config: ModelConfig) -> dict[str, str]:
@@ -110,14 +114,18 @@ def _refuse_others(found: Mapping[str, Any], where: str) -> None:
         raise UnsupportedModelError(f"{where}: peft_type is {shown(repr(kind))}; this build runs LORA")
     if (start := found.get("init_lora_weights")) not in _KEEPS_BASE:
         raise UnsupportedModelError(
-            f"{where}: init_lora_weights is {shown(repr(start))}, which changes the base's own weights; have PEFT convert it to plain LoRA as it saves"
+            f"{where}: init_lora_weights is {shown(repr(start))}, which changes the base's own weights; "
+            "have PEFT convert it to plain LoRA as it saves"
         )
     if (bias := found.get("bias", "none")) != "none":
-        raise UnsupportedModelError(f"{where}: bias is {shown(repr(bias))}: it trained biases too; this build runs adapters with bias 'none'")
+        raise UnsupportedModelError(
+            f"{where}: bias is {shown(repr(bias))}: it trained biases too; this build runs adapters with bias 'none'"
+        )
     other = next((key for key, value in found.items() if key not in _KNOWN and value not in (None, False) and value not in ({}, [])), None)
     if other is not None:
         raise UnsupportedModelError(
-            f"{where}: {shown(other)} is {shown(repr(found[other])[:80])}; this build runs plain LoRA, and without it the adapter would not be itself"
+            f"{where}: {shown(other)} is {shown(repr(found[other])[:80])}; this build runs plain LoRA, "
+            "and without it the adapter would not be itself"
         )
 
 
@@ -150,7 +158,9 @@ def _check_targets(found: Mapping[str, Any], have: set[str], config: ModelConfig
         if targeted != (ours in have):
             what = "has no weights for" if targeted else "has weights for"
             why = "target_modules name it" if targeted else "target_modules do not name it"
-            raise FormatError(f"{where}: {WEIGHTS_FILE} {what} {module}, but {why}; the two files are not of one adapter, or the base is another model")
+            raise FormatError(
+                f"{where}: {WEIGHTS_FILE} {what} {module}, but {why}; the two files are not of one adapter, or the base is another model"
+            )
 
 
 def _part(name: str, pair: Mapping[str, Tensor], found: Mapping[str, Any], shape: tuple[int, ...], config: ModelConfig) -> LowRank:
@@ -165,7 +175,9 @@ def _part(name: str, pair: Mapping[str, Tensor], found: Mapping[str, Any], shape
             f"[rank, {shape[1]}] and [{shape[0]}, rank]; the adapter is for a model of other sizes"
         )
     if not found.get("rank_pattern") and rank != integer(dict(found), "r", where, default=8):
-        raise FormatError(f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says r = {found.get('r', 8)}; the two files are not of one adapter")
+        raise FormatError(
+            f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says r = {found.get('r', 8)}; the two files are not of one adapter"
+        )
     for tensor in (a, b):
         if tensor.scheme not in ("f32", "f16", "bf16"):
             raise UnsupportedModelError(f"{tensor.where}: is stored as {tensor.dtype}; expected F32, F16 or BF16")
@@ -179,13 +191,15 @@ def _part(name: str, pair: Mapping[str, Tensor], found: Mapping[str, Any], shape
 
 
 def _alpha(found: Mapping[str, Any], module: str, where: str) -> float:
-    """lora_alpha, or that of the first pattern that the module's name ends with. Patterns may be regular expressions: only plain ones are read."""
+    """lora_alpha, or that of the first pattern that the module's name ends with; of regular expressions only plain names are read."""
     patterns = found.get("alpha_pattern") or {}
     if not isinstance(patterns, dict):
         raise FormatError(f"{where}: alpha_pattern is {shown(repr(patterns)[:80])}; expected names with numbers")
     for pattern in patterns:
         if not _PLAIN_PATTERN.fullmatch(pattern):
-            raise UnsupportedModelError(f"{where}: alpha_pattern has the regular expression {shown(repr(pattern))}; this build reads plain names of modules")
+            raise UnsupportedModelError(
+                f"{where}: alpha_pattern has the regular expression {shown(repr(pattern))}; this build reads plain names of modules"
+            )
         plain = pattern.replace("\\", "").rstrip("$")
         if module == plain.lstrip("^") or (not plain.startswith("^") and module.endswith(f".{plain}")):
             return number(patterns, pattern, where)
