@@ -28,7 +28,7 @@ template <typename T>
 using Matrix = Array<T, nb::ndim<2>>;
 template <typename T>
 using Vector = Array<T, nb::ndim<1>>;
-using Values = nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // of any item
+using Values = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // of any item
 
 int to_int(size_t n) {
   if (n > 0x7fffffff) throw std::invalid_argument("an array dimension exceeds 2^31");

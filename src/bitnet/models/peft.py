@@ -151,7 +151,10 @@ def _check_targets(found: Mapping[str, Any], have: set[str], config: ModelConfig
     if not isinstance(targets, list) or any(found.get(key) for key in ("exclude_modules", "layers_pattern")):
         return
     only = found.get("layers_to_transform")
-    layers = None if only is None or only == [] else {only} if isinstance(only, int) else set(only)
+    listed = [only] if isinstance(only, int) else only or []
+    if not isinstance(listed, list) or not all(isinstance(layer, int) for layer in listed):
+        raise FormatError(f"{where}: layers_to_transform is {shown(repr(only)[:80])}; expected numbers of layers")
+    layers = set(listed) if only is not None and only != [] else None
     for module, ours in modules(config).items():
         targeted = any(module == target or module.endswith(f".{target}") for target in targets)
         targeted = targeted and (layers is None or int(ours.split(".")[1]) in layers)
