@@ -11,6 +11,8 @@ from packed_models import write
 
 from bitnet.convert import FORMATS, gguf, hf
 from bitnet.convert.source import Model, from_codes, read
+from bitnet.errors import UnsupportedModelError
+from bitnet.files import safetensors
 from bitnet.models import open_checkpoint
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "blocks"
@@ -84,6 +86,26 @@ def test_mlx_element_by_element(model: Model) -> None:
             code = int(words[row, column // 16]) >> 2 * (column % 16) & 3
             value = scales[row, column // 128] * code + biases[row, column // 128]
             assert value == TRITS[row, column] * SCALES[row, column // 128]
+
+
+def test_mlx_computes_with_what_is_written(model: Model, tmp_path: Path) -> None:
+    """Of stored words, scales and biases, MLX's own values (golden/make_mlx.py); ours, read and written, are the same."""
+    golden = np.load(GOLDEN / "mlx_24x768.npz")
+    found = written(model, "mlx", golden["trits"], golden["scales"].astype(np.float32))
+    for part, name in (("words", "gate.weight"), ("scales", "gate.scales"), ("biases", "gate.biases")):
+        assert found[name] == golden[part].tobytes()
+    safetensors.write(tmp_path / "x", {"gate.weight": golden["words"], "gate.scales": golden["scales"], "gate.biases": golden["biases"]})
+    tensor = safetensors.read(tmp_path / "x").tensors["gate.weight"]
+    assert np.array_equal(tensor.dense(), golden["dense"]) and np.array_equal(tensor.dense_rows(3, 9), golden["dense"][3:9])
+    assert np.array_equal(tensor.trits(), golden["trits"]) and list(safetensors.read(tmp_path / "x").tensors) == ["gate.weight"]
+
+
+def test_other_two_bit_weights_of_mlx_are_refused(tmp_path: Path) -> None:
+    golden = np.load(GOLDEN / "mlx_24x768.npz")
+    tensors = {"g.weight": golden["words"], "g.scales": golden["scales"], "g.biases": golden["biases"] * np.float16(1.5)}
+    safetensors.write(tmp_path / "x", tensors)
+    with pytest.raises(UnsupportedModelError, match=r"'g.biases': is not -scale everywhere, so these are no ternary weights"):
+        safetensors.read(tmp_path / "x").tensors["g.weight"].scales()
 
 
 @pytest.mark.parametrize("rows", [8, 6, 5])

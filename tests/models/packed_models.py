@@ -64,7 +64,7 @@ def write(
             tensors[name] = ("BF16", bf16_bits(values.astype(np.float32)))
         elif trits:
             tensors[name] = pack_hf(rng.choice([-1, 0, 1] if zeros else [-1, 1], shape).astype(np.int8))
-            value = np.float32(0.02 + 0.02 * rng.random())
+            value = np.float32(0.05 + 0.05 * rng.random())
             value = np.float32(np.float16(value)) if scale == "f16" else value
             tensors[f"{name}_scale"] = np.array([value if linear_class == "autobitlinear" else 1 / value], np.float32)
         else:

@@ -102,6 +102,7 @@ def convert(
         notes += gguf.notes(model.config, form)
     else:
         head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
+        notes += hf.notes(model.config, form)
     _note_activations(model, weights, form, notes)
     require_disk(target, nbytes)
 

@@ -64,6 +64,13 @@ def config_of(model: Model, form: Format, weights: Mapping[str, Weight]) -> dict
     return found
 
 
+def notes(config: ModelConfig, form: Format) -> list[str]:
+    """What the user of such a folder must know."""
+    if form.weights == "autobitlinear" and config.biases:
+        return ["transformers multiplies the biases of autobitlinear layers by the scale, too; hf-bitlinear is the form that it runs right"]
+    return []
+
+
 def items(weights: Iterable[Weight], names: Mapping[str, str], form: Format) -> Iterator[Item]:
     """The tensors of a model, by their Hugging Face names."""
     for weight in weights:
@@ -157,7 +164,7 @@ def _fresh(c: ModelConfig) -> dict[str, Any]:
         local = c.rope_local or c.rope
         found |= {
             "hidden_activation": "gelu_pytorch_tanh",
-            "query_pre_attn_scalar": round(c.attention_scale**-2, 6),
+            "query_pre_attn_scalar": round(c.attention_scale**-2),
             "layer_types": ["sliding_attention" if windowed else "full_attention" for windowed in c.windowed or (False,) * c.n_layers],
             "rope_parameters": {"full_attention": _rope(c.rope, c.head_dim), "sliding_attention": _rope(local, c.head_dim)},
         }

@@ -139,6 +139,7 @@ def _weight(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]], model
 
     if tensor.scheme in ("ternary", "binary"):
         scales = _scales(tensor, checkpoint)
+        tensor.forget_pages()  # every block has been touched for its scale
         if config.rope_interleaved and _turns(kind) and len(scales) > 1:
             every = scales
             scales = permuted(lambda first, last: every[first:last], config.head_dim, by_pairs=False)(0, shape[0])

@@ -1,9 +1,9 @@
 """Files and folders that appear whole: written beside their target, synced, then moved into its place in one step.
 
-What is being written lies in a folder of its own beside the target, `.NAME.<12 hex digits>.bitnet-tmp`, as `new`, next to a file `lock`
-that its writer keeps locked. So the target, at whatever moment its writer is killed, is what it was or what it shall be. The folder of a
-dead writer is known by its name, by holding nothing but `lock`, `new` and `old`, and by a lock that nobody holds: the next writer beside
-it removes it.
+What is being written lies in a folder of its own beside the target, `.NAME.<12 hex digits>.bitnet-tmp`, as `new`, next to a file `name`
+with the target's whole name; its writer keeps the folder locked. So the target, at whatever moment its writer is killed, is what it was or
+what it shall be. The folder of a dead writer is known by its name, by holding nothing but `name`, `new` and `old`, and by a lock that
+nobody holds: the next writer beside it removes it.
 
 A folder cannot be renamed over another one; the two exchange their names in one step, where the system can do that (Linux, macOS).
 Elsewhere the old one steps aside as `old` first, and if its writer dies right then, the next writer puts it back.
@@ -18,7 +18,6 @@ import re
 import secrets
 import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -30,7 +29,7 @@ from bitnet.files import PathLike, shown, system_errors
 fcntl: Any = importlib.import_module("fcntl") if os.name == "posix" else None  # without it no leftovers are looked for
 
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{12}\.bitnet-tmp", re.DOTALL)
-_PARTS = {"lock", "new", "old"}
+_PARTS = {"name", "new", "old"}
 _HERE, _EXCHANGE, _SWAP = -100, 2, 2  # AT_FDCWD, RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 
 
@@ -88,18 +87,30 @@ def write_text(path: PathLike, text: str) -> None:
 def _beside(target: Path) -> Iterator[Path]:
     """The folder beside `target` in which it is written, locked, and removed at the end."""
     remove_leftovers(target.parent)
-    name = target.name.encode()[:100].decode(errors="ignore")
-    folder = target.with_name(f".{name}.{secrets.token_hex(6)}.bitnet-tmp")
-    os.mkdir(folder, 0o700)
+    folder, descriptor = _locked_folder(target)
     try:
-        with open(folder / "lock", "xb") as lock:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-            lock.write(os.fsencode(target.name))
-            lock.flush()
-            yield folder
+        write_synced(folder / "name", os.fsencode(target.name))
+        yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked_folder(target: Path) -> tuple[Path, int | None]:
+    """(a new folder beside `target`, the descriptor that keeps it locked)."""
+    name = target.name.encode()[:100].decode(errors="ignore")
+    while True:
+        folder = target.with_name(f".{name}.{secrets.token_hex(6)}.bitnet-tmp")
+        os.mkdir(folder, 0o700)
+        if fcntl is None:
+            return folder, None
+        with suppress(FileNotFoundError):  # somebody took it for a dead writer's in the moment before it was locked: another one
+            descriptor = os.open(folder, os.O_RDONLY)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if folder.exists():
+                return folder, descriptor
+            os.close(descriptor)
 
 
 def remove_leftovers(parent: Path) -> None:
@@ -117,16 +128,16 @@ def _remove_if_dead(folder: Path) -> None:
     status = os.lstat(folder)
     if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or not set(os.listdir(folder)) <= _PARTS:
         return
-    if not (folder / "lock").exists():  # killed between its first two steps, or about to make the second
-        if not os.listdir(folder) and time.time() - status.st_mtime > 60:
-            os.rmdir(folder)
-        return
-    with open(folder / "lock", "rb") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer lives
-        target = folder.parent / os.fsdecode(lock.read())
-        if (folder / "old").exists() and (folder / "new").exists() and target.parent == folder.parent and not os.path.lexists(target):
-            os.rename(folder / "old", target)
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # OSError while its writer lives
+        if (folder / "old").exists():
+            target = folder.parent / os.path.basename(os.fsdecode((folder / "name").read_bytes()))
+            if not os.path.lexists(target):
+                os.rename(folder / "old", target)
         shutil.rmtree(folder)
+    finally:
+        os.close(descriptor)
 
 
 def _exchange(one: Path, other: Path) -> bool:

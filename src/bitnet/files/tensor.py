@@ -285,7 +285,7 @@ def _pair_mlx(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         rows, columns = weight.shape[0], weight.shape[1] * 16  # if of two bits; else the shape will not be the model's
         fits = len(scale.shape) == 2 and scale.shape == bias.shape and scale.shape[0] == rows and scale.shape[1] > 0
-        if fits and columns % scale.shape[1] == 0 and {scale.dtype, bias.dtype} <= {"F32", "F16", "BF16"}:
+        if fits and columns / scale.shape[1] in (32, 64, 128) and {scale.dtype, bias.dtype} <= {"F32", "F16", "BF16"}:
             found[name] = replace(weight, shape=(rows, columns), scheme="ternary", codec="mlx", scale=scale, bias=bias)
             parts += [scale.name, bias.name]
     return {name: tensor for name, tensor in found.items() if name not in parts}

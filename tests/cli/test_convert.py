@@ -1,0 +1,128 @@
+"""`bitnet convert` and `bitnet-convert`: the article's lines, what is printed, and one line for what goes wrong."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import packed_models
+import pytest
+from click.testing import CliRunner, Result
+
+from bitnet.cli import article
+from bitnet.cli.convert import FORMATS as HELP
+from bitnet.convert import FORMATS
+from bitnet.models import open_checkpoint
+from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer, resolve
+
+Run = Callable[..., Result]
+
+
+def bitnet_convert(*args: object) -> Result:
+    return CliRunner().invoke(article.convert, [str(arg) for arg in args])
+
+
+def test_the_embedded_model_as_one_file(tmp_path: Path, bitnet: Run) -> None:
+    """As the article's command line has it: content is known by bytes, and a tokenizer beside overrides."""
+    target = tmp_path / "tinyllm-ternary-v2.bin"
+    done = bitnet("convert", EMBEDDED_MODEL, "--output-model", target)
+    assert done.exit_code == 0, done.output
+    assert f"{target}: safetensors, {target.stat().st_size:,} bytes, 110 tensors, every weight read back and compared" in done.stdout
+    assert "peak memory" in done.stdout and done.stderr == ""
+    shutil.copy(resolve(EMBEDDED_MODEL) / "tokenizer.json", tmp_path / "tokenizer.json")
+    run = [
+        "--model",
+        str(target),
+        "--tokenizer",
+        str(tmp_path / "tokenizer.json"),
+        "--prompt",
+        "Once upon a time",
+        "-n",
+        "12",
+        "--seed",
+        "1",
+    ]
+    said = CliRunner().invoke(article.cli, [*run, "--ternary"])
+    expected = TernaryTransformer.from_pretrained(EMBEDDED_MODEL).generate("Once upon a time", max_new_tokens=12, seed=1).text
+    assert said.exit_code == 0 and expected in said.stdout
+
+
+@pytest.mark.parametrize("flags", [["--quantization", "ternary"], ["--ternary"]])
+def test_the_articles_converter(tmp_path: Path, flags: list[str]) -> None:
+    source = packed_models.write(tmp_path / "A", "llama", trits=False)
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(source / name, tmp_path / name)
+    shutil.move(source / "model.safetensors", tmp_path / "A.safetensors")
+    done = bitnet_convert(
+        "--input-model",
+        tmp_path / "A.safetensors",
+        "--output-model",
+        tmp_path / "B.safetensors",
+        *flags,
+        "--alpha",
+        "0.065",
+        "--device",
+        "cpu",
+    )
+    assert done.exit_code == 0, done.output
+    (tmp_path / "config.json").unlink()
+    (tmp_path / "tokenizer.json").unlink()
+    found = open_checkpoint(tmp_path / "B.safetensors")
+    trits = found.tensors["model.layers.0.mlp.up_proj.weight"].trits()
+    expected = packed_models.safetensors.read(tmp_path / "A.safetensors").tensors["model.layers.0.mlp.up_proj.weight"].dense()
+    assert np.array_equal(trits, np.sign(expected) * (np.abs(expected) > 0.065 * np.abs(expected, dtype=np.float64).mean()))
+    assert TernaryTransformer.from_pretrained(tmp_path / "B.safetensors").generate("the", max_new_tokens=3).text
+
+
+def test_json_is_the_last_line(tmp_path: Path, bitnet: Run) -> None:
+    done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "m.gguf", "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(done.stdout.splitlines()) == 1 and "gguf-tq2_0" in done.stderr
+    assert found["format"] == "gguf-tq2_0" and found["bytes"] == (tmp_path / "m.gguf").stat().st_size and found["verified"] is True
+    assert any("SiLU" in note for note in found["notes"]) and found["peak_rss_bytes"] > 1e7 and found["requantized"] == []
+
+
+def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None:
+    done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "out", "--format", "hf-dense-bf16")
+    assert done.exit_code == 1 and not (tmp_path / "out").exists()
+    assert done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "--allow-requantize" in done.stderr
+    done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "out", "--format", "hf-dense-bf16", "--allow-requantize")
+    assert done.exit_code == 0 and "requantized 42 weights: off by " in done.stdout and "the worst by " in done.stdout
+    assert "note: dense layers run with float32 activations" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["convert", EMBEDDED_MODEL], "Missing option '--output-model'"),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--format", "onnx"], "format is 'onnx'; expected gguf or one of hf, hf-bitlinear"),
+        (
+            ["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--quantization", "int8"],
+            "--ternary and --quantization int8 exclude each other",
+        ),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--alpha", "0.1"], "belong to quantization 'ternary'; add it"),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--alpha", "-1"], "alpha is -1.0; expected a finite number >= 0"),
+        (["convert", EMBEDDED_MODEL, "-o", "no/such/m.gguf"], "there is no folder"),
+        (["convert", "nothing-here", "-o", "x"], "no folder, file or embedded model named 'nothing-here'"),
+    ],
+)
+def test_bad_usage_is_one_line(bitnet: Run, args: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = bitnet(*args)
+    assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_another_device_is_refused(tmp_path: Path) -> None:
+    done = bitnet_convert("--input-model", EMBEDDED_MODEL, "--output-model", tmp_path / "x", "--device", "cuda")
+    assert done.exit_code == 2 and "--device is 'cuda'; this build converts on the cpu only" in done.stderr
+
+
+def test_help_names_every_format() -> None:
+    """Written once, shortened where names differ in their ends only."""
+    words = HELP.replace(",", " ").split()
+    for name in FORMATS:
+        assert name in words or name.startswith("safetensors-") or f"-{name.rsplit('-', 1)[-1]}" in words, name

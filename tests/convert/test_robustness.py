@@ -1,0 +1,247 @@
+"""Killed, out of disk, aimed at its own source: the target is what it was or what it shall be, and what is left behind goes away."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import packed_models
+import pytest
+from packed_models import write
+
+from bitnet.convert import convert, target
+from bitnet.errors import BitNetError, FormatError, UsageError
+from bitnet.files import replacing
+
+KILLS = 50
+
+
+def content(path: Path) -> dict[str, bytes]:
+    """Of a file or a folder."""
+    return {p.name: p.read_bytes() for p in path.iterdir()} if path.is_dir() else {"": path.read_bytes()}
+
+
+def leftovers(folder: Path) -> list[Path]:
+    return [p for p in folder.iterdir() if p.name.endswith(".bitnet-tmp")]
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    folder = tmp_path_factory.mktemp("sources")
+    return write(folder / "one", seed=1), write(folder / "two", seed=2)
+
+
+def forked(action: Callable[[], object]) -> int:
+    """The process id of a child that does this."""
+    child = os.fork()
+    if child == 0:
+        try:
+            action()
+        finally:
+            os._exit(0)
+    return child
+
+
+def run_kills(first: str, second: str, target_name: str, seed: int) -> None:
+    """In a process of its own without threads: KILLS conversions over the target, each killed at a random moment; counts those caught."""
+    place, form = Path(target_name), "hf" if not target_name.endswith(".gguf") else "gguf-tq2_0"
+    rng, states = random.Random(seed), []
+    for source in (first, second):
+        start = time.perf_counter()
+        convert(source, place, format=form)
+        whole_s = time.perf_counter() - start
+        states.append(content(place))
+    caught = 0
+    for i in range(KILLS):
+        child = forked(lambda source=(first, second)[i % 2]: convert(source, place, format=form))  # type: ignore[misc]
+        time.sleep(rng.random() * whole_s * 1.1)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        assert content(place) in states, "neither the old nor the new"
+        caught += bool(leftovers(place.parent))
+    convert(first, place, format=form)
+    assert content(place) == states[0] and not leftovers(place.parent), "the next run cleans up"
+    print("caught", caught)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
+@pytest.mark.parametrize("name", ["model.gguf", "folder"])
+def test_killed_at_random_moments(tmp_path: Path, two: tuple[Path, Path], name: str) -> None:
+    paths = [str(Path(__file__).parent), str(Path(packed_models.__file__).parent), *sys.path]
+    script = f"import test_robustness as t; t.run_kills({str(two[0])!r}, {str(two[1])!r}, {str(tmp_path / name)!r}, 7)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout.split()[-1]) >= KILLS // 5, f"too few kills fell into the writing: {done.stdout}"
+
+
+def test_a_user_s_files_are_no_leftovers(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    """Names alone condemn nothing: other content, a link, a live writer."""
+    mine = tmp_path / ".m.gguf.0123456789ab.bitnet-tmp"
+    mine.mkdir()
+    (mine / "name").write_bytes(b"m.gguf")
+    (mine / "notes.txt").write_text("mine")
+    (tmp_path / ".m.gguf.0123456789ac.bitnet-tmp").write_text("a file")
+    (tmp_path / ".m.gguf.0123456789ad.bitnet-tmp").symlink_to(mine)
+    (tmp_path / ".m.gguf.old.bitnet-tmp").mkdir()
+    with replacing.new_file(tmp_path / "live") as file:
+        file.write(b"x")
+        before = sorted(tmp_path.iterdir())
+        convert(two[0], tmp_path / "m.gguf")
+        assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "m.gguf"])
+    assert (tmp_path / "live").read_bytes() == b"x" and len(leftovers(tmp_path)) == 4
+
+
+def test_a_dead_writer_s_folder_goes_and_what_stepped_aside_comes_back(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    dead = tmp_path / ".model.0123456789ab.bitnet-tmp"
+    (dead / "new").mkdir(parents=True)
+    (dead / "old").mkdir()
+    (dead / "old" / "config.json").write_text("{}")
+    (dead / "name").write_bytes(b"model")
+    convert(two[0], tmp_path / "other.gguf")
+    assert not dead.exists() and (tmp_path / "model" / "config.json").read_text() == "{}"
+
+
+def test_folders_without_the_exchange(tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(two[0], tmp_path / "out")
+    first = content(tmp_path / "out")
+    monkeypatch.setattr(replacing, "_exchange", lambda one, other: False)
+    convert(two[1], tmp_path / "out")
+    assert content(tmp_path / "out") != first and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "folder"])
+def test_a_full_disk_seen_beforehand(tmp_path: Path, two: tuple[Path, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    convert(two[0], tmp_path / name)
+    before = content(tmp_path / name)
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, 1000))
+    with pytest.raises(BitNetError, match=rf"{name}: needs [\d,]+ bytes of disk, 1,000 are free; free some"):
+        convert(two[1], tmp_path / name)
+    assert content(tmp_path / name) == before and not leftovers(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["m.gguf", "folder"])
+def test_a_disk_that_fills_up_meanwhile(tmp_path: Path, two: tuple[Path, Path], name: str) -> None:
+    """The system itself refuses a file of more than 100,000 bytes, as it refuses a full disk's."""
+    convert(two[0], tmp_path / name)
+    before = content(tmp_path / name)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(BitNetError, match=rf"{name}: cannot be written \(File too large\)"):
+            convert(two[1], tmp_path / name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert content(tmp_path / name) == before and not leftovers(tmp_path)
+
+
+def test_no_space_left(tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    for name in ("m.gguf", "folder"):
+        with pytest.raises(BitNetError, match=rf"{name}: cannot be written \(No space left on device\)"):
+            convert(two[0], tmp_path / name)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_may_not_be_written(tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: object, mode: int = 0o777) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    place = tmp_path / "closed"
+    place.mkdir()
+    if os.geteuid():
+        place.chmod(0o500)
+    else:  # root may write everywhere
+        monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(BitNetError, match=r"m.gguf: cannot be written \(Permission denied\); check the path, its permissions"):
+        convert(two[0], place / "m.gguf")
+    place.chmod(0o700)
+    assert list(place.iterdir()) == []
+
+
+def test_targets_that_are_the_source(tmp_path: Path) -> None:
+    source = write(tmp_path / "source")
+    convert(source, tmp_path / "m.gguf")
+    before = content(source), content(tmp_path / "m.gguf")
+    os.link(tmp_path / "m.gguf", tmp_path / "hard.gguf")
+    (tmp_path / "soft.gguf").symlink_to("m.gguf")
+    (tmp_path / "soft").symlink_to("source")
+    os.link(source / "model.safetensors", tmp_path / "hard.safetensors")
+    itself = "is the source itself, by this name or by a link to it"
+    cases = [
+        (tmp_path / "m.gguf", tmp_path / "m.gguf", itself),
+        (tmp_path / "m.gguf", tmp_path / "hard.gguf", itself),
+        (tmp_path / "hard.gguf", tmp_path / "m.gguf", itself),
+        (tmp_path / "m.gguf", tmp_path / "soft.gguf", "is a symbolic link to m.gguf; name the file itself"),
+        (source, source, itself),
+        (source, source / "model.safetensors", itself),
+        (source, tmp_path / "hard.safetensors", itself),
+        (source, tmp_path / "soft", "is a symbolic link to source"),
+        (source / "model.safetensors", source, "holds the source, and would be replaced|is the source itself"),
+        (source, tmp_path / "none" / "m.gguf", "there is no folder .*none; make it first"),
+        (source, tmp_path / "dangling.gguf", "is a symbolic link to nowhere"),
+    ]
+    (tmp_path / "dangling.gguf").symlink_to("nowhere")
+    names = sorted(tmp_path.iterdir())
+    for start, end, message in cases:
+        with pytest.raises(UsageError, match=message):
+            convert(start, end)
+    assert (content(source), content(tmp_path / "m.gguf")) == before and sorted(tmp_path.iterdir()) == names
+
+
+def test_folders_of_other_things(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "cat.png").write_bytes(b"cat")
+    (tmp_path / "deep" / "inner").mkdir(parents=True)
+    (tmp_path / "deep" / "config.json").write_text("{}")
+    (tmp_path / "file").write_text("x")
+    cases = [
+        ("photos", None, r"is a folder of other things \(no config.json, but cat.png\)"),
+        ("deep", None, "holds inner, a folder or a link"),
+    ]
+    cases += [("file", "hf", "is a file, and hf is a folder"), ("photos", "gguf-tq2_0", "is a folder, and gguf-tq2_0 is one file")]
+    for name, form, message in cases:
+        with pytest.raises(UsageError, match=message):
+            convert(two[0], tmp_path / name, format=form)
+    assert (tmp_path / "photos" / "cat.png").read_bytes() == b"cat" and not leftovers(tmp_path)
+
+
+def test_other_files_of_a_model_s_folder_stay(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    """Its README stays, shards and a template of the old model go."""
+    (tmp_path / "empty").mkdir()
+    convert(two[0], tmp_path / "empty")
+    (tmp_path / "empty" / "README.md").write_text("card")
+    (tmp_path / "empty" / "model-00001-of-00002.safetensors").write_text("old")
+    shutil.copytree(two[1], tmp_path / "source")
+    (tmp_path / "source" / "chat_template.jinja").unlink()
+    convert(tmp_path / "source", tmp_path / "empty")
+    assert sorted(content(tmp_path / "empty")) == [
+        "README.md", "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+    ]  # fmt: skip
+    assert (tmp_path / "empty" / "README.md").read_text() == "card"
+
+
+def test_a_damaged_source_leaves_nothing(tmp_path: Path, two: tuple[Path, Path]) -> None:
+    """A code that stands for nothing is found while writing, and ends it."""
+    source = tmp_path / "source"
+    shutil.copytree(two[0], source)
+    raw = bytearray((source / "model.safetensors").read_bytes())
+    raw[-1] = 0xFF
+    (source / "model.safetensors").write_bytes(raw)
+    for name in ("m.gguf", "folder"):
+        with pytest.raises(FormatError, match="holds a code of 3"):
+            convert(source, tmp_path / name)
+    assert [p.name for p in tmp_path.iterdir()] == ["source"]
+    assert np.uint8(raw[-1]) == 255
