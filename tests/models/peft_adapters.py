@@ -19,9 +19,10 @@ def config_of(rank: int, targets: Any = TARGETS, **changes: Any) -> dict[str, An
     """As PEFT 0.21 writes it."""
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "org/base", "inference_mode": True, "r": rank,
-        "lora_alpha": 2 * rank, "lora_dropout": 0.1, "target_modules": targets, "bias": "none", "fan_in_fan_out": False, "use_rslora": False,
-        "use_dora": False, "init_lora_weights": True, "modules_to_save": None, "rank_pattern": {}, "alpha_pattern": {}, "lora_bias": False,
-        "layers_to_transform": None, "exclude_modules": None, "loftq_config": {}, "megatron_core": "megatron.core", "peft_version": "0.21.2",
+        "lora_alpha": 2 * rank, "lora_dropout": 0.1, "target_modules": targets, "bias": "none", "fan_in_fan_out": False,
+        "use_rslora": False, "use_dora": False, "init_lora_weights": True, "modules_to_save": None, "rank_pattern": {},
+        "alpha_pattern": {}, "lora_bias": False, "layers_to_transform": None, "exclude_modules": None, "loftq_config": {},
+        "megatron_core": "megatron.core", "peft_version": "0.21.2",
     } | changes  # fmt: skip
 
 
@@ -45,7 +46,7 @@ def write(folder: Path, config: dict[str, Any], tensors: dict[str, Any]) -> Path
 
 
 def attach(model: Any, tensors: dict[str, np.ndarray], scale: Any) -> list[Any]:
-    """Adds scale * (x A^T) B^T to the module's output, x being what the module takes in; as PEFT does. `scale`: a number, or of the module."""
+    """Adds scale * (x A^T) B^T to a module's output, x being what it takes in, as PEFT does. `scale`: a number, or of the module."""
     import torch
 
     found = []

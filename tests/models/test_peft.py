@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import peft_adapters as made
 import pytest
 
-import peft_adapters as made
 from bitnet.convert import convert
 from bitnet.engine import Adapter, Engine
 from bitnet.errors import BitNetError
@@ -73,7 +73,7 @@ def test_dense_families_with_an_adapter(tmp_path: Path, family: str, rank: int, 
 
 @pytest.mark.parametrize("ternary", [False, True])
 def test_bitnet_with_an_adapter(tmp_path: Path, ternary: bool) -> None:
-    """The base meets int8 activations, as it was trained; the adapter, which PEFT puts beside the whole layer, meets those before rounding."""
+    """The base meets int8 activations, as it was trained; the adapter, which PEFT puts beside the whole layer, meets the floats."""
     model = random_models.bitnet(seed=4)
     folder = random_models.save(model, tmp_path / "base")
     engine = engine_of(folder)
@@ -175,12 +175,22 @@ def renamed(old: str, new: str) -> Any:
     return lambda t: {name.replace(old, new): value for name, value in t.items()}
 
 
+def scaled(factor: float) -> Any:
+    return lambda t: {name: value * np.float32(factor) for name, value in t.items()}
+
+
+def cut(side: str, *index: Any) -> Any:
+    return lambda t: {name: value[index] if side in name else value for name, value in t.items()}
+
+
+PLAIN = "this build runs plain LoRA"
+FIT = "but that matrix of the base is"
 REFUSED: list[tuple[dict[str, Any], Any, str]] = [
-    ({"use_dora": True}, None, "use_dora is True; this build runs plain LoRA, and without it the adapter would not be itself"),
-    ({"modules_to_save": ["lm_head"]}, None, r"modules_to_save is \['lm_head'\]; this build runs plain LoRA"),
+    ({"use_dora": True}, None, f"use_dora is True; {PLAIN}, and without it the adapter would not be itself"),
+    ({"modules_to_save": ["lm_head"]}, None, rf"modules_to_save is \['lm_head'\]; {PLAIN}"),
     ({"bias": "lora_only"}, None, "bias is 'lora_only': it trained biases too"),
-    ({"lora_bias": True}, None, "lora_bias is True"),
-    ({"a_later_invention": {"x": 1}}, None, "a_later_invention is {'x': 1}"),
+    ({"lora_bias": True}, None, f"lora_bias is True; {PLAIN}"),
+    ({"a_later_invention": {"x": 1}}, None, f"a_later_invention is {{'x': 1}}; {PLAIN}"),
     ({"peft_type": "IA3"}, None, "peft_type is 'IA3'; this build runs LORA"),
     ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa', which changes the base's own weights"),
     ({"init_lora_weights": []}, None, r"init_lora_weights is \[\], which changes"),
@@ -189,17 +199,17 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({"lora_alpha": "x"}, None, "lora_alpha is 'x'; expected a number above 0"),
     ({"r": 9}, None, r"layers.0.q has rank 8, but adapter_config.json says r = 9"),
     ({"target_modules": ["q_proj"]}, None, r"has weights for model.layers.0.self_attn.v_proj, but target_modules do not name it"),
-    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, None, "has no weights for model.layers.0.self_attn.o_proj, but target_modules name it"),
+    ({"target_modules": ["q_proj", "v_proj", "o_proj"]}, None, "has no weights for .*0.self_attn.o_proj, but target_modules name it"),
     ({"layers_to_transform": [0, 1]}, None, "has weights for model.layers.2.self_attn.q_proj, but"),
     ({"layers_to_transform": ["x"]}, None, r"layers_to_transform is \['x'\]; expected numbers of layers"),
-    ({}, renamed("q_proj", "qkv_proj"), "tensor 'base_model.model.model.layers.0.self_attn.qkv_proj.lora_A.weight' belongs to no linear layer"),
-    ({}, renamed("layers.2.", "layers.3."), "belongs to no linear layer .* of this llama model of 3 layers; the adapter is for another model"),
-    ({}, renamed("layers.0.self_attn.q_proj.lora_A", "layers.0.self_attn.q_proj.lora_magnitude_vector"), "'.*lora_magnitude_vector.weight' belongs"),
-    ({}, lambda t: {n: v for n, v in t.items() if "layers.1.self_attn.q_proj.lora_B" not in n}, r"tensor '.*layers.1.self_attn.q_proj.lora_A.weight': stands alone"),
-    ({}, lambda t: {n: v[..., :50] if "lora_A" in n else v for n, v in t.items()}, r"layers.0.q has A \[8, 50\] and B \[96, 8\], but that matrix of the base is \[96, 96\]"),
-    ({}, lambda t: {n: v[:20] if "v_proj.lora_B" in n else v for n, v in t.items()}, r"layers.0.v has A \[8, 96\] and B \[20, 8\], but that matrix of the base is \[32, 96\]"),
+    ({}, renamed("q_proj", "qkv_proj"), "'base_model.*layers.0.self_attn.qkv_proj.lora_A.weight' belongs to no linear layer"),
+    ({}, renamed("layers.2.", "layers.3."), "of this llama model of 3 layers; the adapter is for another model"),
+    ({}, renamed("q_proj.lora_A", "q_proj.lora_magnitude_vector"), "'.*lora_magnitude_vector.weight' belongs to no linear layer"),
+    ({}, lambda t: {n: v for n, v in t.items() if "1.self_attn.q_proj.lora_B" not in n}, "'.*1.self_attn.q_proj.lora_A.weight': stands alone"),
+    ({}, cut("lora_A", ..., slice(50)), rf"layers.0.q has A \[8, 50\] and B \[96, 8\], {FIT} \[96, 96\]"),
+    ({}, cut("v_proj.lora_B", slice(20)), rf"layers.0.v has A \[8, 96\] and B \[20, 8\], {FIT} \[32, 96\]"),
     ({}, lambda t: {n: v.astype(np.float64) for n, v in t.items()}, "is stored as F64; expected F32, F16 or BF16"),
-    ({}, lambda t: {n: v * np.float32(np.nan) for n, v in t.items()}, "holds NaN or infinity"),
+    ({}, scaled(np.nan), "holds NaN or infinity"),
     ({}, lambda t: {}, "holds no tensor; expected lora_A and lora_B of one linear layer or more"),
 ]  # fmt: skip
 
@@ -232,8 +242,8 @@ def test_an_adapter_that_peft_itself_wrote(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder = random_models.save(random_models.llama(seed=9), tmp_path / "base")
     lora = peft.LoraConfig(
-        r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3}, alpha_pattern={"layers.1.mlp.down_proj": 5},
-        layers_to_transform=[1, 2], init_lora_weights=False, task_type="CAUSAL_LM",
+        r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3},
+        alpha_pattern={"layers.1.mlp.down_proj": 5}, layers_to_transform=[1, 2], init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     random_models.torch.manual_seed(0)
     adapted = peft.get_peft_model(random_models.reload(folder), lora).eval()

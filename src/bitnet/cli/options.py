@@ -98,6 +98,7 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
         "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or N inputs."
     ),
     click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
+    click.option("--merge-adapter", metavar="FOLDER", help="Add a low-rank adapter to the weights, and print what survives of it."),
     click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),
     click.option("--verify/--no-verify", default=True, show_default=True, help="Read what was written and compare every weight."),
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.chat import find_template
-from bitnet.convert import gguf, hf, tokenizer
+from bitnet.convert import adapters, gguf, hf, tokenizer
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
 from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.quantize import SCHEMES, TABLES, Ternarization, integer, is_quantized, ternarized
@@ -30,6 +30,7 @@ from bitnet.files import PathLike, gguf_write, read_file, safetensors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
+from bitnet.models.peft import LowRank
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 
@@ -49,6 +50,7 @@ class Report:
     verified: bool
     losses: list[Loss] = field(default_factory=list)  # of weights that were requantized
     notes: list[str] = field(default_factory=list)
+    merged: list[adapters.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
 
 
 def convert(
@@ -62,6 +64,7 @@ def convert(
     allow_requantize: bool = False,
     verify_written: bool = True,
     i2_s: str = "x86",
+    merge_adapter: PathLike | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """Write the model at `source` (a folder or file of any format that is read) to `target`.
@@ -70,6 +73,7 @@ def convert(
     quantization: None to write what is there; "ternary" by `ternarization`, "int8", "int4" or "fp16" otherwise.
     tokenizer_json: a file to be used instead of the model's own tokenizer.
     allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
+    merge_adapter: the folder of a low-rank adapter to add to the weights; ternary ones return to the grid that they have.
     verify_written: read the file back and compare everything, before it takes the target's place.
 
     Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was
@@ -82,6 +86,10 @@ def convert(
         raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
     checkpoint = open_checkpoint(source, i2_s)
     model = read(checkpoint)
+    plain = model.weights
+    parts: dict[str, LowRank] = {}
+    if merge_adapter is not None:
+        model, parts = adapters.merged(model, Path(merge_adapter))
     groups = [w.group for w in model.weights.values() if w.kind in LINEARS and w.codes is not None]
     form = choose(format, target, quantization, min((g for g in groups if g), default=0))
     if quantization == "fp16" and form.weights != "f16":
@@ -93,9 +101,18 @@ def convert(
     ):
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
     check_target(target, checkpoint, form)
+    kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
     notes: list[str] = []
     wanted = _quantized(model, form, quantization, ternarization or Ternarization(), notes)
     weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16")
+    survived: list[adapters.Merged] = []
+    if parts:
+        before = _quantized(replace(model, weights=plain), form, quantization, ternarization or Ternarization(), [])
+        survived = adapters.survival(before, wanted, parts)
+        if adapters.beside(checkpoint.path):
+            notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
+    elif kept and any(wanted[name] is not weight for name, weight in model.weights.items()):
+        notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
     texts = _texts(checkpoint, model, form, tokenizer_json, notes)
     if form.container == "gguf":
         head, chunks, nbytes, count = _gguf_parts(model, weights, form, texts)
@@ -110,6 +127,11 @@ def convert(
         if verify_written:
             verify(path, model, weights, progress)
 
+    def keep_adapters(root: Path) -> None:
+        name = str(target) if form.container == "hf" else None
+        for path, place in kept.items():
+            notes.append(adapters.keep(path, root / place, name, model.config, verify_written))
+
     if form.folder:
         with new_folder(target) as folder:
             for key, text in texts.items():
@@ -119,12 +141,14 @@ def convert(
                 _write(weights_file, head, chunks, nbytes, progress)
                 os.fsync(weights_file.fileno())
             checked(folder)
+            keep_adapters(folder)
     else:
         with new_file(target) as file:
             _write(file, head, chunks, nbytes, progress)
             file.flush()
             checked(Path(file.name))
-    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes)
+        keep_adapters(target.absolute().parent)
+    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived)
 
 
 def _quantized(model: Model, form: Format, scheme: str | None, how: Ternarization, notes: list[str]) -> dict[str, Weight]:
