@@ -205,7 +205,7 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({}, renamed("q_proj", "qkv_proj"), "'base_model.*layers.0.self_attn.qkv_proj.lora_A.weight' belongs to no linear layer"),
     ({}, renamed("layers.2.", "layers.3."), "of this llama model of 3 layers; the adapter is for another model"),
     ({}, renamed("q_proj.lora_A", "q_proj.lora_magnitude_vector"), "'.*lora_magnitude_vector.weight' belongs to no linear layer"),
-    ({}, lambda t: {n: v for n, v in t.items() if "1.self_attn.q_proj.lora_B" not in n}, "'.*1.self_attn.q_proj.lora_A.weight': stands alone"),
+    ({}, lambda t: {n: v for n, v in t.items() if "1.self_attn.q_proj.lora_B" not in n}, "'.*1.self_attn.q_proj.lora_A.*': stands alone"),
     ({}, cut("lora_A", ..., slice(50)), rf"layers.0.q has A \[8, 50\] and B \[96, 8\], {FIT} \[96, 96\]"),
     ({}, cut("v_proj.lora_B", slice(20)), rf"layers.0.v has A \[8, 96\] and B \[20, 8\], {FIT} \[32, 96\]"),
     ({}, lambda t: {n: v.astype(np.float64) for n, v in t.items()}, "is stored as F64; expected F32, F16 or BF16"),

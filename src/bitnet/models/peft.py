@@ -95,11 +95,10 @@ def read_adapter(path: PathLike, config: ModelConfig) -> PeftAdapter:
             f"{where}: has adapter_model.bin, a pickle that could run any code; save it again with PEFT, which writes safetensors"
         )
     sides = _sides(safetensors.read_stored(folder / WEIGHTS_FILE).tensors, config, where)
-    _check_targets(found, set(sides), config, where)
     shapes = weight_shapes(config)
-    return PeftAdapter(
-        folder, found, {name: _part(name, pair, found, shapes[name.rsplit(".", 1)[-1]], config) for name, pair in sides.items()}
-    )
+    parts = {name: _part(name, pair, found, shapes[name.rsplit(".", 1)[-1]], config) for name, pair in sides.items()}
+    _check_targets(found, set(parts), config, where)  # last: of an adapter for another model the sizes say more
+    return PeftAdapter(folder, found, parts)
 
 
 def modules(config: ModelConfig) -> dict[str, str]:
