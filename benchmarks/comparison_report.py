@@ -142,12 +142,12 @@ def markdown(summary: dict[str, Any], pictures: list[str]) -> str:
     return "\n\n".join([*parts, *(f"![decoding, as in the tables]({picture})" for picture in pictures)])
 
 
-def update(document: Path, text: str) -> None:
+def update(document: Path, text: str, markers: tuple[str, str] = (BEGIN, END)) -> None:
     """Puts the text between the markers of a document."""
-    before, begin, rest = document.read_text().partition(BEGIN)
-    _, end, after = rest.partition(END)
+    before, begin, rest = document.read_text().partition(markers[0])
+    _, end, after = rest.partition(markers[1])
     if not begin or not end:
-        raise ValueError(f"{document}: expected the markers {BEGIN} and {END}")
+        raise ValueError(f"{document}: expected the markers {markers[0]} and {markers[1]}")
     document.write_text(f"{before}{begin}\n{text}\n{end}{after}")
 
 

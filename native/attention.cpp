@@ -47,7 +47,7 @@ void transpose8(const uint16_t* from, int from_stride, uint16_t* to, int to_stri
       next[2 * i] = __builtin_shufflevector(rows[i], rows[i + 4], 0, 8, 1, 9, 2, 10, 3, 11);
       next[2 * i + 1] = __builtin_shufflevector(rows[i], rows[i + 4], 4, 12, 5, 13, 6, 14, 7, 15);
     }
-    std::copy_n(next, 8, rows);
+    for (int i = 0; i < 8; i++) rows[i] = next[i];
   }
   for (int i = 0; i < 8; i++) *reinterpret_cast<Row*>(to + i * to_stride) = rows[i];
 }

@@ -40,8 +40,9 @@ template <typename T>
 nb::object new_array(std::initializer_list<size_t> shape, T** data) {
   size_t n = 1;
   for (size_t s : shape) n *= s;
-  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n * sizeof(T))));
+  *data = static_cast<T*>(std::malloc(std::max<size_t>(1, n) * sizeof(T)));
   if (!*data) throw std::bad_alloc();
+  **data = T{};  // gcc would warn of memory that nobody has written
   nb::capsule owner(*data, [](void* p) noexcept { std::free(p); });
   return nb::cast(nb::ndarray<nb::numpy, T>(*data, shape, owner));
 }
@@ -49,7 +50,9 @@ nb::object new_array(std::initializer_list<size_t> shape, T** data) {
 Scheme scheme_named(const std::string& name) {
   if (name == "ternary") return Scheme::ternary;
   if (name == "ternary_base3") return Scheme::ternary_base3;
+  if (name == "binary") return Scheme::binary;
   if (name == "int4") return Scheme::int4;
+  if (name == "fp4") return Scheme::fp4;
   if (name == "int8") return Scheme::int8;
   if (name == "f16") return Scheme::f16;
   if (name == "bf16") return Scheme::bf16;
@@ -146,7 +149,7 @@ struct PyMatrix {
     const int n = check_rows(first_row, bytes.shape(0));
     const Scheme s = scheme_named(type);
     if (s != Scheme::f16 && s != Scheme::bf16 && s != Scheme::f32) throw std::invalid_argument(type + " has no values");
-    if (w.scheme != Scheme::int8 && w.scheme != Scheme::int4) check_scheme(s);
+    if (!w.integer() || w.ternary()) check_scheme(s);
     check_cols(bytes.shape(1), int64_t{w.cols} * (s == Scheme::f32 ? 4 : 2));
     nb::gil_scoped_release release;
     return bitnet::fill_values(pool, w, first_row, n, s == Scheme::f32 ? DenseType::f32 : s == Scheme::f16 ? DenseType::f16 : DenseType::bf16, bytes.data());
@@ -248,7 +251,11 @@ NB_MODULE(_native, m) {
       .def("fill_two_bit", &PyMatrix::fill_two_bit, "first_row"_a, "blocks"_a, nb::kw_only(), "codes"_a, "bytes"_a, "first_byte"_a, "run"_a, "descending"_a)
       .def("fill_values", &PyMatrix::fill_values, "first_row"_a, "type"_a, "bytes"_a)
       // for tests: copies of what lies in memory
-      .def("panels", [](PyMatrix& self) { return nb::bytes(self.w.panels.data(), self.w.panels.size()); })
+      .def("panels", [](PyMatrix& self) {  // without room for scales
+        std::string all;
+        for (int p = 0; p < self.w.n_panels(); p++) all.append(reinterpret_cast<const char*>(self.w.panels.data()) + p * self.w.panel_bytes, self.w.code_bytes);
+        return nb::bytes(all.data(), all.size());
+      })
       .def("scales", [](PyMatrix& self) { return nb::bytes(self.w.scales.data(), 4 * self.w.scales.size()); });
 
   nb::class_<PyModel>(m, "Model")
@@ -293,6 +300,7 @@ NB_MODULE(_native, m) {
         return d;
       })
       .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
+      .def_prop_ro("weight_bytes", [](PyModel& self) { return self.model.weight_bytes(); })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })
       .def_prop_ro("isa", [](PyModel& self) { return std::string(self.model.kernels->name); });
@@ -301,6 +309,18 @@ NB_MODULE(_native, m) {
 #if defined(__GLIBC__)
     malloc_trim(0);
 #endif
+  });
+
+  m.def("missing_instructions", [] {  // of x86-64-v2, which numpy's wheels take for granted; this module does not
+    std::vector<std::string> missing;
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (!__builtin_cpu_supports("ssse3")) missing.push_back("ssse3");
+    if (!__builtin_cpu_supports("sse4.1")) missing.push_back("sse4.1");
+    if (!__builtin_cpu_supports("sse4.2")) missing.push_back("sse4.2");
+    if (!__builtin_cpu_supports("popcnt")) missing.push_back("popcnt");
+#endif
+    return missing;
   });
 
   // ---- for tests, benchmarks and `bitnet doctor`

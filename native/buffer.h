@@ -1,7 +1,6 @@
 // Memory for weights and activations: aligned to a cache line, zeroed, owned or of an arena, movable; in huge pages where it is large.
 #pragma once
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <new>
 #include <utility>
@@ -42,6 +41,7 @@ class Buffer {
   // Large memory comes from the system, which zeroes each page as it is first touched: no second pass, and threads share the work.
   static bool mapped(size_t bytes) { return kMapsMemory && bytes >= kMapped; }
   static constexpr size_t kMapped = 256 << 10;
+  static constexpr std::align_val_t kLine{64};
 
   void allocate(size_t n, Arena* arena) {
     const size_t bytes = bytes_of(n);
@@ -51,7 +51,7 @@ class Buffer {
     } else if (mapped(bytes)) {
       p = map_memory(bytes);
     } else {
-      if (posix_memalign(&p, 64, bytes)) throw std::bad_alloc();
+      p = ::operator new(bytes, kLine);
       std::memset(p, 0, bytes);
     }
     data_ = static_cast<T*>(p);
@@ -60,7 +60,7 @@ class Buffer {
   void release() {
     if (owned_) {
       if (data_ && mapped(bytes_of(size_))) unmap_memory(data_, bytes_of(size_));
-      else std::free(data_);
+      else ::operator delete(data_, kLine);
     }
     data_ = nullptr;
     size_ = 0;

@@ -87,7 +87,7 @@ void LowRankUpdates::begin(const Kernels& k, const std::vector<Tokens>& tokens, 
 void LowRankUpdates::multiply_a(int piece) {
   const Piece& p = pieces_[piece];
   const LowRank& w = *p.w;
-  const DotRows dot = w.scheme == Scheme::f16 ? k_->rows_f16_f32 : w.scheme == Scheme::bf16 ? k_->rows_bf16_f32 : k_->rows_f32_f32;
+  const DotRows dot = w.scheme == Scheme::f16 ? k_->rows_f16 : w.scheme == Scheme::bf16 ? k_->rows_bf16 : k_->rows_f32;
   const int64_t size = w.scheme == Scheme::f32 ? 4 : 2;
   float* to = &inner_[p.inner + p.row];
   dot(w.a.data() + size * p.row * w.row_inputs, p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
@@ -109,7 +109,7 @@ void LowRankUpdates::add_b(ThreadPool& pool, std::initializer_list<Product> prod
         const Linear& b = u.w->parts[part].b;
         const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, b.rows) - row;
         if (n_rows <= 0) continue;
-        const AddDense add = b.scheme == Scheme::f16 ? k_->add_f16_f32 : b.scheme == Scheme::bf16 ? k_->add_bf16_f32 : k_->add_f32_f32;
+        const AddDense add = b.scheme == Scheme::f16 ? k_->add_f16 : b.scheme == Scheme::bf16 ? k_->add_bf16 : k_->add_f32;
         add(b.panels.data() + first * b.panel_bytes, b.panel_bytes, n_rows, b.padded_cols, &inner_[u.inner + u.w->parts[part].first], u.w->ranks, u.n,
             p.y + int64_t{u.first} * b.rows + row, b.rows);
       }

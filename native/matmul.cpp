@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -12,7 +13,7 @@ namespace {
 constexpr int kLongStreamTokens = 64;      // up to here reading the weights takes longer than multiplying by them
 constexpr int kTokenPiece = 4;              // of tokens, that a thread quantizes at a time
 constexpr int64_t kPieceBytes = 32768;     // of weights, that a thread takes at a time
-constexpr int kPartInputs = 320;            // whose codes of two panels stay in L1: a multiple of 64, 20, 16 and 8
+constexpr int kPartInputs = 320;            // whose codes of two panels stay in L1: a multiple of 64, 32, 20, 16 and 8
 constexpr int64_t kCachedBytes = 1 << 20;  // of activations, that stay in a core's L2 while panel after panel meets them
 
 struct CodecKernels {
@@ -23,7 +24,9 @@ struct CodecKernels {
 CodecKernels kernels_for(const Kernels& k, Scheme s) {
   if (s == Scheme::ternary) return {k.multiply_t2, k.gemm_ternary, k.unpack_t2};
   if (s == Scheme::ternary_base3) return {k.multiply_b3, k.gemm_ternary, k.unpack_b3};
+  if (s == Scheme::binary) return {k.multiply_b1, k.gemm_ternary, k.unpack_b1};
   if (s == Scheme::int4) return {k.multiply_i4, k.gemm_i4, k.unpack_i4};
+  if (s == Scheme::fp4) return {k.multiply_fp4, k.gemm_fp4, k.unpack_fp4};
   return {k.multiply_i8, k.gemm_i8, nullptr};
 }
 
@@ -68,7 +71,7 @@ class ManyTokens {
     for (int p = 0; p < n_panels; p++) {
       uint8_t* to = codes + p * *panel_bytes;  // what a group holds beyond its inputs the next one overwrites
       for (int g = 0; g < w_.n_groups; g++, to += int64_t{16} * w_.group) {
-        const int64_t at = int64_t{g} * w_.group_vectors, vectors = std::min<int64_t>(w_.group_vectors, w_.panel_bytes / 64 - at);
+        const int64_t at = int64_t{g} * w_.group_vectors, vectors = std::min<int64_t>(w_.group_vectors, w_.code_bytes / 64 - at);
         f_.unpack(panel_codes(panel + p) + 64 * at, vectors, 4096, to);
       }
     }
@@ -78,7 +81,7 @@ class ManyTokens {
   // All tokens in one block: codes are needed once, so they are unpacked in parts that stay in the nearest cache.
   void one_block(int panel, int n_panels) {
     const int all = inputs(0), per_vector = layout(w_.scheme).inputs();
-    const int64_t part_bytes = int64_t{16} * kPartInputs + kSlack, vectors = w_.panel_bytes / 64;
+    const int64_t part_bytes = int64_t{16} * kPartInputs + kSlack, vectors = w_.code_bytes / 64;
     uint8_t* codes = scratch(2 * part_bytes + kSlack);
     for (int at = 0; at < all; at += kPartInputs) {
       const int64_t first = at / per_vector, n = std::min<int64_t>(kPartInputs / per_vector, vectors - first);
@@ -103,12 +106,16 @@ class ManyTokens {
     const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
     for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x_.n_tokens - t0);
-      alignas(64) float sums[2 * kGemmTokens * kPanelRows] = {};
-      for (int r = 0; r < x_.n_runs; r++) {
-        const int64_t at = x_.runs[r].first;
-        f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots_);
+      constexpr int kStride = 2 * kGemmTokens * kPanelRows;
+      alignas(64) float sums[kStride] = {};
+      for (int first = 0; first < x_.n_runs; first += kGemmRuns) {
+        const int n_runs = std::min(kGemmRuns, x_.n_runs - first);
+        for (int r = 0; r < n_runs; r++) {
+          const int64_t at = x_.runs[first + r].first;
+          f_.gemm(codes + 16 * at, panel_bytes, n_panels, inputs(first + r), x_.q + t0 * x_.stride + at, x_.stride, n, true, true, dots_ + r * kStride);
+        }
         for (int p = 0; p < n_panels; p++)
-          k_.add_run(matrix_, x_, r, panel + p, t0, n, dots_ + p * kGemmTokens * kPanelRows, sums + p * kGemmTokens * kPanelRows);
+          k_.add_runs(matrix_, x_, first, n_runs, panel + p, t0, n, dots_ + p * kGemmTokens * kPanelRows, kStride, sums + p * kGemmTokens * kPanelRows);
       }
       for (int p = 0; p < n_panels; p++) {
         const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w_.rows - row0);
@@ -128,7 +135,7 @@ class ManyTokens {
   const CodecKernels f_;
   const IntegerMatrix matrix_;
   const int last_run_, tail_;
-  alignas(64) int32_t dots_[2 * kGemmTokens * kPanelRows];  // of two panels and a block of tokens
+  alignas(64) int32_t dots_[kGemmRuns * 2 * kGemmTokens * kPanelRows];  // of some runs, two panels and a block of tokens
 };
 
 // From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.
@@ -138,14 +145,20 @@ int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
   return scheme == Scheme::ternary_base3 ? 4 : 5;
 }
 
-void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int panel, float* y) {
-  const DotDense dot = w.scheme == Scheme::f16 ? k.dot_f16_f32 : w.scheme == Scheme::bf16 ? k.dot_bf16_f32 : k.dot_f32_f32;
-  const int row0 = panel * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
-  alignas(64) float sums[kGemmTokens * kPanelRows];
-  for (int t0 = 0; t0 < n_tokens; t0 += kGemmTokens) {
-    const int n = std::min(kGemmTokens, n_tokens - t0);
-    dot(w.panels.data() + panel * w.panel_bytes, w.padded_cols, x + int64_t{t0} * w.padded_cols, w.padded_cols, n, sums);
-    for (int t = 0; t < n; t++) std::copy_n(sums + t * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
+void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int first, int end, float* y) {
+  const MultiplyDense multiply = w.scheme == Scheme::f16 ? k.multiply_f16 : w.scheme == Scheme::bf16 ? k.multiply_bf16 : k.multiply_f32;
+  constexpr int kTokens = 24;  // a multiple of what kernels hold in registers, at most kGemmTokens
+  alignas(64) float sums[2 * kGemmTokens * kPanelRows];
+  for (int panel = first; panel < end; panel += 2) {
+    const int n_panels = std::min(2, end - panel);
+    for (int t0 = 0; t0 < n_tokens; t0 += kTokens) {
+      const int n = std::min(kTokens, n_tokens - t0);
+      multiply(w.panels.data() + panel * w.panel_bytes, w.panel_bytes, n_panels, w.padded_cols, x + int64_t{t0} * w.padded_cols, w.padded_cols, n, sums);
+      for (int p = 0; p < n_panels; p++) {
+        const int row0 = (panel + p) * kPanelRows, n_rows = std::min(kPanelRows, w.rows - row0);
+        for (int t = 0; t < n; t++) std::copy_n(sums + (p * kGemmTokens + t) * kPanelRows, n_rows, y + int64_t{t0 + t} * w.rows + row0);
+      }
+    }
   }
 }
 
@@ -185,11 +198,11 @@ void Activations::quantize(const Kernels& k, ThreadPool& pool, const Linear& w) 
   if (group_ == w.group && group_vectors_ == w.group_vectors && inputs_per_vector_ == per_vector) return;
   const bool same_inputs = group_ == w.group;  // only where they lie in a panel differs
   group_ = w.group, group_vectors_ = w.group_vectors, inputs_per_vector_ = per_vector;
-  if (step_group_ && w.scheme == Scheme::ternary_base3) throw std::invalid_argument("base-3 weights take activations with one step per token");
   runs_.clear();
   for (int first = 0, next; first < cols_; first = next) {
     const int weights = first / w.group, steps = first / step_group, within = first - weights * w.group;
     next = std::min({(weights + 1) * w.group, (steps + 1) * step_group, cols_});
+    if (within % per_vector) throw std::invalid_argument("a step of the activations ends within a vector of " + std::to_string(per_vector) + " weights");
     runs_.push_back({first, next - first, weights * w.group_vectors + within / per_vector, (next - first + per_vector - 1) / per_vector, weights, steps});
   }
   if (same_inputs || int(runs_.size()) == n_steps_) return;  // as many runs as steps: their sums are known
@@ -227,11 +240,12 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   else dense = x.dense(w0.padded_cols);
   const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
-  const bool streams = !many || n_tokens <= kLongStreamTokens;
+  const bool streams = (!many && w0.integer()) || n_tokens <= kLongStreamTokens;
   const int fair = n / (8 * pool.size());  // small matrices in smaller pieces, or one thread would wait for the other's
   const int piece = streams ? std::max(2, std::min(fair, int(kPieceBytes / std::max<int64_t>(1, bytes / n))) & ~1) : 2;
   // As many tokens at once as stay in the cache.
-  const int block = many && !streams ? std::max<int>(kGemmTokens, int(kCachedBytes / round_up(x.cols(), 64)) / kGemmTokens * kGemmTokens) : n_tokens;
+  const int token_bytes = w0.integer() ? round_up(x.cols(), 64) : 4 * w0.padded_cols;
+  const int block = !streams ? std::max<int>(kGemmTokens, int(kCachedBytes / token_bytes) / (3 * kGemmTokens) * 3 * kGemmTokens) : n_tokens;
   for (int t0 = 0; t0 < n_tokens; t0 += block) {
     const int tokens = std::min(block, n_tokens - t0);
     const QuantizedRows rows = w0.integer() ? x.rows(t0, tokens) : QuantizedRows{};
@@ -246,8 +260,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
           float* y = p.y + int64_t{t0} * p.w->rows;
           if (many) ManyTokens(k, *p.w, rows, y).multiply(first, here);
           else if (p.w->integer()) kernels_for(k, p.w->scheme).multiply(p.w->view(), rows, first, here - first, y);
-          else
-            for (int panel = first; panel < here; panel++) multiply_dense(k, *p.w, dense, tokens, panel, y);
+          else multiply_dense(k, *p.w, dense + int64_t{t0} * w0.padded_cols, tokens, first, here, y);
           if (p.w->bias.size())
             for (int panel = first; panel < here; panel++) add_bias(*p.w, panel, tokens, y);
         }

@@ -80,12 +80,13 @@ void Model::check_complete() const {
     if (slot.to->size() == 0 && !slot.optional) throw std::invalid_argument(name + " was not set");
 }
 
-int64_t Model::weight_bytes_per_token() const {
+int64_t Model::weight_bytes() const {
   int64_t bytes = 0;
-  for (const auto& [name, slot] : linears_)
-    if (slot.to != &embedding && slot.to != &head) bytes += slot.to->bytes();
+  for (const auto& [name, slot] : linears_) bytes += slot.to->bytes();
   for (const auto& [name, slot] : vectors_) bytes += int64_t(slot.to->size()) * 4;
-  return bytes + output().bytes();
+  return bytes;
 }
+
+int64_t Model::weight_bytes_per_token() const { return weight_bytes() - (head.rows ? embedding.bytes() : 0); }
 
 }  // namespace bitnet

@@ -60,6 +60,7 @@ struct Model {
   void check_complete() const;  // throws std::invalid_argument that names what is missing
 
   const Linear& output() const { return head.rows ? head : embedding; }
+  int64_t weight_bytes() const;            // all weights
   int64_t weight_bytes_per_token() const;  // read to decode one token: every layer, the norms and the head
 
  private:

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 
 namespace bitnet {
 namespace {
@@ -16,7 +17,7 @@ typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
 typedef int8_t SignedBytes __attribute__((vector_size(16), may_alias));
 typedef uint64_t Pairs __attribute__((vector_size(16), may_alias));
 
-constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, and of 20
+constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, of 32 and of 20
 
 template <typename V>
 V load(const void* p) {
@@ -49,10 +50,10 @@ inline Bytes join_base3(const Words t[5]) {  // kernels.h
   return 9 * high + (Bytes)t[0] + 3 * (Bytes)t[1] - (Bytes)(h >= 7) - (Bytes)(h >= 14) - (Bytes)(h >= 21);  // true is -1
 }
 
-// Codes [16, kBlock], n columns from the first of a vector on, into the vectors of a panel from `to` on.
+// Codes [16, kBlock], for fp4 E2M1 numbers, n columns from the first of a vector on, into the vectors of a panel from `to` on.
 template <int kTiles, int kBits>
 void pack(const uint8_t* codes, int n, uint8_t* to) {
-  constexpr int kInputs = 4 * kTiles, kColumns = kTiles == 5 ? 80 : 16, kVectors = kColumns / kInputs;
+  constexpr int kInputs = 4 * kTiles, kColumns = kTiles == 5 ? 80 : kTiles == 8 ? 32 : 16, kVectors = kColumns / kInputs;
   for (int c = 0; c < n; c += kColumns, to += 64 * kVectors)
     for (int g = 0; g < 4; g++) {
       Words t[kColumns / 4];
@@ -62,19 +63,20 @@ void pack(const uint8_t* codes, int n, uint8_t* to) {
         if constexpr (kTiles == 5) {
           store(to + 64 * v + 16 * g, join_base3(tiles));
         } else {
-          Words joined = tiles[0];
-          for (int s = 1; s < kTiles; s++) joined |= tiles[s] << kBits * s;
+          Words joined = kBits == 1 ? tiles[0] >> 1 : tiles[0];  // a binary code is twice its bit
+          for (int s = 1; s < kTiles; s++) joined |= tiles[s] << (kBits == 1 ? s - 1 : kBits * s);
           store(to + 64 * v + 16 * g, joined);
         }
       }
     }
 }
-constexpr int kPackColumns = 80;  // a multiple of every kColumns
+constexpr int kPackColumns = 160;  // a multiple of every kColumns
 
 void pack(Scheme scheme, const uint8_t* codes, int n, uint8_t* to) {
   if (scheme == Scheme::ternary) pack<4, 2>(codes, n, to);
   else if (scheme == Scheme::ternary_base3) pack<5, 0>(codes, n, to);
-  else if (scheme == Scheme::int4) pack<2, 4>(codes, n, to);
+  else if (scheme == Scheme::binary) pack<8, 1>(codes, n, to);
+  else if (scheme == Scheme::int4 || scheme == Scheme::fp4) pack<2, 4>(codes, n, to);
   else pack<1, 8>(codes, n, to);
 }
 
@@ -195,6 +197,31 @@ void quantize_run(const uint8_t* values, int n, float scale, float top, int bias
   }
 }
 
+// out = the E2M1 number of the nearest doubled value, as ternary.py's quantize_fp4 has it; of 0 for a scale of 0
+template <typename Type>
+void quantize_fp4_run(const uint8_t* values, int n, float scale, uint8_t* out) {
+  const float inverse = scale > 0 ? 1 / scale : 0.0f;
+  for (int i = 0; i < n; i++) {
+    const float x = Type::widen(bits_at<Type>(values, i)) * inverse, a = std::fabs(x);
+    const int number = (a > 0.5f) + (a >= 1.5f) + (a > 2.5f) + (a >= 3.5f) + (a > 5) + (a >= 7) + (a > 10);
+    out[i] = uint8_t(number + 8 * (x < 0 && number));
+  }
+}
+
+template <typename Type>
+void quantize_signs(const uint8_t* values, int n, uint8_t* out) {
+  for (int i = 0; i < n; i++) out[i] = Type::widen(bits_at<Type>(values, i)) < 0 ? 0 : 2;
+}
+
+// The mean magnitude, as ternary.py's quantize_binary has it.
+template <typename Type>
+float mean_magnitude(const uint8_t* values, int n) {
+  double s[8] = {};
+  for (int i = 0; i < n; i += 8)
+    for (int l = 0; l < std::min(8, n - i); l++) s[l] += std::fabs(Type::widen(bits_at<Type>(values, i + l)));
+  return float((((s[0] + s[1]) + (s[2] + s[3])) + ((s[4] + s[5]) + (s[6] + s[7]))) / n);
+}
+
 // To the nearest that f16 holds; false where that is infinity. n is a multiple of 16.
 bool round_to_f16(float* scales, int n) {
   uint16_t halves[kPanelRows];
@@ -210,6 +237,7 @@ bool round_to_f16(float* scales, int n) {
 template <typename Type>
 bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* values) {
   const float top = float(layout(w.scheme).top - layout(w.scheme).bias);
+  const bool half_scales = w.scheme == Scheme::int4 || w.scheme == Scheme::fp4;
   const int64_t row_bytes = int64_t{w.cols} * sizeof(typename Type::Bits);
   const int first = first_row / kPanelRows, n = (n_rows + kPanelRows - 1) / kPanelRows, bias = layout(w.scheme).bias;
   Flag infinite;
@@ -219,17 +247,22 @@ bool quantize_rows(ThreadPool& pool, Linear& w, int first_row, int n_rows, const
     for (int r = panel * kPanelRows; r < std::min(w.rows, (panel + 1) * kPanelRows); r++)
       for (int g = 0; g < w.n_groups; g++) {
         const int from = g * w.group;
-        const auto most = absmax_bits<Type>(values + (r - first_row) * row_bytes + from * sizeof(typename Type::Bits), std::min(w.group, w.cols - from));
+        const uint8_t* group = values + (r - first_row) * row_bytes + from * sizeof(typename Type::Bits);
+        const int inputs = std::min(w.group, w.cols - from);
+        const auto most = absmax_bits<Type>(group, inputs);
         if (most >= Type::kInfinity) return infinite.set_if(true);
-        scales[g * kPanelRows + r % kPanelRows] = Type::widen(most) / top;
+        scales[g * kPanelRows + r % kPanelRows] = w.scheme == Scheme::binary ? mean_magnitude<Type>(group, inputs) : Type::widen(most) / top;
       }
-    if (w.scheme == Scheme::int4 && !round_to_f16(scales, w.n_groups * kPanelRows)) return infinite.set_if(true);
+    if (half_scales && !round_to_f16(scales, w.n_groups * kPanelRows)) return infinite.set_if(true);
     fill_panel(w, panel, [&](int r, int from, int count, uint8_t* out) {
       const uint8_t* row = values + (r - first_row) * row_bytes;
       for (int c = from, next; c < from + count; c = next) {
         next = std::min(from + count, (c / w.group + 1) * w.group);
         const float scale = scales[c / w.group * kPanelRows + r % kPanelRows];
-        quantize_run<Type>(row + c * sizeof(typename Type::Bits), next - c, scale, top, bias, out + c - from);
+        const uint8_t* run = row + c * sizeof(typename Type::Bits);
+        if (w.scheme == Scheme::fp4) quantize_fp4_run<Type>(run, next - c, scale, out + c - from);
+        else if (w.scheme == Scheme::binary) quantize_signs<Type>(run, next - c, out + c - from);
+        else quantize_run<Type>(run, next - c, scale, top, bias, out + c - from);
       }
     });
   }, worth_sharing(w, n));
@@ -321,14 +354,21 @@ void set_scales(Linear& w, int first_row, int n_rows, const float* scales) {
 void fill_codes(ThreadPool& pool, Linear& w, int first_row, int n_rows, const int8_t* codes) {
   const CodeLayout code = layout(w.scheme);
   const unsigned bias = code.bias;
+  uint8_t fp4[256];  // the E2M1 number of a code
+  for (unsigned c = 0; c < 256; c++) fp4[c] = uint8_t(bits_of_code(Scheme::fp4, c));
   Flag wrong;
   fill_panels(pool, w, first_row, n_rows, [&](int row, int first, int n, uint8_t* out) {
     const int8_t* from = codes + int64_t{row - first_row} * w.cols + first;
     uint8_t most = 0;
     for (int i = 0; i < n; i++) out[i] = uint8_t(from[i] + bias), most = std::max(most, out[i]);  // below -bias wraps to a large one
-    wrong.set_if(most > code.top);
+    bool none = most > code.top;
+    if (w.scheme == Scheme::binary)
+      for (int i = 0; i < n; i++) none |= out[i] & 1;
+    if (w.scheme == Scheme::fp4)
+      for (int i = 0; i < n; i++) none |= (out[i] = fp4[out[i]]) > 15;
+    wrong.set_if(none);
   });
-  if (wrong.raised()) throw std::invalid_argument(w.ternary() ? "a ternary weight is none of -1, 0, +1" : "an int4 weight is not in -8 to 7");
+  if (wrong.raised()) throw std::invalid_argument(std::string("a weight is none of ") + code.weights);
 }
 
 bool fill_banded(ThreadPool& pool, Linear& w, const uint8_t* bytes) {

@@ -36,8 +36,8 @@ struct TwoBitBlocks {
 // blocks [n_rows, cols / codes, bytes] into a ternary matrix, in groups of whole blocks. False where a code is 3.
 bool fill_two_bit(ThreadPool& pool, Linear& w, int first_row, int n_rows, const uint8_t* blocks, const TwoBitBlocks& layout);
 
-// values [n_rows, cols] as they are into a matrix of their own type, or quantized with its groups, scales and all, into an int8 or
-// int4 one, as ternary.py's quantize_int8 and quantize_int4 have it. False where a value, or an int4 scale, is not finite.
+// values [n_rows, cols] as they are into a matrix of their own type, or quantized with its groups, scales and all, into a binary,
+// int4, fp4 or int8 one, as ternary.py's quantize_* have it. False where a value, or a scale of int4 or fp4 in f16, is not finite.
 bool fill_values(ThreadPool& pool, Linear& w, int first_row, int n_rows, DenseType type, const void* values);
 
 }  // namespace bitnet

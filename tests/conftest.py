@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner, Result
+
+from bitnet.cli import cli
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +23,18 @@ def untuned(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("bitnet.tuning.tuning_file", lambda: file)
         yield
+
+
+@pytest.fixture
+def bitnet() -> Callable[..., Result]:
+    """Runs `bitnet ARGS` in this process."""
+    return lambda *args: CliRunner().invoke(cli, [str(arg) for arg in args])
+
+
+@pytest.fixture
+def process_environment() -> dict[str, str]:
+    """For real processes: this environment, finding the same package as these tests."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ ROOT = Path(bitnet.__file__).parent
 # module -> what it may import of bitnet, besides itself and `errors`
 LAYERS = {
     "errors": set(),
-    "machine": set(),
+    "machine": {"_native"},
     "ternary": set(),
     "packing": set(),
     "files": {"packing"},
     "models": {"files", "packing", "ternary"},
     "engine": {"_native", "models", "machine"},
-    "weights": {"_native", "engine", "files", "machine", "models", "ternary"},
+    "weights": {"_native", "engine", "files", "machine", "models", "packing", "ternary"},
     "shapes": {"engine", "models", "weights"},
     "tuning": {"_native", "engine", "machine", "weights"},
     "sampling": set(),
@@ -40,14 +40,15 @@ LAYERS = {
         "sampling",
         "tokenizer",
         "tokenizer_gguf",
+        "train",  # for another device than the CPU, and then only
         "tuning",
         "weights",
     },
     "evaluate": {"chat", "engine", "files", "models", "tokenizer", "transformer", "weights"},
     "bench": {"_native", "engine", "evaluate", "generation", "machine", "models", "shapes", "transformer", "tuning", "weights"},
-    "train": {"ternary", "packing", "files", "models", "evaluate", "transformer"},  # the last two score what was exported
+    "train": {"ternary", "packing", "files", "machine", "models", "evaluate", "transformer"},  # the last two score what was exported
     "cli": {"*"},
-    "__init__": {"ternary", "transformer", "cli"},
+    "__init__": {"machine", "ternary", "transformer", "cli"},
     "__main__": {"cli"},
 }
 

@@ -20,6 +20,15 @@ def test_plausible() -> None:
     assert machine.cpu_model()
 
 
+def test_a_board_names_a_processor_that_has_no_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = {
+        "/proc/cpuinfo": ["processor : 0", "Features : fp asimd asimddp"],
+        "/proc/device-tree/model": ["Raspberry Pi 5 Model B Rev 1.0\0"],
+    }
+    monkeypatch.setattr(machine, "_lines", lambda path: lines.get(path, []))
+    assert machine.cpu_model() == "Raspberry Pi 5 Model B Rev 1.0" and machine.cpu_flags() == {"fp", "asimd", "asimddp"}
+
+
 def test_unknown_where_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     real = machine.Path
     monkeypatch.setattr(machine, "Path", lambda path: real(f"/no/such/folder{path}"))

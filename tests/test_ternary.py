@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -128,6 +129,70 @@ def test_int4_weights_come_back_within_half_a_step() -> None:
     steps = scales.repeat(32, axis=1)[:, :80]
     # half a step, and 7 steps whose scale f16 rounded by up to 2^-11
     assert np.all(np.abs(codes * steps - w) <= steps * (0.5 + 7 * 2.0**-11 + 2.0**-20))
+
+
+FP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+
+
+def test_fp4_weights_become_the_nearest_value() -> None:
+    w = np.random.default_rng(5).normal(size=(5, 80)).astype(np.float32)
+    w[3, 32:64] = 0
+    codes, scales = ternary.quantize_fp4(w)
+    assert codes.shape == w.shape and scales.shape == (5, 3) and codes.dtype == np.int8 and scales.dtype == np.float32
+    assert np.array_equal(scales, scales.astype(np.float16)) and scales[3, 1] == 0 and np.all(codes[3, 32:64] == 0)
+    values = np.concatenate([-FP4_VALUES[:0:-1], FP4_VALUES])
+    assert set(np.unique(np.abs(codes) / 2)) == set(FP4_VALUES)
+    for row in (0, 3):
+        for k in range(80):
+            unit = 2 * float(scales[row, k // 32])
+            nearest = np.abs(values * unit - w[row, k]).min()
+            # the reciprocal of the scale and its product are rounded to 24 bits, on values up to 6 units
+            assert abs(codes[row, k] / 2 * unit - w[row, k]) <= nearest + 6 * unit * 2.0**-22
+
+
+def test_fp4_ties_go_to_the_even_code() -> None:
+    between = (FP4_VALUES[1:] + FP4_VALUES[:-1]) / 2
+    w = np.float32([[*FP4_VALUES, *between, *-between, -6, 6, 1e-9, -1e-9]])  # the scale is 0.5 exactly
+    codes, scales = ternary.quantize_fp4(w)
+    assert scales.tolist() == [[0.5]]
+    even = FP4_VALUES[[0, 2, 2, 4, 4, 6, 6]]
+    assert (codes[0] / 2).tolist() == [*FP4_VALUES, *even, *-even, -6, 6, 0, 0]
+
+
+def test_binary_weights_are_signs_and_the_best_scale_for_them() -> None:
+    w = np.random.default_rng(6).normal(size=(4, 75)).astype(np.float32)
+    w[1, :3] = 0.0, -0.0, 1e-30
+    for group in (0, 32):
+        codes, scales = ternary.quantize_binary(w, group)
+        assert scales.shape == (4, 3 if group else 1) and codes.dtype == np.int8 and scales.dtype == np.float32
+        assert np.array_equal(codes, np.where(w < 0, -1, 1)) and codes[1, :3].tolist() == [1, 1, 1]
+        for number, at in enumerate(range(0, 75, group or 75)):
+            part, best = w[:, at : at + (group or 75)].astype(np.float64), scales[:, number, None].astype(np.float64)
+            assert np.allclose(best[:, 0], np.abs(part).mean(axis=1), rtol=2**-23)
+
+            def error(scale: np.ndarray, part: np.ndarray = part) -> np.ndarray:
+                return ((part - np.where(part < 0, -1, 1) * scale) ** 2).sum(axis=1)
+
+            assert np.all(error(best) < error(best * 1.01)) and np.all(error(best) < error(best * 0.99))
+
+
+@settings(max_examples=200, deadline=None)
+@given(*[st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(2.0**60), max_value=2.0**60)] * 3)
+def test_fused_multiply_adds_round_once(a: float, b: float, c: float) -> None:
+    found = ternary.fused_multiply_add(np.float32(a), np.float32(b), np.float32(c))
+    exact = Fraction(a) * Fraction(b) + Fraction(c)
+    below, above = np.nextafter(found, np.float32(-np.inf)), np.nextafter(found, np.float32(np.inf))
+    off = abs(Fraction(float(found)) - exact)
+    for other in (below, above):
+        there = abs(Fraction(float(other)) - exact)
+        assert off < there or (off == there and found.view(np.int32) % 2 == 0)
+
+
+def test_fused_multiply_adds_where_rounding_twice_would_fail() -> None:
+    a, b = np.float32(1 + 2**-12), np.float32(1 + 2**-12)  # a * b = 1 + 2^-11 + 2^-24, halfway between two float32
+    assert ternary.fused_multiply_add(a, b, np.float32(2**-60)) == np.float32(1 + 2**-11 + 2**-23)
+    assert ternary.fused_multiply_add(a, b, np.float32(-(2**-60))) == np.float32(1 + 2**-11)
+    assert ternary.fused_multiply_add(a, b, np.float32(0)) == np.float32(1 + 2**-11)
 
 
 def test_integer_products_are_the_dense_ones() -> None:

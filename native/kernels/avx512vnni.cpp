@@ -19,13 +19,13 @@ BITNET_INLINE void store_bytes(int8_t* to, i16x x) { _mm_storeu_si128((__m128i*)
 BITNET_INLINE i16x dots_of(__m512i sums) { return {{(IntPart)sums}}; }
 constexpr int kSums = 24;
 
-static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const int32_t __attribute__((may_alias, aligned(1)))*)x); }
+typedef int32_t four __attribute__((may_alias, aligned(1)));
+static inline __m512i broadcast4(const int8_t* x) { return _mm512_set1_epi32(*(const four*)x); }
 
 // sum += codes * x, by fours. In assembly where that is possible: gcc 12 keeps the broadcast apart and copies every sum, which costs
 // base-3 a quarter of its speed. Not under sanitizers, which could not see what it reads.
 static inline __attribute__((always_inline)) void add_products(__m512i& sum, __m512i codes, const int8_t* x) {
 #if defined(__GNUC__) && !defined(__SANITIZE_ADDRESS__)
-  typedef int32_t four __attribute__((may_alias, aligned(1)));
   __asm__("vpdpbusd %2%{1to16%}, %1, %0" : "+v"(sum) : "v"(codes), "m"(*(const four*)x));
 #else
   sum = _mm512_dpbusd_epi32(sum, codes, broadcast4(x));
@@ -84,6 +84,28 @@ struct TwoBit {
   }
 };
 
+// As two-bit codes, with factors 1 to 128 and codes of 0 or 1; doubled at the end.
+struct Binary {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    constexpr int N = T <= 2 ? 8 : 1;
+    Sums<T, N> sums;
+    for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 32) {
+      prefetch(codes);
+      const __m512i packed = _mm512_loadu_si512(codes);
+      for (int s = 0; s < 8; s++)
+        if constexpr (N == 8) sums.add(s, _mm512_and_si512(packed, _mm512_set1_epi8((char)(1 << s))), x + 4 * s, x_stride);
+        else sums.add(0, _mm512_and_si512(_mm512_srli_epi16(packed, s), _mm512_set1_epi8(1)), x + 4 * s, x_stride);
+    }
+    for (int t = 0; t < T; t++) {
+      const __m512i* c = sums.chain[t];
+      __m512i sum = _mm512_add_epi32(c[0], c[0]);
+      for (int s = 1; s < N; s++) sum = _mm512_add_epi32(sum, _mm512_srai_epi32(c[s], s - 1));
+      dots[t] = dots_of(sum);
+    }
+  }
+};
+
 struct Int4 {
   template <int T>
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
@@ -96,6 +118,24 @@ struct Int4 {
       sums.add(1, _mm512_and_si512(packed, high), x + 4, x_stride);
     }
     for (int t = 0; t < T; t++) dots[t] = dots_of(_mm512_add_epi32(sums.chain[t][0], _mm512_srai_epi32(sums.chain[t][1], 4)));
+  }
+};
+
+static inline __m512i fp4_table() { return _mm512_broadcast_i32x4(_mm_loadu_si128((const __m128i*)bitnet::kFp4Codes)); }
+BITNET_INLINE Words fp4_codes(Words numbers) { return (Words)_mm512_shuffle_epi8(fp4_table(), (__m512i)numbers); }
+
+struct Fp4 {
+  template <int T>
+  BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
+    const __m512i low = _mm512_set1_epi8(15), table = fp4_table();
+    Sums<T, 2> sums;
+    for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 8) {
+      prefetch(codes);
+      const __m512i packed = _mm512_loadu_si512(codes);
+      sums.add(0, _mm512_shuffle_epi8(table, _mm512_and_si512(packed, low)), x, x_stride);
+      sums.add(1, _mm512_shuffle_epi8(table, _mm512_and_si512(_mm512_srli_epi16(packed, 4), low)), x + 4, x_stride);
+    }
+    for (int t = 0; t < T; t++) dots[t] = dots_of(_mm512_add_epi32(sums.chain[t][0], sums.chain[t][1]));
   }
 };
 
@@ -189,7 +229,7 @@ template <int P, int T>
 static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, bool first, int32_t* out) {
   __m512i acc[P][T];
   for (int p = 0; p < P; p++)
-    for (int t = 0; t < T; t++) acc[p][t] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(out + (p * bitnet::kGemmTokens + t) * 16);
+    for (int t = 0; t < T; t++) acc[p][t] = first ? _mm512_setzero_si512() : _mm512_loadu_si512(out + (p * kGemmTokens + t) * 16);
   for (int64_t k = 0; k < inputs; k += 4) {
     __m512i w[P];
     for (int p = 0; p < P; p++) w[p] = _mm512_loadu_si512(codes + p * panel_bytes + 16 * k);
@@ -199,7 +239,7 @@ static inline void gemm_block(const uint8_t* codes, int64_t panel_bytes, int64_t
     }
   }
   for (int p = 0; p < P; p++)
-    for (int t = 0; t < T; t++) _mm512_storeu_si512(out + (p * bitnet::kGemmTokens + t) * 16, acc[p][t]);
+    for (int t = 0; t < T; t++) _mm512_storeu_si512(out + (p * kGemmTokens + t) * 16, acc[p][t]);
 }
 template <int P>
 static void gemm_panels(const uint8_t* codes, int64_t panel_bytes, int64_t inputs, const int8_t* x, int64_t x_stride, int n_tokens, bool first,
@@ -218,8 +258,8 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 
 namespace bitnet {
 #ifdef __AVX512VBMI__
-const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", unpack_b3_by_tables, gemm, gemm, gemm);
+const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", unpack_b3_by_tables, gemm, gemm, gemm, gemm);
 #else
-const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", unpack_b3, gemm, gemm, gemm);
+const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", unpack_b3, gemm, gemm, gemm, gemm);
 #endif
 }

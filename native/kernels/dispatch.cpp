@@ -2,21 +2,24 @@
 #include <string.h>
 
 #include <atomic>
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__)
 #include <cpuid.h>
+#endif
+#if defined(__x86_64__) && defined(__linux__)
 #include <sys/syscall.h>
 #include <unistd.h>
+#elif defined(__aarch64__) && defined(__linux__)
+#include <sys/auxv.h>
+#elif defined(__aarch64__) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(__aarch64__) && defined(_WIN32)
+#include <windows.h>
 #endif
 
 #include "kernels.h"
 
 namespace bitnet {
 namespace {
-
-struct Candidate {
-  const Kernels* kernels;
-  bool supported;
-};
 
 #if defined(__x86_64__)
 // AMX int8 tiles: the CPU has them, and Linux (5.16 or later) lets this process use their state, for which it must be asked.
@@ -32,14 +35,45 @@ bool amx_permitted() {
 #endif
 }
 
+bool has_f16c() {  // a name that clang 14 does not know; its registers are AVX's
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C);
+}
+bool has_avx_vnni() {  // nor this one
+  unsigned a, b, c, d;
+  return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
+}
+
 const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   static const Kernels k = [] {
     Kernels made = kAvx512Vbmi;
-    made.name = "amx", made.gemm_ternary = made.gemm_i4 = made.gemm_i8 = kGemmAmx;
+    made.name = "amx", made.gemm_ternary = made.gemm_i4 = made.gemm_fp4 = made.gemm_i8 = kGemmAmx;
     made.begin_gemm = kBeginAmx, made.end_gemm = kEndAmx;
     return made;
   }();
   return k;
+}
+#elif defined(__aarch64__)
+struct ArmFeatures {
+  bool dotprod = false, i8mm = false;
+};
+ArmFeatures arm_features() {  // what is not known here is taken for missing. Tried on Linux only
+#if defined(__linux__)
+  constexpr unsigned long kDotprod = 1ul << 20, kI8mm = 1ul << 13;  // HWCAP_ASIMDDP, HWCAP2_I8MM
+  return {(getauxval(AT_HWCAP) & kDotprod) != 0, (getauxval(AT_HWCAP2) & kI8mm) != 0};
+#elif defined(__APPLE__)
+  auto has = [](const char* feature) {
+    int value = 0;
+    size_t bytes = sizeof value;
+    return sysctlbyname(feature, &value, &bytes, nullptr, 0) == 0 && value != 0;
+  };
+  return {has("hw.optional.arm.FEAT_DotProd"), has("hw.optional.arm.FEAT_I8MM")};
+#elif defined(_WIN32)
+  constexpr DWORD kDotprod = 43, kI8mm = 66;  // PF_ARM_V82_DP_INSTRUCTIONS_AVAILABLE, PF_ARM_V82_I8MM_INSTRUCTIONS_AVAILABLE
+  return {IsProcessorFeaturePresent(kDotprod) != 0, IsProcessorFeaturePresent(kI8mm) != 0};
+#else
+  return {};
+#endif
 }
 #endif
 
@@ -47,7 +81,7 @@ int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
   __builtin_cpu_init();  // the feature bits of gcc include the operating system's permission for the registers
-  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
+  bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
   bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                 __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni");
   bool vbmi = avx512 && __builtin_cpu_supports("avx512vbmi");
@@ -55,7 +89,13 @@ int list_candidates(Candidate* out) {  // best first
   out[n++] = {&amx_kernels(), amx};
   out[n++] = {&kAvx512Vbmi, vbmi};
   out[n++] = {&kAvx512Vnni, avx512};
+  out[n++] = {&kAvxVnni, avx2 && has_avx_vnni()};
   out[n++] = {&kAvx2, avx2};
+#elif defined(__aarch64__)
+  static const ArmFeatures arm = arm_features();
+  out[n++] = {&kNeonI8mm, arm.dotprod && arm.i8mm};
+  out[n++] = {&kNeonDotprod, arm.dotprod};
+  out[n++] = {&kNeon, true};  // every 64-bit Arm
 #endif
   out[n++] = {&kScalar, true};
   return n;
@@ -73,7 +113,7 @@ const char* first_difference(const Kernels& k) {
   alignas(64) int8_t x[32 * kInputs + kSlack] = {}, q1[kInputs], q2[kInputs];
   alignas(64) int32_t dots[2 * kGemmTokens * 16], sums[kTokens * 2], exact[3][kTokens][16];
   alignas(64) float f[kTokens * kInputs], g[kInputs + 16], f1[kInputs + 16], f2[kInputs + 16];
-  alignas(64) float s1[13 * 144], s2[13 * 144], y1[kTokens * 32], y2[kTokens * 32], all[kTokens * 30];
+  alignas(64) float s1[13 * 144], s2[13 * 144], y1[kTokens * 32], y2[kTokens * 32], all[kTokens * 30], products[2][2 * kGemmTokens * 16];
   alignas(64) uint16_t h1[kInputs], h2[kInputs], halves[kTokens * kInputs], brains[kTokens * kInputs];
   uint32_t state = 2463534242u;
   for (int round = 0; round < 3; round++) {
@@ -96,11 +136,14 @@ const char* first_difference(const Kernels& k) {
     };
     const Codec codecs[] = {{k.multiply_t2, kScalar.multiply_t2, k.gemm_ternary, k.unpack_t2, kScalar.unpack_t2, 4, 2, 1, "multiply_t2"},
                             {k.multiply_b3, kScalar.multiply_b3, k.gemm_ternary, k.unpack_b3, kScalar.unpack_b3, 5, 2, 1, "multiply_b3"},
+                            {k.multiply_b1, kScalar.multiply_b1, k.gemm_ternary, k.unpack_b1, kScalar.unpack_b1, 8, 1, 1, "multiply_b1"},
                             {k.multiply_i4, kScalar.multiply_i4, k.gemm_i4, k.unpack_i4, kScalar.unpack_i4, 2, 15, 8, "multiply_i4"},
+                            {k.multiply_fp4, kScalar.multiply_fp4, k.gemm_fp4, k.unpack_fp4, kScalar.unpack_fp4, 2, 7, 12, "multiply_fp4"},
                             {k.multiply_i8, kScalar.multiply_i8, k.gemm_i8, nullptr, nullptr, 1, 255, 128, "multiply_i8"}};
     for (const Codec& c : codecs) {
-      const int vectors = kInputs / 4 / c.tiles, base = c.tiles == 4 ? 4 : c.tiles == 2 ? 16 : 256;
-      for (int i = 0; i < 2 * 64 * vectors; i++) {
+      const int vectors = kInputs / 4 / c.tiles, group_vectors = (kInputs / 8 + c.tiles - 1) / c.tiles;
+      const int base = c.tiles == 8 ? 2 : c.tiles == 4 ? 4 : c.tiles == 2 ? 16 : 256;
+      for (int i = 0; i < 4 * 64 * group_vectors; i++) {
         int byte = 0;
         if (c.tiles == 5) {  // any h < 27 and l < 9
           const int h = round < 2 ? 26 : (int)(next_random(state) % 27), l = round < 2 ? 8 : (int)(next_random(state) % 9);
@@ -111,9 +154,9 @@ const char* first_difference(const Kernels& k) {
         panel[i] = (uint8_t)byte;
       }
       Run runs[2];
-      for (int r = 0; r < 2; r++) runs[r] = {80 * r, 80, r * vectors / 2, vectors / 2, r, r};
+      for (int r = 0; r < 2; r++) runs[r] = {80 * r, 80, r * group_vectors, group_vectors, r, r};
       for (int half = 0; half < 2; half++) {
-        const IntegerMatrix w{panel, 64 * vectors, half ? nullptr : f, half ? halves : nullptr, 32, 30, c.bias};
+        const IntegerMatrix w{panel, 128 * group_vectors, half ? nullptr : f, half ? halves : nullptr, 32, 30, c.bias};
         c.scalar(w, {x, kInputs, runs, 2, sums, g, 2, half == 0, kTokens}, 0, 2, all);  // once: a token's row is the same in any number
         for (int tokens = 1; tokens <= kTokens; tokens += tokens < 9 ? 1 : 10) {
           const QuantizedRows rows{x, kInputs, runs, 2, sums, g, 2, half == 0, tokens};
@@ -122,8 +165,8 @@ const char* first_difference(const Kernels& k) {
           c.mine(w, rows, 0, 2, y1);
           if (memcmp(y1, y2, sizeof y1)) return c.name;
           for (int i = 0; i < 2 * kGemmTokens * 16; i++) dots[i] = (int32_t)(next_random(state) % 99999);
-          k.add_run(w, rows, 1, 1, 0, tokens, dots, y1), kScalar.add_run(w, rows, 1, 1, 0, tokens, dots, y2);
-          if (memcmp(y1, y2, sizeof y1)) return "add_run";
+          k.add_runs(w, rows, 0, 2, 1, 0, tokens, dots, kTokens * 16, y1), kScalar.add_runs(w, rows, 0, 2, 1, 0, tokens, dots, kTokens * 16, y2);
+          if (memcmp(y1, y2, sizeof y1)) return "add_runs";
           k.write_run(w, rows, 0, 2, 0, tokens, dots, y1), kScalar.write_run(w, rows, 0, 2, 0, tokens, dots, y2);
           if (memcmp(y1, y2, sizeof y1)) return "write_run";
         }
@@ -160,22 +203,25 @@ const char* first_difference(const Kernels& k) {
       }
     }
 
-    constexpr int kDense = 80;  // inputs whose 16 rows fit into f
-    for (int i = 0; i < kDense * 16; i++) memcpy(&brains[i], reinterpret_cast<const char*>(f + i) + 2, 2);  // bf16: the upper half
-    const DotDense dense[3][2] = {{k.dot_f16_f32, kScalar.dot_f16_f32}, {k.dot_bf16_f32, kScalar.dot_bf16_f32}, {k.dot_f32_f32, kScalar.dot_f32_f32}};
+    constexpr int kDense = 80;  // inputs whose 32 rows fit into f
+    for (int i = 0; i < kDense * 32; i++) memcpy(&brains[i], reinterpret_cast<const char*>(f + i) + 2, 2);  // bf16: the upper half
+    const MultiplyDense dense[3][2] = {{k.multiply_f16, kScalar.multiply_f16}, {k.multiply_bf16, kScalar.multiply_bf16}, {k.multiply_f32, kScalar.multiply_f32}};
     const void* weights[3] = {halves, brains, f};
-    for (int d = 0; d < 3; d++) {
-      dense[d][0](weights[d], kDense, f, kInputs, kTokens, y1), dense[d][1](weights[d], kDense, f, kInputs, kTokens, y2);
-      if (memcmp(y1, y2, kTokens * 16 * sizeof(float))) return "dot_dense";
-    }
-    const AddDense sums_of[3][2] = {{k.add_f16_f32, kScalar.add_f16_f32}, {k.add_bf16_f32, kScalar.add_bf16_f32}, {k.add_f32_f32, kScalar.add_f32_f32}};
-    for (int d = 0; d < 3; d++) {  // on what the products left in y1 and y2; 23 rows in two panels of 8 inputs
-      sums_of[d][0](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, y1, 32), sums_of[d][1](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, y2, 32);
+    for (int d = 0; d < 3; d++)
+      for (int panels = 1; panels <= 2; panels++) {
+        for (int m = 0; m < 2; m++) dense[d][m](weights[d], kDense * 16 * (d == 2 ? 4 : 2), panels, kDense, f, kInputs, kTokens, products[m]);
+        for (int p = 0; p < panels; p++)
+          if (memcmp(products[0] + p * kGemmTokens * 16, products[1] + p * kGemmTokens * 16, kTokens * 16 * sizeof(float))) return "multiply_dense";
+      }
+    const AddDense sums_of[3][2] = {{k.add_f16, kScalar.add_f16}, {k.add_bf16, kScalar.add_bf16}, {k.add_f32, kScalar.add_f32}};
+    memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);
+    for (int d = 0; d < 3; d++) {  // 23 rows in two panels of 8 inputs
+      for (int m = 0; m < 2; m++) sums_of[d][m](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, m ? y2 : y1, 32);
       if (memcmp(y1, y2, sizeof y1)) return "add_dense";
     }
-    const DotRows rows[3][2] = {{k.rows_f16_f32, kScalar.rows_f16_f32}, {k.rows_bf16_f32, kScalar.rows_bf16_f32}, {k.rows_f32_f32, kScalar.rows_f32_f32}};
+    const DotRows rows[3][2] = {{k.rows_f16, kScalar.rows_f16}, {k.rows_bf16, kScalar.rows_bf16}, {k.rows_f32, kScalar.rows_f32}};
     for (int d = 0; d < 3; d++) {
-      rows[d][0](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y1, 16), rows[d][1](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, y2, 16);
+      for (int m = 0; m < 2; m++) rows[d][m](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, m ? y2 : y1, 16);
       for (int t = 0; t < 7; t++)
         if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_rows";
     }
@@ -229,11 +275,9 @@ int test_isas(IsaReport* reports) {
   return n;
 }
 
-const Kernels* choose_kernels(const char* wanted, const char** failed) {
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed) {
   static std::atomic<const Kernels*> sound{nullptr};  // what passed last in this process: the test takes 3 ms, and each model asks twice
   *failed = nullptr;
-  Candidate candidates[kMaxIsas];
-  int n = list_candidates(candidates);
   for (int i = 0; i < n; i++) {
     const Candidate& c = candidates[i];
     if (!c.supported || (wanted && strcmp(wanted, c.kernels->name))) continue;
@@ -244,6 +288,12 @@ const Kernels* choose_kernels(const char* wanted, const char** failed) {
     if (!*failed) *failed = c.kernels->name;
   }
   return nullptr;
+}
+
+const Kernels* choose_kernels(const char* wanted, const char** failed) {
+  Candidate candidates[kMaxIsas];
+  const int n = list_candidates(candidates);
+  return choose_kernels(candidates, n, wanted, failed);
 }
 
 }  // namespace bitnet

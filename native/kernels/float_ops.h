@@ -4,9 +4,11 @@
 // how wide the machine's registers are. The including file defines, for its instruction set, load_f16, store_f16, fma16 (a * b + c,
 // rounded once) and kSums, how many v16 sums its registers hold. The compiler itself fuses nothing (-ffp-contract=off).
 #pragma once
+#include "kernels.h"
 #include "lanes.h"
 
 namespace {
+using bitnet::kGemmTokens;
 
 template <int N> struct Count { static constexpr int count = N; };
 BITNET_INLINE v16 vmax(v16 a, v16 b) { return select(a > b, a, b); }
@@ -55,52 +57,123 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
   return select(tiny, splat(0.0f), p * as_float(power));
 }
 
-template <v16 (*load_weights)(const void*, int64_t), int T>
-BITNET_INLINE void dot_dense_block(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, v16* sums) {
+// memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
+template <int Ahead = 4096>
+BITNET_INLINE void prefetch(const uint8_t* at) {
+  __builtin_prefetch(at + Ahead, 0, 2);
+  __builtin_prefetch(at + 1024, 0, 3);
+}
+
+// Dense weights: what is stored for 16 rows of one input, widened.
+struct DenseF32 {
+  using Stored = float;
+  BITNET_INLINE v16 widen(const Stored* p) { return load(p); }
+};
+struct DenseF16 {
+  using Stored = uint16_t;
+  BITNET_INLINE v16 widen(const Stored* p) { return load_f16(p); }
+};
+struct DenseBf16 {
+  using Stored = uint16_t;
+  BITNET_INLINE v16 widen(const Stored* p) { return as_float(widen_int(p) << 16); }
+};
+
+// One panel and few tokens, which wait for memory: all four partial sums side by side, so that no chain waits for its own last sum.
+template <class Dense, int T>
+BITNET_INLINE void dense_sums(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, v16* sums) {
+  constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
   v16 acc[T][4];
   for (int t = 0; t < T; t++)
     for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
-  for (int64_t k = 0; k < n_inputs; k += 4)
+  for (int64_t k = 0; k < n_inputs; k += 4, w += 64)
     for (int j = 0; j < 4; j++) {
-      v16 w = load_weights(panel, (k + j) * 16);
-      for (int t = 0; t < T; t++) acc[t][j] += w * x[t * x_stride + k + j];
+      if (j % kLine == 0) prefetch(reinterpret_cast<const uint8_t*>(w + 16 * j));
+      const v16 wide = Dense::widen(w + 16 * j);
+      for (int t = 0; t < T; t++) acc[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), acc[t][j]);
     }
   for (int t = 0; t < T; t++) sums[t] = (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]);
 }
-template <v16 (*load_weights)(const void*, int64_t)>
-static void dot_dense(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
-  auto run = [&](int t, auto count) __attribute__((always_inline)) {
-    constexpr int T = decltype(count)::count;
-    v16 sums[T];
-    dot_dense_block<load_weights, T>(panel, n_inputs, x + t * x_stride, x_stride, sums);
-    for (int i = 0; i < T; i++) store(out + 16 * (t + i), sums[i]);
-  };
-  int t = 0;
-  for (; t + 4 <= n_tokens; t += 4) run(t, Count<4>());
-  for (; t < n_tokens; t++) run(t, Count<1>());
+template <class Dense, int T>
+static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+  v16 sums[T];
+  dense_sums<Dense, T>(w, n_inputs, x, x_stride, sums);
+  for (int t = 0; t < T; t++) store(out + 16 * t, sums[t]);
 }
-template <v16 (*load_weights)(const void*, int64_t)>
-static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
-                      float* y, int64_t y_stride) {
-  auto run = [&](int row, int t, auto count) __attribute__((always_inline)) {
-    constexpr int T = decltype(count)::count;
-    v16 sums[T];
-    dot_dense_block<load_weights, T>(static_cast<const char*>(panels) + row / 16 * panel_bytes, n_inputs, x + t * x_stride, x_stride, sums);
-    for (int i = 0; i < T; i++) {
-      float* to = y + (t + i) * y_stride + row;
-      if (row + 16 <= n_rows) store(to, load(to) + sums[i]);
-      else store_tail(to, n_rows - row, load_tail(to, n_rows - row, 0.0f) + sums[i]);
+// P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
+template <class Dense, int P, int T>
+static void dense_block(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+  constexpr int kInputs = 64;
+  v16 partial[4][P][T];
+  for (int64_t k0 = 0; k0 < n_inputs; k0 += kInputs) {
+    const int64_t end = k0 + kInputs < n_inputs ? k0 + kInputs : n_inputs;
+    for (int j = 0; j < 4; j++) {
+      v16 acc[P][T];
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) acc[p][t] = k0 ? partial[j][p][t] : splat(0.0f);
+      for (int64_t k = k0 + j; k < end; k += 4) {
+        v16 wide[P];
+        for (int p = 0; p < P; p++) wide[p] = Dense::widen(w[p] + 16 * k);
+        for (int t = 0; t < T; t++) {
+          const v16 xt = splat(x[t * x_stride + k]);
+          for (int p = 0; p < P; p++) acc[p][t] = fma16(wide[p], xt, acc[p][t]);
+        }
+      }
+      for (int p = 0; p < P; p++)
+        for (int t = 0; t < T; t++) partial[j][p][t] = acc[p][t];
     }
-  };
+  }
+  for (int p = 0; p < P; p++)
+    for (int t = 0; t < T; t++)
+      store(out + (p * kGemmTokens + t) * 16, (partial[0][p][t] + partial[1][p][t]) + (partial[2][p][t] + partial[3][p][t]));
+}
+template <class Dense, int P>
+static void dense_panels(const typename Dense::Stored* const w[P], int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out) {
+  constexpr int kMost = 12 * P <= kSums ? 12 : 6, kFew = 16 <= kSums ? 4 : 1;
   int t = 0;
-  for (; t + 4 <= n_tokens; t += 4)
-    for (int row = 0; row < n_rows; row += 16) run(row, t, Count<4>());
-  for (; t < n_tokens; t++)
-    for (int row = 0; row < n_rows; row += 16) run(row, t, Count<1>());
+  for (; t + kMost <= n_tokens; t += kMost) dense_block<Dense, P, kMost>(w, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (; kFew < 4 && t + 4 <= n_tokens; t += 4) dense_block<Dense, P, 4>(w, n_inputs, x + t * x_stride, x_stride, out + 16 * t);
+  for (int p = 0; p < P; p++) {
+    int s = t;
+    for (; s + kFew <= n_tokens; s += kFew) dense_few<Dense, kFew>(w[p], n_inputs, x + s * x_stride, x_stride, out + (p * kGemmTokens + s) * 16);
+    for (; s < n_tokens; s++) dense_few<Dense, 1>(w[p], n_inputs, x + s * x_stride, x_stride, out + (p * kGemmTokens + s) * 16);
+  }
+}
+template <class Dense>
+static void multiply_dense(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                           float* out) {
+  using Stored = typename Dense::Stored;
+  const Stored* const w[2] = {static_cast<const Stored*>(panels), reinterpret_cast<const Stored*>(static_cast<const uint8_t*>(panels) + panel_bytes)};
+  constexpr int kTogether = 24 <= kSums ? 2 : 1;  // panels
+  if (kTogether == 2 && n_panels == 2) return dense_panels<Dense, kTogether>(w, n_inputs, x, x_stride, n_tokens, out);
+  for (int p = 0; p < n_panels; p++) dense_panels<Dense, 1>(w + p, n_inputs, x, x_stride, n_tokens, out + p * kGemmTokens * 16);
 }
 
-template <v16 (*load_weights)(const void*, int64_t), int R, int T>
-BITNET_INLINE void dot_rows_block(const void* rows, int64_t first, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride,
+// Panels of few inputs, as an adapter's B has: no call for each.
+template <class Dense>
+static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                      float* y, int64_t y_stride) {
+  auto run = [&](int t, auto count) __attribute__((always_inline)) {
+    constexpr int T = decltype(count)::count;
+    const uint8_t* panel = static_cast<const uint8_t*>(panels);
+    for (int row = 0; row < n_rows; row += 16, panel += panel_bytes) {
+      v16 sums[T];
+      dense_sums<Dense, T>(reinterpret_cast<const typename Dense::Stored*>(panel), n_inputs, x + t * x_stride, x_stride, sums);
+      for (int i = 0; i < T; i++) {
+        float* to = y + (t + i) * y_stride + row;
+        if (row + 16 <= n_rows) store(to, load(to) + sums[i]);
+        else store_tail(to, n_rows - row, load_tail(to, n_rows - row, 0.0f) + sums[i]);
+      }
+    }
+  };
+  constexpr int kFew = 16 <= kSums ? 4 : 1;
+  int t = 0;
+  for (; t + kFew <= n_tokens; t += kFew) run(t, Count<kFew>());
+  for (; t < n_tokens; t++) run(t, Count<1>());
+}
+
+// R rows x T tokens in registers.
+template <class Dense, int R, int T>
+BITNET_INLINE void dot_rows_block(const typename Dense::Stored* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride,
                                   float* out, int64_t out_stride) {
   v16 acc[R][T];
   for (int r = 0; r < R; r++)
@@ -109,7 +182,7 @@ BITNET_INLINE void dot_rows_block(const void* rows, int64_t first, int64_t row_s
     v16 in[T];
     for (int t = 0; t < T; t++) in[t] = load_x(x + t * x_stride + k);
     for (int r = 0; r < R; r++) {
-      const v16 w = load_weights(rows, first + r * row_stride + k);
+      const v16 w = Dense::widen(rows + r * row_stride + k);
       for (int t = 0; t < T; t++) acc[r][t] += w * in[t];
     }
   };
@@ -119,28 +192,21 @@ BITNET_INLINE void dot_rows_block(const void* rows, int64_t first, int64_t row_s
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_lanes(acc[r][t]);
 }
-template <v16 (*load_weights)(const void*, int64_t), int R, int T>
-BITNET_INLINE void dot_rows_of(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
-                               int64_t out_stride) {
+template <class Dense, int R, int T>
+BITNET_INLINE void dot_rows_of(const typename Dense::Stored* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x,
+                               int64_t x_stride, float* out, int64_t out_stride) {
   int r = 0;
-  for (; r + R <= n_rows; r += R) dot_rows_block<load_weights, R, T>(rows, r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
-  for (; r < n_rows; r++) dot_rows_block<load_weights, 1, T>(rows, r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r + R <= n_rows; r += R) dot_rows_block<Dense, R, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r < n_rows; r++) dot_rows_block<Dense, 1, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
 }
-template <v16 (*load_weights)(const void*, int64_t)>
+template <class Dense>
 static void dot_rows(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
                      int64_t out_stride) {
-  constexpr int T = kSums >= 16 ? 4 : 2, R = kSums >= 16 ? 4 : 2;
+  constexpr int T = kSums >= 16 ? 4 : 2, R = T;
+  const auto* w = static_cast<const typename Dense::Stored*>(rows);
   int t = 0;
-  for (; t + T <= n_tokens; t += T)
-    dot_rows_of<load_weights, R, T>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
-  for (; t < n_tokens; t++)
-    dot_rows_of<load_weights, 2 * R, 1>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
-}
-
-BITNET_INLINE v16 load_dense_f32(const void* p, int64_t i) { return load(static_cast<const float*>(p) + i); }
-BITNET_INLINE v16 load_dense_f16(const void* p, int64_t i) { return load_f16(static_cast<const uint16_t*>(p) + i); }
-BITNET_INLINE v16 load_dense_bf16(const void* p, int64_t i) {
-  return as_float(widen_int(static_cast<const uint16_t*>(p) + i) << 16);
+  for (; t + T <= n_tokens; t += T) dot_rows_of<Dense, R, T>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t < n_tokens; t++) dot_rows_of<Dense, 2 * R, 1>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
 }
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {
@@ -322,12 +388,6 @@ static void weigh_f16(const float* p, int64_t stride, int n_queries, const uint1
   for (; i < n_queries; i++) weigh_of<1>(p + i * stride, stride, v, n, head_dim, out + i * head_dim);
 }
 
-// memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
-template <int Ahead = 4096>
-BITNET_INLINE void prefetch(const uint8_t* at) {
-  __builtin_prefetch(at + Ahead, 0, 2);
-  __builtin_prefetch(at + 1024, 0, 3);
-}
 static uint64_t read_bytes(const void* p, int64_t bytes) {
   typedef uint64_t Quads __attribute__((vector_size(kPartBytes), aligned(8), may_alias));
   constexpr int kSumsHere = 4 * kParts < 8 ? 4 * kParts : 8;

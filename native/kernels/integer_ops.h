@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8).
+// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes, a table of 16 entries.
 #pragma once
 #include "float_ops.h"
 
@@ -8,6 +8,7 @@ namespace {
 using bitnet::IntegerMatrix;
 using bitnet::QuantizedRows;
 using bitnet::Run;
+using bitnet::kGemmRuns;
 
 BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
   const int64_t at = panel * w.panel_scales + 16 * group;
@@ -17,6 +18,7 @@ BITNET_INLINE v16 load_scales(const IntegerMatrix& w, int panel, int group) {
 // Not inlined: each number of tokens wants all registers for itself.
 template <class Codec, int T>
 static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, const QuantizedRows& x, int first, int end, int t0, float* y) {
+  const bool apart = w.half_scales || 4 * w.panel_scales != w.panel_bytes;  // else the codecs' own prefetching brings the scales
   for (int panel = first; panel < end; panel++) {
     const uint8_t* codes = w.panels + panel * w.panel_bytes;
     const int64_t scales = (panel + 1) * w.panel_scales;  // the next panel's
@@ -25,7 +27,7 @@ static __attribute__((noinline)) void multiply_tokens(const IntegerMatrix& w, co
     for (int r = 0; r < x.n_runs; r++) {
       const Run& run = x.runs[r];
       const int64_t ahead = scales + 16 * run.weight_group;
-      __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
+      if (apart) __builtin_prefetch(w.scales ? (const void*)(w.scales + ahead) : (const void*)(w.half_scales + ahead), 0, 2);
       i16x dots[T];
       Codec::template dot<T>(codes + int64_t{64} * run.vector, run.n_vectors, x.q + t0 * x.stride + run.first, x.stride, dots);
       const v16 scale = load_scales(w, panel, run.weight_group);
@@ -60,14 +62,35 @@ static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, 
   }
 }
 
-static void add_run(const IntegerMatrix& w, const QuantizedRows& x, int r, int panel, int t0, int n_tokens, const int32_t* dots, float* sums) {
-  const v16 scale = load_scales(w, panel, x.runs[r].weight_group);
-  for (int t = 0; t < n_tokens; t++) {
-    const i16x exact = load_int(dots + 16 * t) - w.bias * x.run_sums[int64_t{t0 + t} * x.n_runs + r];
-    const v16 part = to_float(exact) * scale;
-    const v16 sum = load(sums + 16 * t);
-    store(sums + 16 * t, sum + (x.grouped ? part * x.steps[int64_t{t0 + t} * x.n_steps + x.runs[r].step_group] : part));
+template <int R, bool Grouped>
+BITNET_INLINE void add_some_runs(const IntegerMatrix& w, const QuantizedRows& x, int first, int panel, int t0, int n_tokens, const int32_t* dots,
+                                 int64_t dots_stride, float* sums) {
+  v16 scale[R];
+  int step_group[R];
+  for (int r = 0; r < R; r++) scale[r] = load_scales(w, panel, x.runs[first + r].weight_group), step_group[r] = x.runs[first + r].step_group;
+  // Copied: for all that the compiler knows, what follows is changed by every store.
+  const int64_t n_runs = x.n_runs, n_steps = x.n_steps, bias = w.bias;
+  const int32_t* run_sums = x.run_sums + t0 * n_runs + first;
+  const float* steps = x.steps + t0 * n_steps;
+  for (int t = 0; t < n_tokens; t++, run_sums += n_runs, steps += n_steps) {
+    v16 sum = load(sums + 16 * t);
+    for (int r = 0; r < R; r++) {
+      const i16x exact = load_int(dots + r * dots_stride + 16 * t) - (int32_t)bias * run_sums[r];
+      const v16 part = to_float(exact) * scale[r];
+      sum += Grouped ? part * steps[step_group[r]] : part;
+    }
+    store(sums + 16 * t, sum);
   }
+}
+static void add_runs(const IntegerMatrix& w, const QuantizedRows& x, int first, int n_runs, int panel, int t0, int n_tokens, const int32_t* dots,
+                     int64_t dots_stride, float* sums) {
+  auto add = [&](auto grouped) {
+    constexpr bool kGrouped = decltype(grouped)::count;
+    if (n_runs == kGemmRuns) return add_some_runs<kGemmRuns, kGrouped>(w, x, first, panel, t0, n_tokens, dots, dots_stride, sums);
+    for (int r = 0; r < n_runs; r++) add_some_runs<1, kGrouped>(w, x, first + r, panel, t0, n_tokens, dots + r * dots_stride, dots_stride, sums);
+  };
+  if (x.grouped) add(Count<1>());
+  else add(Count<0>());
 }
 
 static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y) {
@@ -79,7 +102,7 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
     const float step = x.steps[t0 + t];
     float* to = y + int64_t{t0 + t} * w.rows + 16 * panel;
     for (int p = 0; p < n_panels; p++) {
-      const i16x exact = load_int(dots + (p * bitnet::kGemmTokens + t) * 16) - correction;
+      const i16x exact = load_int(dots + (p * kGemmTokens + t) * 16) - correction;
       const v16 result = to_float(exact) * scale[p] * step;
       if (rows - 16 * p >= 16) store(to + 16 * p, result);
       else store_tail(to + 16 * p, rows - 16 * p, result);
@@ -90,9 +113,12 @@ static void write_run(const IntegerMatrix& w, const QuantizedRows& x, int panel,
 typedef uint16_t Words __attribute__((vector_size(kPartBytes), aligned(1), may_alias));  // of codes, two to a word
 BITNET_INLINE Words load_words(const uint8_t* p) { return *reinterpret_cast<const Words*>(p); }
 BITNET_INLINE void store_words(uint8_t* p, Words x) { *reinterpret_cast<Words*>(p) = x; }
+BITNET_INLINE Words as_they_are(Words bits) { return bits; }
+BITNET_INLINE Words doubled(Words bits) { return bits + bits; }
+BITNET_INLINE Words fp4_codes(Words numbers);  // kFp4Codes, byte by byte
 
-// Tiles of Bits bits each: code s of a byte to tile s.
-template <int Bits>
+// Tiles of Bits bits each: the code of bits s of a byte to tile s.
+template <int Bits, Words (*code)(Words)>
 static void unpack_bits(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   constexpr int kTiles = 8 / Bits;
   constexpr uint16_t kMask = ((1 << Bits) - 1) * 0x0101;
@@ -100,7 +126,7 @@ static void unpack_bits(const uint8_t* panel, int64_t n_vectors, int64_t ahead, 
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     for (int p = 0; p < 64; p += kPartBytes) {
       const Words packed = load_words(panel + 64 * v + p);
-      for (int s = 0; s < kTiles; s++) store_words(codes + 64 * (kTiles * v + s) + p, (packed >> (Bits * s)) & kMask);
+      for (int s = 0; s < kTiles; s++) store_words(codes + 64 * (kTiles * v + s) + p, code((packed >> (Bits * s)) & kMask));
     }
   }
 }
@@ -111,7 +137,7 @@ BITNET_INLINE void base3_digits(Words byte, Words digits[5]) {
   digits[1] = (l * 11) >> 5, digits[0] = l - digits[1] * 3;                                    // l / 3
   digits[4] = ninths, digits[3] = (rest * 11) >> 5, digits[2] = rest - digits[3] * 3;
 }
-static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
+[[maybe_unused]] static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   for (int64_t v = 0; v < n_vectors; v++) {
     __builtin_prefetch(panel + 64 * v + ahead, 0, 2);
     for (int p = 0; p < 64; p += kPartBytes) {
@@ -122,23 +148,28 @@ static void unpack_b3(const uint8_t* panel, int64_t n_vectors, int64_t ahead, ui
     }
   }
 }
-// Base-3 where no table of bytes can be looked up: unpacked piece by piece for a codec of one tile a vector.
-template <class Tile>
-struct UnpackedBase3 {
+// A codec of Tiles tiles a vector, unpacked piece by piece for one of one tile: base-3 where no table of bytes can be looked up.
+template <void (*unpack)(const uint8_t*, int64_t, int64_t, uint8_t*), int Tiles, class Tile>
+struct Unpacked {
   template <int T>
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     constexpr int kVectors = 8;
-    alignas(64) uint8_t tiles[kVectors * 320];
+    alignas(64) uint8_t tiles[kVectors * Tiles * 64];
     for (int t = 0; t < T; t++) dots[t] = splat_int(0);
     for (int64_t v = 0; v < n_vectors; v += kVectors) {
       const int64_t n = n_vectors - v < kVectors ? n_vectors - v : kVectors;
-      unpack_b3(codes + 64 * v, n, 4096, tiles);
+      unpack(codes + 64 * v, n, 4096, tiles);
       i16x part[T];
-      Tile::template dot<T>(tiles, 5 * n, x + 20 * v, x_stride, part);
+      Tile::template dot<T>(tiles, Tiles * n, x + 4 * Tiles * v, x_stride, part);
       for (int t = 0; t < T; t++) dots[t] += part[t];
     }
   }
 };
+
+template <class Tile>
+using UnpackedBase3 = Unpacked<unpack_b3, 5, Tile>;
+template <class Tile>
+using UnpackedBinary = Unpacked<unpack_bits<1, doubled>, 8, Tile>;
 
 static int32_t sum_i8(const int8_t* q, int n) {
   i16x sums = splat_int(0);
@@ -151,12 +182,12 @@ static int32_t sum_i8(const int8_t* q, int n) {
 }
 }  // namespace
 
-#define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_i8)                                                               \
-  {                                                                                                                                \
-    name, multiply<TwoBit>, multiply<Base3>, multiply<Int4>, multiply<Int8>, gemm_ternary, gemm_i4, gemm_i8, nullptr, nullptr,     \
-        unpack_bits<2>, unpack_b3, unpack_bits<4>, add_run, write_run, sum_i8, dot_dense<load_dense_f16>, dot_dense<load_dense_bf16>,                   \
-        dot_dense<load_dense_f32>, add_dense<load_dense_f16>, add_dense<load_dense_bf16>, add_dense<load_dense_f32>,                  \
-        dot_rows<load_dense_f16>, dot_rows<load_dense_bf16>, dot_rows<load_dense_f32>,                                             \
-        rms_norm, quantize, gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate,                                  \
-        to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                                                               \
+#define BITNET_KERNELS(name, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                                    \
+  {                                                                                                                                  \
+    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary, gemm_i4, \
+        gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>,                        \
+        unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, multiply_dense<DenseF16>,               \
+        multiply_dense<DenseBf16>, multiply_dense<DenseF32>, add_dense<DenseF16>, add_dense<DenseBf16>, add_dense<DenseF32>,         \
+        dot_rows<DenseF16>, dot_rows<DenseBf16>, dot_rows<DenseF32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,          \
+        gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                              \
   }

@@ -15,13 +15,19 @@ namespace bitnet {
 //   base-3 (ternary):  one vector = 5 tiles, so 20 inputs; bias 1; every group starts a new vector. With l = code_0 + 3 code_1 and
 //                      h = code_2 + 3 code_3 + 9 code_4, byte = 9h + l + h / 7: the low six bits are 9 (h % 7) + l, the upper h / 7,
 //                      so that a table of 64 entries finds code_0 and code_1 without a division (docs/performance.md)
+//   binary:            one vector = 8 tiles, tile s in bit s, so 32 inputs; the bit is half the code, 0 or 2; bias 1
 //   int4:              one vector = 2 tiles, tile s in bits 4s..4s+3, so 8 inputs; bias 8
+//   fp4:               as int4; the four bits are an E2M1 number, the code is twice its value; bias 12
 //   int8:              one vector = 1 tile; bias 128
 //   f16, bf16, f32:    [in][16 rows]
-// Where a panel holds no weight its codes are 0, so that they add nothing, whatever they are multiplied by.
+// Where a panel holds no weight its bytes are 0. So are the codes, except fp4's: they add nothing, whatever they are multiplied by.
 constexpr int kPanelRows = 16;
 constexpr int kKeyBlock = 16;  // positions whose keys lie together
+constexpr int kGemmTokens = 32;  // at most, in a product for many tokens
+constexpr int kGemmRuns = 4;     // whose sums are scaled together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
+
+constexpr uint8_t kFp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // of an E2M1 number
 
 enum class DenseType { f16, bf16, f32 };
 
@@ -34,16 +40,16 @@ struct Run {
 
 struct IntegerMatrix {
   const uint8_t* panels;        // [ceil(rows / 16), panel_bytes]
-  int64_t panel_bytes;
+  int64_t panel_bytes;          // with the scales, where they lie behind the codes
   const float* scales;          // [ceil(rows / 16), n_groups, 16], or null and then
   const uint16_t* half_scales;  // the same in f16
-  int64_t panel_scales;         // from a panel's scales to the next one's: 16 n_groups, or 0 if all rows share one scale
+  int64_t panel_scales;         // from a panel's scales to the next one's, 0 if all rows share one scale
   int rows, bias;
 };
 
 // A batch of activation rows in int8: x is about q * step. Bounds: |q| <= 128 and inputs <= 65536, so that int8 sums stay below
-// 255 * 128 * 65536 < 2^31, int4 ones, shifted up by 4 bits, below 15 * 16 * 128 * 65536 / 2 < 2^30, and two-bit ones, shifted up by
-// 6 bits, below 2 * 64 * 128 * 65536 / 4 = 2^28.
+// 255 * 128 * 65536 < 2^31, int4 ones, shifted up by 4 bits, below 15 * 16 * 128 * 65536 / 2 < 2^30, two-bit ones, shifted up by
+// 6 bits, below 2 * 64 * 128 * 65536 / 4 = 2^28, and binary ones, shifted up by 7, below 128 * 128 * 65536 / 8 = 2^27.
 struct QuantizedRows {
   const int8_t* q;          // [n_tokens, stride], zero-padded
   int64_t stride;
@@ -59,14 +65,15 @@ struct QuantizedRows {
 // y [n_tokens, rows]: the product for `n_panels` panels from `panel` on. Per run in order the exact sum, less bias * run_sum, as a
 // float times the scale (and times the step, if grouped) is added; at the end times the step (if not grouped).
 using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, float* y);
-// n_inputs is a multiple of 4; input k is added to partial sum k % 4, the result is (0 + 1) + (2 + 3).
-using DotDense = void (*)(const void* panel, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
-                          float* out /* [n_tokens, 16] */);
-// y [n_tokens, y_stride] += what DotDense gives, for n_rows rows of panels that lie panel_bytes apart.
+// The same for dense weights. n_inputs is a multiple of 4; input k is added to partial sum k % 4, fused; the result is (0 + 1) + (2 + 3).
+// n_panels is 1 or 2, panel_bytes apart; n_tokens at most kGemmTokens.
+using MultiplyDense = void (*)(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride,
+                               int n_tokens, float* out /* [n_panels, kGemmTokens, 16] */);
+// y [n_tokens, y_stride] += what MultiplyDense gives, for n_rows rows of panels that lie panel_bytes apart; any number of panels and tokens.
 using AddDense = void (*)(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                           float* y, int64_t y_stride);
 // out [n_tokens, out_stride]: x times few rows [n_rows, row_stride], which lie one after another, zeros from n_inputs up to the next multiple of
-// 16. Lane l adds the products of inputs l, l + 16, ... in order; the lanes are a fixed tree.
+// 16. Lane l adds the products of inputs l, l + 16, ... in order, not fused; the lanes are a fixed tree.
 using DotRows = void (*)(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                          float* out, int64_t out_stride);
 
@@ -74,7 +81,6 @@ using DotRows = void (*)(const void* rows, int n_rows, int64_t row_stride, int64
 // kGemmTokens, inputs a multiple of 16 below 65536. Two panels at once, because a tile of activations serves both. Rows of x up to
 // the next multiple of 16 are readable; so are out's. A product may come in parts of the inputs: the first one starts the sums anew, out
 // holds them after the last one, and nothing else is multiplied in between.
-constexpr int kGemmTokens = 32;
 using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_t inputs, const int8_t* x, int64_t x_stride,
                              int n_tokens, bool first, bool last, int32_t* out /* [n_panels, kGemmTokens, 16], sums of code * x */);
 // ahead: how many bytes after each vector what is unpacked next lies.
@@ -82,20 +88,22 @@ using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, int64_t ahead, 
 
 struct Kernels {
   const char* name;
-  MultiplyInteger multiply_t2, multiply_b3, multiply_i4, multiply_i8;
-  GemmInteger gemm_ternary, gemm_i4, gemm_i8;  // codes up to 2, 15, 255; null where multiply_* does as well
+  MultiplyInteger multiply_t2, multiply_b3, multiply_b1, multiply_i4, multiply_fp4, multiply_i8;
+  GemmInteger gemm_ternary, gemm_i4, gemm_fp4, gemm_i8;  // codes up to 2 (binary too), 15, 24, 255; null where multiply_* does as well
   // Before a thread calls gemm_* with multiples of these inputs and up to so many tokens, and after; may be null.
   void (*begin_gemm)(int64_t inputs, int n_tokens);
   void (*end_gemm)();
-  Unpack unpack_t2, unpack_b3, unpack_i4;
-  // sums [n_tokens, 16] += what a run of the panel adds for tokens t0.., given its dots [n_tokens, 16]
-  void (*add_run)(const IntegerMatrix& w, const QuantizedRows& x, int run, int panel, int t0, int n_tokens, const int32_t* dots, float* sums);
+  Unpack unpack_t2, unpack_b3, unpack_b1, unpack_i4, unpack_fp4;
+  // sums [n_tokens, 16] += what runs [first, first + n_runs) of the panel add for tokens t0.., given their dots [n_runs, n_tokens, 16], dots_stride
+  // apart from run to run; n_runs is at most kGemmRuns.
+  void (*add_runs)(const IntegerMatrix& w, const QuantizedRows& x, int first, int n_runs, int panel, int t0, int n_tokens, const int32_t* dots,
+                   int64_t dots_stride, float* sums);
   // y [n_tokens, rows] of the panels for tokens t0.., where there is one run, given its dots [n_panels, kGemmTokens, 16]
   void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
-  DotDense dot_f16_f32, dot_bf16_f32, dot_f32_f32;
-  AddDense add_f16_f32, add_bf16_f32, add_f32_f32;
-  DotRows rows_f16_f32, rows_bf16_f32, rows_f32_f32;
+  MultiplyDense multiply_f16, multiply_bf16, multiply_f32;
+  AddDense add_f16, add_bf16, add_f32;
+  DotRows rows_f16, rows_bf16, rows_f32;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);
@@ -124,10 +132,12 @@ struct Kernels {
 
 extern const Kernels kScalar;
 #if defined(__x86_64__)
-extern const Kernels kAvx2, kAvx512Vnni, kAvx512Vbmi;
+extern const Kernels kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Vbmi;
 extern const GemmInteger kGemmAmx;
 extern void (*const kBeginAmx)(int64_t inputs, int n_tokens);
 extern void (*const kEndAmx)();
+#elif defined(__aarch64__)
+extern const Kernels kNeon, kNeonDotprod, kNeonI8mm;
 #endif
 
 // ---- dispatch.cpp
@@ -141,5 +151,11 @@ int test_isas(IsaReport* reports);  // best first; returns how many
 // The best instruction set whose self-test passes. `wanted`: a name, or nullptr. Returns nullptr when `wanted` is unknown or
 // cannot run here; sets *failed to the name of a better set that failed its self-test, else nullptr.
 const Kernels* choose_kernels(const char* wanted, const char** failed);
+struct Candidate {
+  const Kernels* kernels;
+  bool supported;
+};
+// The same among `candidates`, best first. The test remembers kernels by their address.
+const Kernels* choose_kernels(const Candidate* candidates, int n, const char* wanted, const char** failed);
 
 }  // namespace bitnet

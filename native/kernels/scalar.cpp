@@ -45,9 +45,17 @@ BITNET_INLINE v16 load_f16(const uint16_t* p) {
 BITNET_INLINE void store_f16(v16 x, uint16_t* p) {
   for (int i = 0; i < 16; i++) p[i] = to_half(x[i]);
 }
+// In double the product is exact; the sum is rounded to odd, so that rounding it to float rounds once (ternary.py, fused_multiply_add).
 BITNET_INLINE v16 fma16(v16 a, v16 b, v16 c) {
   float x[16];
-  for (int i = 0; i < 16; i++) x[i] = __builtin_fmaf(a[i], b[i], c[i]);  // the C library's, exact on any CPU
+  for (int i = 0; i < 16; i++) {
+    const double product = (double)a[i] * b[i], addend = c[i];
+    union { double d; int64_t u; } sum = {product + addend}, error;
+    const double part = sum.d - product;
+    error.d = (product - (sum.d - part)) + (addend - part);
+    if ((error.d < 0 || error.d > 0) && !(sum.u & 1)) sum.u += (sum.u ^ error.u) < 0 ? -1 : 1;  // away from zero if the signs agree
+    x[i] = (float)sum.d;
+  }
   return load(x);
 }
 BITNET_INLINE void store_bytes(int8_t* to, i16x x) {
@@ -61,6 +69,10 @@ constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through mult
 #include "integer_ops.h"
 
 namespace {
+BITNET_INLINE Words fp4_codes(Words numbers) {
+  for (int i = 0; i < kPartBytes / 2; i++) numbers[i] = (uint16_t)(bitnet::kFp4Codes[numbers[i] & 15] | bitnet::kFp4Codes[numbers[i] >> 8] << 8);
+  return numbers;
+}
 // A vector of Tiles tiles; digit(byte, s) is the code of tile s.
 template <int Tiles, int (*digit)(int, int)>
 struct Bytes {
@@ -82,13 +94,17 @@ static int base3_digit(int byte, int s) {
   return s == 0 ? l % 3 : s == 1 ? l / 3 : s == 2 ? h % 3 : s == 3 ? h / 3 % 3 : h / 9;
 }
 static int nibble(int byte, int s) { return (byte >> (4 * s)) & 15; }
+static int fp4(int byte, int s) { return bitnet::kFp4Codes[nibble(byte, s)]; }
+static int bit(int byte, int s) { return (byte >> s & 1) * 2; }
 static int whole(int byte, int) { return byte; }
 using TwoBit = Bytes<4, two_bits>;
 using Base3 = Bytes<5, base3_digit>;
+using Binary = Bytes<8, bit>;
 using Int4 = Bytes<2, nibble>;
+using Fp4 = Bytes<2, fp4>;
 using Int8 = Bytes<1, whole>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kScalar = BITNET_KERNELS("scalar", unpack_b3, no_gemm, no_gemm, no_gemm);
+const Kernels kScalar = BITNET_KERNELS("scalar", unpack_b3, no_gemm, no_gemm, no_gemm, no_gemm);
 }

@@ -21,6 +21,9 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'bitnet' has no attribute {name!r}")
     import importlib
 
+    from bitnet.machine import require_numpy
+
+    require_numpy()
     value = getattr(importlib.import_module(_LAZY[name]), name)
     globals()[name] = value
     return value

@@ -25,6 +25,7 @@ CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in m
 BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits
 BASE3_GROUP = 128  # inputs that share a scale, from which on base-3 is the smaller: every group starts a new vector of 20 inputs
 BASE3_STEPS = "base-3 weights meet activations with one step per token (0); for groups load the model with codec='t2'"
+BINARY_STEPS = 32  # inputs that lie in one vector of binary weights: a step of the activations holds whole vectors
 MOST_THREADS = 1024  # that the native pool takes
 
 
@@ -69,10 +70,11 @@ class Engine:
         self.config = config
         self._native = native
         self.isa: str = native.isa
-        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "int8" or "dense"
+        self.codec = codec  # of the linear layers: "t2" (two-bit ternary), "b3" (base-3), "binary", "int4", "fp4", "int8" or "dense"
         self.head = head  # "stored", or the scheme that embedding and head were quantized to
         self.threads: int = native.threads
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
+        self.weight_bytes: int = native.weight_bytes  # of all weights in memory
 
     @property
     def activation_group(self) -> int:
@@ -83,6 +85,8 @@ class Engine:
     def activation_group(self, group: int) -> None:
         if group and self.codec == "b3":
             raise UsageError(f"activation_group is {group}; {BASE3_STEPS}")
+        if self.codec == "binary":
+            check_binary_steps(group)
         self._native.activation_group = group
 
     @property
@@ -167,6 +171,14 @@ class Engine:
         return np.ascontiguousarray(ids, np.int32)
 
 
+def check_binary_steps(activation_group: int) -> None:
+    """Raises `UsageError` for groups of activations that binary weights cannot meet."""
+    if activation_group % BINARY_STEPS:
+        raise UsageError(
+            f"activation_group is {activation_group}; binary weights meet one step per token (0) or per {BINARY_STEPS}, 64, ... inputs"
+        )
+
+
 def check_codec(codec: str) -> None:
     """Raises `UsageError` for a codec that is none."""
     if codec != "auto" and codec not in CODECS:
@@ -194,12 +206,12 @@ def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -
     if not 1 <= wanted <= MOST_THREADS:
         raise UsageError(f"threads is {wanted}; expected 1 to {MOST_THREADS}")
     isa, failed = _native.choose_isa()
-    if failed:
-        warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa or 'nothing'} instead", stacklevel=3)
     if not isa:
-        raise BitNetError(
-            f"BITNET_ISA={os.environ.get('BITNET_ISA', '')} cannot run here; there are {', '.join(_native.self_test())} (see bitnet doctor)"
-        )
+        asked, there = os.environ.get("BITNET_ISA", ""), ", ".join(_native.self_test())
+        why = ", where it failed its self-test" if failed else ""
+        raise BitNetError(f"BITNET_ISA={asked} cannot run here{why}; there are {there} (see bitnet doctor)")
+    if failed:
+        warnings.warn(f"the {failed} kernels failed their self-test on this CPU; running {isa} instead", stacklevel=3)
     windowed = list(c.windowed or (False,) * c.n_layers)
     try:
         native = _native.Model(

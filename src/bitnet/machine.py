@@ -40,8 +40,9 @@ def total_memory_bytes() -> int | None:
 
 
 def cpu_model() -> str:
-    """The processor's name, "unknown" if there is none."""
-    return next((line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "unknown")
+    """The processor's name; that of the board where, as on Arm, the processor has none; else "unknown"."""
+    named = [line.partition(":")[2].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
+    return next((name for name in (*named, *(line.strip("\0 ") for line in _lines("/proc/device-tree/model"))) if name), "unknown")
 
 
 def cpu_flags() -> set[str]:
@@ -50,18 +51,47 @@ def cpu_flags() -> set[str]:
     return set(line.partition(":")[2].split())
 
 
+def require_numpy() -> None:
+    """Raises `BitNetError` where importing numpy would end Python with an illegal instruction, which no `except` sees.
+
+    numpy's wheels from 2.4 on need what CPUs have since about 2009 (x86-64-v2). Where something of it is missing, a child tries first.
+    """
+    if "numpy" in sys.modules or not hasattr(os, "fork"):
+        return
+    try:
+        from bitnet._native import missing_instructions
+    except ImportError:
+        return  # `bitnet doctor` says what is wrong with it
+    missing = missing_instructions()
+    if not missing:
+        return
+    child = os.fork()
+    if child == 0:
+        try:
+            import numpy  # noqa: F401
+        finally:
+            os._exit(0)  # whatever it raises, the parent will meet
+    if os.WIFSIGNALED(os.waitpid(child, 0)[1]):
+        from importlib.metadata import version
+
+        found = f"numpy {version('numpy')} does not run on this CPU, which has no {', '.join(missing)}"
+        raise BitNetError(f"{found}; install one that does: pip install 'numpy<2.4'")
+
+
 def load_average() -> float:
     """Runnable threads over the last minute; 0.0 if unknown."""
     try:
         return os.getloadavg()[0]
-    except OSError:
+    except (AttributeError, OSError):  # Windows has none
         return 0.0
 
 
-def peak_rss_bytes() -> int:
-    """The most memory this process has had resident."""
-    import resource  # Unix only
-
+def peak_rss_bytes() -> int | None:
+    """The most memory this process has had resident. None if unknown."""
+    try:
+        import resource
+    except ImportError:  # Windows has none
+        return None
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

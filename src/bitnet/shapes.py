@@ -12,11 +12,12 @@ from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.config import weight_shapes
 from bitnet.models.peft import LowRank
 from bitnet.models.rope import Rope
-from bitnet.weights import INT4_GROUP, layer_norms
+from bitnet.weights import QUANTIZED, layer_norms, scheme_bits
 
 MOST_RANK = 256  # of a random adapter
 # scheme of embedding and head -> bits per weight, with the scales of small groups
 HEADS = {"f16": 16.0, "int8": 8.0, "int4": 4.5, "ternary": 2.0}
+WEIGHTS = ("f16", "bf16", *QUANTIZED)  # of the linear layers
 
 
 @dataclass(frozen=True)
@@ -46,26 +47,33 @@ SHAPES = {
 }
 
 
-def shape_bytes(shape: str, head: str = "f16") -> int:
-    """Memory that the weights of a benchmark shape take."""
+def shape_bytes(shape: str, head: str = "f16", weights: str = "ternary") -> int:
+    """Memory that the weights of a benchmark shape take, about."""
     s = SHAPES[shape]
     q, kv = s.heads * s.head_dim, s.kv_heads * s.head_dim
     layer = s.width * (2 * q + 2 * kv + 3 * s.ffn)
     tables = s.vocab * s.width * (1 if s.tied else 2)
-    return s.layers * layer // 4 + int(tables * HEADS[head] / 8)
+    return int(s.layers * layer * scheme_bits(weights, s.width) / 8 + tables * HEADS[head] / 8)
 
 
-def random_engine(shape: str, *, threads: int | None = None, head: str = "int8", codec: str = "auto", seed: int = 1) -> Engine:
+def random_engine(
+    shape: str, *, threads: int | None = None, head: str = "int8", weights: str = "ternary", codec: str = "auto", seed: int = 1
+) -> Engine:
     """A model of one of `SHAPES` with random weights, made in memory: for speed, not for text.
 
     `head`: scheme of the embedding and head, "f16", "int8", "int4" or "ternary" (two-bit, in groups as the layers are).
-    `codec`: of the ternary layers, "t2", "b3" or "auto".
+    `weights`: scheme of the layers, one of `WEIGHTS`, with the scales and the steps of activations that it has in a loaded model.
+    `codec`: of ternary layers, "t2", "b3" or "auto".
     """
     if shape not in SHAPES:
         raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
     if head not in HEADS:
         raise UsageError(f"head is {head!r}; expected one of {', '.join(HEADS)}")
+    if weights not in WEIGHTS:
+        raise UsageError(f"weights is {weights!r}; expected one of {', '.join(WEIGHTS)}")
     check_codec(codec)
+    if codec != "auto" and weights != "ternary":
+        raise UsageError(f"codec is {codec!r} and weights {weights!r}; codecs are for ternary layers, leave it out")
     s = SHAPES[shape]
     config = ModelConfig(
         architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
@@ -73,24 +81,27 @@ def random_engine(shape: str, *, threads: int | None = None, head: str = "int8",
         norm_eps=1e-5, rope=Rope(500_000.0), activation="relu2" if s.bitnet else "silu", sub_norms=s.bitnet, tied=s.tied,
         attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
     )  # fmt: skip
-    native = new_native(config, threads)
+    native = new_native(config, threads, QUANTIZED.get(weights, 0))
     ternary_codec = chosen_codec(codec, native.isa, scale_group=s.group)
     shapes = weight_shapes(config)
 
-    def groups(inputs: int) -> int:
-        return -(-inputs // s.group) if s.group else 1
+    def groups(scheme: str, inputs: int) -> int:
+        group = s.group if scheme in ("ternary", "binary") else QUANTIZED.get(scheme, 0)
+        return -(-inputs // group) if group else 1
 
-    head_groups = groups(s.width) if head == "ternary" else -(-s.width // INT4_GROUP) if head == "int4" else 1
+    head_groups = 1 if head == "int8" else groups(head, s.width)
+    scheme = CODECS[ternary_codec] if weights == "ternary" else weights
     for name in ("embedding",) if s.tied else ("embedding", "head"):
         native.set_random(name, head, *shapes[name], head_groups, seed)
     for i in range(s.layers):
         for number, part in enumerate(LINEARS):
             rows, cols = shapes[part]
-            native.set_random(f"layers.{i}.{part}", CODECS[ternary_codec], rows, cols, groups(cols), seed + 16 * i + number)
+            native.set_random(f"layers.{i}.{part}", scheme, rows, cols, groups(weights, cols), seed + 16 * i + number)
         for part in layer_norms(config):
             native.set_vector(f"layers.{i}.{part}", np.ones(shapes[part], np.float32))
     native.set_vector("final_norm", np.ones(shapes["final_norm"], np.float32))
-    return Engine(config, native, ternary_codec, head)
+    runs = ternary_codec if weights == "ternary" else "dense" if weights in ("f16", "bf16") else weights
+    return Engine(config, native, runs, head)
 
 
 def random_adapter(engine: Engine, rank: int, scheme: str = "f32", seed: int = 1) -> Adapter:

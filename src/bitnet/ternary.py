@@ -9,6 +9,12 @@ Ternary weights are W = scale * T with T in {-1, 0, +1}. Two ways to T are in us
 
 Activations are int8 per token: step = max(|x|max, 1e-5) / 127, q = round half to even(x * 127 / |x|max), clipped to [-128, 127]; or
 likewise per group of a token's inputs, for models that were trained without quantized activations and whose outliers one step cannot hold.
+Other weights are W = scale * integer too, and meet the same activations:
+- int8 and int4, symmetric: scale = |W|max / 127 or / 7, per row or per group of a row's inputs;
+- fp4, the 4-bit floats E2M1: 0, 0.5, 1, 1.5, 2, 3, 4, 6 and their negatives. Doubled they are integers, so that is how they are kept;
+- binary: +1 or -1, scale = mean|W| per row.
+So all six schemes share the product and differ in their integers alone; f16, bf16 and float32 weights meet float32 activations.
+
 A product is an integer dot product per run of inputs over which the weights' scale and the activations' step are constant, times that
 scale (and that step, if there are several), summed over the runs in order, times the token's step (if there is one).
 """
@@ -27,6 +33,7 @@ F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
 
 SMALLEST_ABSMAX = np.float32(1e-5)  # of an activation row, so that a row of zeros has a step
+FP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)  # twice the value of each E2M1 code without its sign
 
 
 def ternarize(weights: Any, alpha: float = 0.05) -> Any:
@@ -107,8 +114,54 @@ def quantize_int4(weights: F32, group: int = 32) -> tuple[I8, F32]:
     return codes.reshape(rows, -1)[:, :inputs], scale
 
 
+def quantize_fp4(weights: F32, group: int = 32) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in], twice the E2M1 values, scales float32 [out, ceil(in / group)]).
+
+    Codes are those of `FP4_DOUBLED` and their negatives. One scale per `group` of inputs, of which the last may be shorter: |W|max / 12,
+    rounded to f16, half of what an E2M1 value is multiplied by. A weight becomes the nearest value; of two as near, the one whose E2M1
+    code is even, which is round half to even.
+    """
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    groups = np.zeros((rows, -(-inputs // group), group), np.float32)
+    groups.reshape(rows, -1)[:, :inputs] = w
+    scale = (np.abs(groups).max(axis=-1) / np.float32(12)).astype(np.float16).astype(np.float32)
+    inverse = np.divide(np.float32(1), scale, out=np.zeros_like(scale), where=scale > 0)
+    x = groups * inverse[..., None]
+    a = np.abs(x)
+    # code 0 to 7 of the magnitude, by the points halfway between two doubled values: where the upper code is even, a tie goes up
+    code = (a > 0.5) + (a >= 1.5).astype(np.int8) + (a > 2.5) + (a >= 3.5) + (a > 5) + (a >= 7) + (a > 10)
+    codes = np.where(x < 0, -FP4_DOUBLED[code], FP4_DOUBLED[code])
+    return codes.reshape(rows, -1)[:, :inputs], scale
+
+
+def quantize_binary(weights: F32, group: int = 0) -> tuple[I8, F32]:
+    """weights float32 [out, in] -> (codes int8 [out, in], -1 or +1, scales float32 [out, 1 or ceil(in / group)]).
+
+    codes are the signs, that of 0 being +1; a scale is mean|W|, which for given signs has the least squared error (XNOR-Net,
+    arXiv:1603.05279, section 3.1). One per row, as there: rows of a matrix differ in size, and a row's scale is all but free (32 bits for
+    thousands of weights) where one for every 32 inputs would make 1 bit 1.5; and it leaves one exact integer sum a row. With a `group`
+    of inputs, a multiple of 16 of which the last may be shorter, as files have it that store blocks.
+
+    The mean is of float64 sums: input k goes to partial sum k mod 8, in order; ((0 + 1) + (2 + 3)) + ((4 + 5) + (6 + 7)), rounded after
+    the division.
+    """
+    w = np.asarray(weights, np.float32)
+    rows, inputs = w.shape
+    size = group or inputs
+    scales = np.empty((rows, -(-inputs // size)), np.float32)
+    for number, at in enumerate(range(0, inputs, size)):
+        part = np.abs(w[:, at : at + size])
+        lanes = np.zeros((rows, -(-part.shape[1] // 8), 8))
+        lanes.reshape(rows, -1)[:, : part.shape[1]] = part
+        s = lanes.cumsum(axis=1)[:, -1]
+        total = ((s[:, 0] + s[:, 1]) + (s[:, 2] + s[:, 3])) + ((s[:, 4] + s[:, 5]) + (s[:, 6] + s[:, 7]))
+        scales[:, number] = total / part.shape[1]
+    return np.where(w < 0, -1, 1).astype(np.int8), scales
+
+
 def matmul_integer(codes: I8, scales: F32, q: I8, step: F32, activation_group: int = 0) -> F32:
-    """The product of ternary or int8 weights with int8 activations.
+    """The product of weights of any integer scheme with int8 activations.
 
     codes int8 [out, in]; scales float32 [out, groups], the groups being equal runs of inputs (the last may be shorter);
     q int8 [tokens, in]; step float32 [tokens], or [tokens, ceil(in / activation_group)]. Returns float32 [tokens, out].
@@ -128,11 +181,11 @@ def matmul_integer(codes: I8, scales: F32, q: I8, step: F32, activation_group: i
 def matmul_dense(weights: F32, x: F32) -> F32:
     """weights float32 [out, in] (widened from whatever is stored), x float32 [tokens, in] -> float32 [tokens, out].
 
-    Input k goes to the partial sum k mod 4, in order, without fused multiply-add; the four are added as (0 + 1) + (2 + 3).
+    Input k goes to the partial sum k mod 4, in order, by fused multiply-adds; the four are added as (0 + 1) + (2 + 3).
     """
     partial = np.zeros((4, x.shape[0], weights.shape[0]), np.float32)
     for k in range(weights.shape[1]):
-        partial[k % 4] = partial[k % 4] + x[:, k, None] * weights[None, :, k]
+        partial[k % 4] = fused_multiply_add(x[:, k, None], weights[None, :, k], partial[k % 4])
     return np.asarray((partial[0] + partial[1]) + (partial[2] + partial[3]), np.float32)
 
 
@@ -150,6 +203,21 @@ def low_rank(a: F32, b: F32, scale: float, x: F32) -> F32:
     for n in (8, 4, 2, 1):
         lanes = lanes[..., :n] + lanes[..., n : 2 * n]
     return matmul_dense(b, lanes[..., 0] * np.float32(scale))
+
+
+def fused_multiply_add(a: F32, b: F32, c: F32) -> F32:
+    """a * b + c, rounded once to float32; finite numbers, broadcast as numpy does.
+
+    In float64 the product is exact. The sum is rounded to odd: where it is not exact and its last bit is 0, it becomes its neighbour
+    on the exact sum's side. With 53 bits that is enough for the second rounding to give what one alone would (Boldo and Melquiond, 2008).
+    """
+    product, addend = np.broadcast_arrays(np.float64(a) * np.float64(b), np.float64(c))
+    total = product + addend
+    part = total - product
+    error = (product - (total - part)) + (addend - part)  # exact (Knuth)
+    towards = np.nextafter(total, np.copysign(np.inf, error))
+    even = (total.view(np.int64) & 1) == 0
+    return np.asarray(np.where((error != 0) & even, towards, total), np.float32)
 
 
 def group_size(in_features: int, groups: int) -> int:

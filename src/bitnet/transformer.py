@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 import operator
 import os
+import re
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,7 @@ from bitnet.tokenizer_gguf import tokenizer_from_gguf
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
     from bitnet.files.hf import Checkpoint
+    from bitnet.models import ModelConfig
     from bitnet.tuning import Choice
 
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
@@ -74,9 +76,11 @@ class TernaryTransformer:
         """Loads a model: the embedded one by its name, a folder in Hugging Face layout, one file, or "org/name" from the Hub.
 
         - kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache
+        - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
         - zero_skip: "auto", True or False (this build runs dense; True warns)
-        - weights: of the linear layers, "stored" (block formats of other programs become int8), "int8", or "f16" with float32 activations
+        - weights: of the linear layers, "stored" (block formats of other programs become int8), "f16" with float32 activations, or "int8",
+          "int4", "fp4", "binary" or "ternary": quantized while loading, as `bitnet.ternary` defines them. Embedding and head are `head`'s
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
         - i2_s: "arm" for a GGUF whose I2_S tensors a build of bitnet.cpp for Arm wrote; the file does not tell (`bitnet doctor` tries it)
         - head: "stored", or "int8" or "int4" (quantized while loading: faster, not exact); None for what tuning chose, else as stored
@@ -97,9 +101,12 @@ class TernaryTransformer:
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
         check_weights(weights, activation_group, head or "stored")
         check_codec(codec)
+        if device != "cpu" and (threads is not None or codec != "auto"):
+            raise UsageError(f"{'threads' if threads is not None else 'codec'} is for device='cpu'; leave it out with device={device!r}")
+        elsewhere = None if device == "cpu" else model_on(device)
         path = resolve(source, revision, file)
         start = time.perf_counter()
-        as_tuned = weights == "stored" and activation_group is None  # what was measured
+        as_tuned = weights == "stored" and activation_group is None and elsewhere is None  # what was measured
         use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
         checkpoint = open_checkpoint(path, i2_s)
         found = canonical(checkpoint)
@@ -107,8 +114,9 @@ class TernaryTransformer:
         paths = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
         parts = {name: read_adapter(folder, found.config).parts for name, folder in paths.items()}
         engine = load_engine(
-            checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group, model=found
-        )
+            checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group,
+            model=found, model_elsewhere=elsewhere,
+        )  # fmt: skip
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
@@ -275,8 +283,8 @@ def check_options(
     if isinstance(kv_bits, bool) or kv_bits != 16:
         raise UsageError(f"kv_bits is {kv_bits!r}; expected 16 (4 and 8 are not yet in this build)")
     _integer("kv_group_size", kv_group_size, at_least=1)
-    if device != "cpu":
-        raise UsageError(f"device is {device!r}; this build runs on device='cpu' only")
+    if not (isinstance(device, str) and re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)):
+        raise UsageError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if not (isinstance(zero_skip, bool) or zero_skip == "auto"):
         raise UsageError(f"zero_skip is {zero_skip!r}; expected True, False or 'auto'")
     if threads is not None:
@@ -289,6 +297,18 @@ def check_options(
             warnings.warn(f"{count} threads on {cores} cores: more threads than cores are slower, not faster", stacklevel=3)
     if zero_skip is True:
         warnings.warn("zero skipping is not yet in this build; it runs dense, with the same result", stacklevel=3)
+
+
+def model_on(device: str) -> Callable[[ModelConfig, int], Any]:
+    """What makes a model on a torch device, for `load_engine`. Raises `UsageError` where torch or the device is missing."""
+    try:
+        from bitnet.train.device import TorchModel, torch_device
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise UsageError(f"device is {device!r}, which needs torch: pip install 'bitnet-ternary[train]'; 'cpu' does without") from None
+    place = torch_device(device)
+    return lambda config, activation_group: TorchModel(config, place, activation_group)
 
 
 def embedded_models() -> list[str]:

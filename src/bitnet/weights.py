@@ -1,9 +1,10 @@
 """From a checkpoint's tensors to the native model's: what each becomes, checked and repacked one at a time.
 
-As stored, nothing is lost: ternary and binary weights stay ternary, f16, bf16 and f32 stay what they are and meet float32 activations.
-Block formats of other programs (Q4_K and its kin) become int8 with a scale per 32 inputs; so does everything dense on request. Integer
-weights meet int8 activations. Ternary ones with one step per token, as BitNet models are trained; int8 ones, whose models were trained
-without, with one step per 32 inputs: outliers in a few of gemma's channels make one step per token cost ten times as much (docs/log.md).
+As stored, nothing is lost: ternary weights stay ternary and binary ones binary; f16, bf16 and f32 stay what they are and meet float32
+activations. Block formats of other programs (Q4_K and its kin) become int8 with a scale per 32 inputs. On request everything that is not
+packed becomes int8, int4, fp4, binary or ternary, as ternary.py defines them, row by row while it is read. Integer weights meet int8
+activations. Ternary and binary ones with one step per token, as BitNet models are trained; the others, whose models were trained without,
+with one step per 32 inputs: outliers in a few of gemma's channels make one step per token cost ten times as much (docs/log.md).
 """
 
 from __future__ import annotations
@@ -19,20 +20,21 @@ from numpy.typing import NDArray
 
 from bitnet import ternary
 from bitnet._native import Matrix, release_freed_memory
-from bitnet.engine import CODECS, Engine, check_codec, chosen_codec, new_native
+from bitnet.engine import CODECS, Engine, check_binary_steps, check_codec, chosen_codec, new_native
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files.tensor import Tensor
 from bitnet.machine import require_memory
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 from bitnet.models.config import weight_shapes
+from bitnet.packing import INTEGERS
 
 HEADS = ("stored", "int8", "int4")
-WEIGHTS = ("stored", "int8", "f16")
+QUANTIZED = {"int8": 32, "int4": 32, "fp4": 32, "binary": 0, "ternary": 0}  # -> inputs that share a scale and a step; 0: a whole row's
+WEIGHTS = ("stored", "f16", *QUANTIZED)
 _FLOATS = ("f32", "f64", "f16", "bf16")
+_INTEGERS = tuple(INTEGERS)  # with the scales of their own file: they run as those very integers
 _BLOCKS = ("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k")
-INT8_GROUP = 32  # inputs that share a scale where weights become int8, and a step of the activations that meet them
 PANEL_ROWS = 16  # of a matrix, which lie side by side in memory: rows are filled in whole panels
-INT4_GROUP = 32  # inputs that share a scale in an int4 head
 _CHUNK = 1 << 20  # values of a tensor worked on at once
 _MAPPED_BYTES = 16 << 20  # of files, after which their pages are given back
 
@@ -61,15 +63,17 @@ def load_engine(
     activation_group: int | None = None,
     codec: str = "auto",
     model: Canonical | None = None,
+    model_elsewhere: Callable[[ModelConfig, int], Any] | None = None,
 ) -> Engine:
     """Repack a checkpoint's weights for this machine.
 
-    `weights`: of the linear layers, "stored" as in the file (block formats as int8), "int8" for all that are not ternary, or "f16" with
-    float32 activations, the exact path of models that were trained so. `head`: "stored" likewise, "int8" with a scale per row, or "int4"
-    with one per 32 inputs.
+    `weights`: of the linear layers, "stored" as in the file (block formats as int8); one of `QUANTIZED` for all that are not packed ternary
+    or binary; or "f16" with float32 activations, the exact path of models that were trained so. Embedding and head are `head`'s: "stored"
+    likewise, "int8" with a scale per row, or "int4" with one per 32 inputs.
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
     `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
+    `model_elsewhere`: makes what stands for the native model, of a configuration and an activation group (train/device.py).
     Raises `UnsupportedModelError` for what this build does not compute, `FormatError` where names or shapes are not what the config says,
     `UsageError` for options that would not run a BitNet model as it was trained, and for codec "b3" with groups of activations.
     """
@@ -77,22 +81,27 @@ def load_engine(
     check_codec(codec)
     model = model or canonical(checkpoint)
     config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
-    if model.quantization and (weights == "f16" or activation_group):
+    if model.quantization and (weights not in ("stored", "int8") or activation_group):
         raise UsageError(f"{where}: is a BitNet model, trained with int8 activations per token; it runs as trained only (weights='stored')")
     shapes = weight_shapes(config)
     for ours, theirs in model.names.items():
         _check_shape(tensors[theirs], shapes[_kind(ours)], where)
         _check_scheme(tensors[theirs])
     require_memory(where, sum(_native_bytes(_kind(ours), tensors[theirs], model, weights) for ours, theirs in model.names.items()))
-    if activation_group is None:
-        int8 = model.quantization is None and any(_becomes_int8(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS)
-        activation_group = INT8_GROUP if int8 else 0
-    release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
-    native = new_native(config, threads, activation_group)
     layers = [tensors[theirs] for ours, theirs in model.names.items() if _kind(ours) in LINEARS]
-    packed = [tensor for tensor in layers if tensor.scheme in ("ternary", "binary")]
+    packed = [tensor for tensor in layers if tensor.scheme == "ternary"]
+    binary = weights == "binary" or any(tensors[theirs].scheme == "binary" for theirs in model.names.values())
+    if weights not in ("stored", "f16", "int8") and all(tensor.scheme in ("ternary", "binary") for tensor in layers):
+        raise UsageError(f"{where}: its layers are packed {layers[0].scheme} already; leave weights={weights!r} out")
+    if activation_group is None:
+        first = [_becomes(tensors[model.names[f"layers.0.{part}"]], weights) for part in LINEARS]
+        activation_group = 0 if model.quantization else max(QUANTIZED.get(scheme, 0) for scheme in first)
+    if binary and weights != "f16":
+        check_binary_steps(activation_group)
+    release_freed_memory()  # of tokenizers and parsed JSON: the peak shall be the weights
+    native = model_elsewhere(config, activation_group) if model_elsewhere else new_native(config, threads, activation_group)
     scale_group = min((tensor.scale_group for tensor in packed), default=0)
-    ternary_codec = chosen_codec(codec, native.isa, activation_group if packed else 0, scale_group)
+    ternary_codec = chosen_codec(codec, native.isa, activation_group if packed or weights == "ternary" else 0, scale_group)
     schemes = set()
     with ThreadPoolExecutor(native.threads) as pool:
         load = _Loader(native, model, checkpoint, weights, CODECS[ternary_codec], pool)
@@ -107,7 +116,8 @@ def load_engine(
                 native.set_vector(ours, np.ascontiguousarray(_finite(tensor) + np.float32(offset), np.float32))
     if codec != "auto" and "ternary" not in schemes:
         raise UsageError(f"{where}: has no ternary layers in this way to run it; codec {codec!r} is for them, leave it out")
-    runs = ternary_codec if "ternary" in schemes else "int8" if "int8" in schemes else "dense"
+    scheme = next(scheme for scheme in ("ternary", "binary", "int4", "fp4", "int8", "dense") if scheme in schemes)
+    runs = getattr(native, "codec", ternary_codec) if scheme == "ternary" else scheme
     return Engine(config, native, runs, head)
 
 
@@ -133,23 +143,35 @@ def _check_shape(tensor: Tensor, expected: tuple[int, ...], where: str) -> None:
 
 
 def _check_scheme(tensor: Tensor) -> None:
-    known = (*_FLOATS, *_BLOCKS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
+    known = (*_FLOATS, *_BLOCKS, *_INTEGERS, "ternary", "binary") if len(tensor.shape) == 2 else _FLOATS
     if tensor.scheme not in known:
         raise UnsupportedModelError(f"{tensor.where}: stored as {tensor.scheme}; this build computes with {', '.join(known)}")
 
 
-def _becomes_int8(tensor: Tensor, weights: str) -> bool:
-    return (tensor.scheme in _BLOCKS and weights != "f16") or (tensor.scheme in _FLOATS and weights == "int8")
+def _becomes(tensor: Tensor, weights: str) -> str:
+    """What `weights` makes of a linear layer, BitNet's apart: its own scheme, f16, or one of `QUANTIZED`."""
+    if weights == "f16":
+        return "f16"
+    if tensor.scheme in ("ternary", "binary", *_INTEGERS) or (tensor.scheme in _FLOATS and weights == "stored"):
+        return tensor.scheme
+    return "int8" if weights == "stored" else weights
+
+
+def scheme_bits(scheme: str, inputs: int) -> float:
+    """Bits a weight of a linear layer with so many inputs, scales included."""
+    bits, scale = {"f16": (16, 0), "bf16": (16, 0), "int8": (8, 32), "int4": (4, 16), "fp4": (4, 16), "binary": (1, 32), "ternary": (2, 0)}[
+        scheme
+    ]
+    return bits + scale / (QUANTIZED.get(scheme) or inputs)
 
 
 def _native_bytes(kind: str, tensor: Tensor, model: Canonical, weights: str) -> int:
     """About what the tensor will take."""
     size = math.prod(tensor.shape)
-    if kind in LINEARS and (tensor.scheme in ("ternary", "binary") or (model.quantization and model.quantization.online)):
-        return size // 4
-    if kind in LINEARS and weights != "stored":
-        return size * (2 if weights == "f16" else 1)
-    return tensor.nbytes if tensor.scheme in _FLOATS else size
+    if kind not in LINEARS:
+        return tensor.nbytes if tensor.scheme in _FLOATS else size
+    scheme = "ternary" if model.quantization and model.quantization.online else _becomes(tensor, weights)
+    return tensor.nbytes if scheme in _FLOATS and scheme != "f16" else int(size * scheme_bits(scheme, tensor.shape[1]) / 8)
 
 
 def _finite(tensor: Tensor) -> NDArray[np.float32]:
@@ -183,15 +205,17 @@ class _Loader:
             self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
             self._set_codes(name, tensor, shape, "ternary")
-        elif scheme == "int4":
-            self._set_values(name, tensor, shape, self._matrix("int4", shape, -(-shape[1] // INT4_GROUP)))  # as ternary.quantize_int4
+        elif tensor.scheme in _INTEGERS and scheme == "stored":
+            self._set_integers(name, tensor, shape)
         elif tensor.scheme in _FLOATS and scheme == "stored":
             self._set_floats(name, tensor, shape)
+        elif scheme == "int4":
+            self._set_quantized(name, tensor, shape, "int4", QUANTIZED["int4"])
         else:
-            self._set_int8(name, tensor, shape, 0 if scheme == "int8" else INT8_GROUP)
+            self._set_quantized(name, tensor, shape, "int8", 0 if scheme == "int8" else QUANTIZED["int8"])
 
     def linear(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
-        """One linear layer; returns the scheme that it runs in: "ternary", "int8" or "dense"."""
+        """One linear layer; returns the scheme that it runs in: one of `QUANTIZED`, or "dense"."""
         q = self.quantization
         stays_dense = q is None or any(part in q.dense for part in (tensor.name, tensor.name.removesuffix(".weight")))
         if tensor.scheme in ("ternary", "binary"):
@@ -200,21 +224,19 @@ class _Loader:
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)
             return self._set_codes(name, tensor, shape, self.ternary_scheme)
-        if tensor.scheme not in _FLOATS:  # a block format
-            return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_int8(name, tensor, shape, INT8_GROUP)
-        if not stays_dense:
+        if tensor.scheme in _INTEGERS and self.weights != "f16":
+            return self._set_integers(name, tensor, shape)
+        if not stays_dense and tensor.scheme in _FLOATS:
             if q is None or not q.online:
                 raise FormatError(
                     f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
                 )
-            trits, scale = self._ternarized(tensor)
-            matrix = self._matrix(self.ternary_scheme, shape)
-            matrix.fill_codes(0, trits)
-            matrix.set_scales(0, np.full((shape[0], 1), scale, np.float32))
-            self.native.set_matrix(name, matrix)
-            return "ternary"
-        if self.weights == "int8":
-            return self._set_int8(name, tensor, shape, INT8_GROUP)
+            return self._set_ternarized(name, tensor, shape)
+        scheme = _becomes(tensor, self.weights)
+        if scheme == "ternary":
+            return self._set_ternarized(name, tensor, shape)
+        if scheme in QUANTIZED:
+            return self._set_quantized(name, tensor, shape, scheme, QUANTIZED[scheme])
         return self._set_f16(name, tensor, shape) if self.weights == "f16" else self._set_floats(name, tensor, shape)
 
     def _set_codes(self, name: str, tensor: Tensor, shape: tuple[int, ...], ternary_scheme: str) -> str:
@@ -226,8 +248,9 @@ class _Loader:
             )
         if scales.size == 1 or (scales == scales.flat[0]).all():
             scales = np.full((shape[0], 1), scales.flat[0], np.float32)
-        scheme, matrix = "ternary", self._matrix(ternary_scheme, shape, scales.shape[1])
-        if not self._fill_stored(matrix, tensor):
+        scheme = "ternary" if tensor.scheme == "ternary" else "binary"
+        matrix = self._matrix(ternary_scheme if scheme == "ternary" else "binary", shape, scales.shape[1])
+        if scheme == "binary" or not self._fill_stored(matrix, tensor):
             codes = np.ascontiguousarray(tensor.codes()[: shape[0]])
             if codes.max() > 1:
                 scheme, matrix = "int8", self._matrix("int8", shape, scales.shape[1])
@@ -235,6 +258,19 @@ class _Loader:
         matrix.set_scales(0, np.ascontiguousarray(scales, np.float32))
         self.native.set_matrix(name, matrix)
         return scheme
+
+    def _set_integers(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """Integers and their scales as they are stored."""
+        scales = np.ascontiguousarray(tensor.scales(), np.float32)
+        if not np.isfinite(scales).all():
+            raise _not_finite(tensor)
+        matrix = self._matrix(tensor.scheme, shape, scales.shape[1])
+        for first, last in _spans(shape):
+            matrix.fill_codes(first, np.ascontiguousarray(tensor.code_rows(first, last)))
+            self._was_read(tensor, tensor.nbytes * (last - first) // shape[0])
+        matrix.set_scales(0, scales)
+        self.native.set_matrix(name, matrix)
+        return tensor.scheme
 
     def _fill_stored(self, matrix: Any, tensor: Tensor) -> bool:
         """Codes as they lie in the file; False where there are others than of trits, or a layout that native code does not read."""
@@ -276,13 +312,22 @@ class _Loader:
         self._set_values(name, tensor, shape, self._matrix("f32" if tensor.scheme == "f64" else tensor.scheme, shape))
         return "dense"
 
-    def _set_int8(self, name: str, tensor: Tensor, shape: tuple[int, ...], group: int) -> str:
-        """`group`: inputs that share a scale; 0 for one scale per row. Quantized as ternary.quantize_int8 says."""
-        self._set_values(name, tensor, shape, self._matrix("int8", shape, -(-shape[1] // group) if group else 1))
-        return "int8"
+    def _set_quantized(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str, group: int) -> str:
+        """`group`: inputs that share a scale; 0 for one scale per row. Quantized as ternary.quantize_int8 and its kin say."""
+        self._set_values(name, tensor, shape, self._matrix(scheme, shape, -(-shape[1] // group) if group else 1))
+        return scheme
+
+    def _set_ternarized(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
+        """By absmean, one scale for the tensor."""
+        trits, scale = self._ternarized(tensor)
+        matrix = self._matrix(self.ternary_scheme, shape)
+        matrix.fill_codes(0, trits)
+        matrix.set_scales(0, np.full((shape[0], 1), scale, np.float32))
+        self.native.set_matrix(name, matrix)
+        return "ternary"
 
     def _set_values(self, name: str, tensor: Tensor, shape: tuple[int, ...], matrix: Any) -> None:
-        """Values into a matrix of their own scheme, or quantized into one of int8 or int4."""
+        """Values into a matrix of their own scheme, or quantized into one of int8, int4, fp4 or binary."""
         finite = True
         if tensor.scheme in ("f32", "f16", "bf16"):
             for first, last in _spans(shape):
@@ -314,7 +359,7 @@ class _Loader:
         return "dense"
 
     def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
-        return Matrix(self.native, scheme, shape[0], shape[1], n_groups)
+        return getattr(self.native, "Matrix", Matrix)(self.native, scheme, shape[0], shape[1], n_groups)
 
     def _made(
         self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner, Result
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 
-from bitnet.cli import cli
 from bitnet.files import safetensors
 from bitnet.packing import pack_hf
 
@@ -61,15 +56,3 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.json").write_text(json.dumps(config))
     (folder / "tokenizer.json").write_text(byte_tokenizer().to_str())
     return folder
-
-
-@pytest.fixture
-def bitnet() -> Callable[..., Result]:
-    """Runs `bitnet ARGS` in this process."""
-    return lambda *args: CliRunner().invoke(cli, [str(arg) for arg in args])
-
-
-@pytest.fixture
-def process_environment() -> dict[str, str]:
-    """For real processes: this environment, finding the same package as these tests."""
-    return {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1"}

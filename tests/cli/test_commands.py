@@ -9,21 +9,32 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import click
 import pytest
 from click.testing import Result
 
 from bitnet import __version__, machine
 from bitnet.cli import COMMANDS
-from bitnet.cli.bench import CODEC_NAMES, MODEL_HEADS, SHAPE_HEADS, SHAPE_NAMES
+from bitnet.cli.bench import (
+    CODEC_NAMES,
+    MODEL_HEADS,
+    MODEL_WEIGHTS,
+    SHAPE_ALIASES,
+    SHAPE_HEADS,
+    SHAPE_NAMES,
+    SHAPE_WEIGHTS,
+)
 from bitnet.cli.eval import repeat_option
 from bitnet.cli.options import EMBEDDED_MODEL
+from bitnet.cli.run import command as run
 from bitnet.engine import CODECS
 from bitnet.errors import BitNetError
 from bitnet.machine import require_memory
 from bitnet.shapes import HEADS as HEADS_OF_SHAPES
 from bitnet.shapes import SHAPES
+from bitnet.shapes import WEIGHTS as WEIGHTS_OF_SHAPES
 from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
-from bitnet.weights import HEADS
+from bitnet.weights import HEADS, WEIGHTS
 
 Bitnet = Callable[..., Result]
 
@@ -35,6 +46,9 @@ def test_what_is_written_twice_to_keep_help_quick_agrees() -> None:
     assert EMBEDDED_MODEL == MODEL_OF_THE_LIBRARY
     assert tuple(SHAPES) == SHAPE_NAMES
     assert (tuple(HEADS_OF_SHAPES), HEADS, ("auto", *CODECS)) == (SHAPE_HEADS, MODEL_HEADS, CODEC_NAMES)
+    assert (WEIGHTS_OF_SHAPES, WEIGHTS) == (SHAPE_WEIGHTS, MODEL_WEIGHTS) and set(SHAPE_ALIASES.values()) <= set(SHAPES)
+    weights = next(option for option in run.params if option.name == "weights")
+    assert isinstance(weights.type, click.Choice) and tuple(weights.type.choices) == WEIGHTS
 
 
 def test_help_version_and_wrong_commands(bitnet: Bitnet) -> None:
@@ -139,8 +153,7 @@ def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.Monk
 BENCH_KEYS = {
     "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
     "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
-    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost",
-    "adapter",
+    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights", "adapter",
 }  # fmt: skip
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)
 
@@ -169,6 +182,51 @@ def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> Non
     assert (found["model"], found["shape"], found["head"]) == (None, "article-12x512", "int8")
     assert found["head_cost"]["model"] == EMBEDDED_MODEL and found["head_cost"]["head"] == "int8"
     assert f"head cost  {EMBEDDED_MODEL}, as random weights cannot tell, int8 against stored: same top-1 9" in done.stdout
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_of_quantized_layers(bitnet: Bitnet, tmp_path: Path) -> None:
+    found = json.loads(bitnet("bench", "--shape", "article-12x512", "--weights", "fp4", *QUICK, "--json").stdout.splitlines()[-1])
+    assert (found["weights"], found["codec"], found["head"]) == ("fp4", "fp4", "int8")
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_compares_schemes(bitnet: Bitnet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it draws the picture")
+    picture, args = tmp_path / "six.png", ("--shape", "article-12x512", *QUICK, "--json")
+    done = bitnet("bench", "--compare", "fp16,int4,ternary", "--picture", picture, *args)
+    assert done.exit_code == 0 and done.stderr == ""
+    table, found = done.stdout.splitlines(), json.loads(done.stdout.splitlines()[-1])
+    assert [line.split()[0] for line in table[:4]] == ["scheme", "fp16", "int4", "ternary"]
+    assert table[0].endswith("article: MB  ms/token") and table[1].split()[-2:] == ["192", "-"] and table[3].split()[-2:] == ["-", "8.4"]
+    assert table[2].split()[-2:] == ["-", "-"] and "in turns" in done.stdout and f"picture: {picture}" in table
+    assert picture.read_bytes().startswith(b"\x89PNG") and list(tmp_path.iterdir()) == [picture]
+    assert (found["shape"], found["together"], found["roofline_gb_s"]) == ("article-12x512", True, 20.0)
+    fp16, int4, ternary = found["rows"]
+    assert [row["head"] for row in found["rows"]] == ["f16", "int8", "int8"] and int4["codec"] == "int4"
+    assert fp16["weight_bytes"] > int4["weight_bytes"] > ternary["weight_bytes"] == ternary["weight_bytes_per_token"]
+    for row in found["rows"]:
+        assert row["bandwidth_gb_s"] == pytest.approx(row["weight_bytes_per_token"] / row["ms_per_token"] / 1e6)
+        assert row["roofline_share"] == pytest.approx(row["bandwidth_gb_s"] / 20.0)
+    monkeypatch.setattr("bitnet.bench.compare.available_memory_bytes", lambda: 10**8)
+    monkeypatch.setattr("bitnet.bench.compare.ROOFLINE_BYTES", 0)
+    done = bitnet("bench", "--compare", "int4,binary", *args, "--head", "int4")
+    alone = json.loads(done.stdout.splitlines()[-1])
+    assert "192" not in done.stdout.splitlines()[1] and "in turns" in done.stdout and alone["together"]
+    monkeypatch.setattr("bitnet.bench.compare.available_memory_bytes", lambda: 10**7)
+    monkeypatch.setattr("bitnet.bench.compare.require_memory", lambda what, needed: None)
+    done = bitnet("bench", "--compare", "int4,binary", *args)
+    assert not json.loads(done.stdout.splitlines()[-1])["together"] and "one after the other, for together they do not fit" in done.stdout
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_a_picture_that_cannot_be_written(bitnet: Bitnet, tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed; it draws the picture")
+    args = ("--compare", "binary", "--shape", "article-12x512", *QUICK)
+    for name, reason in (("none/a.png", "No such file or directory"), ("a.txt", "Format 'txt' is not supported")):
+        done = bitnet("bench", *args, "--picture", tmp_path / name)
+        assert done.exit_code == 1 and done.stderr.startswith(f"error: {tmp_path / name}: the picture cannot be written ({reason}")
+        assert done.stderr.count("\n") == 1 and not list(tmp_path.iterdir())
 
 
 @pytest.mark.usefixtures("known_machine")
@@ -249,6 +307,19 @@ def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_f
         (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored, int8, int4"),
         (("--tune", "--shape", "article-12x512"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
         (("--tune", "--head", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
+        (("--compare", "fp16"), "error: --compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, "),
+        (("--compare", "fp16", "--shape", "2b-4t", "--depth", "1"), "error: --compare takes a --shape, and no MODEL, --weights, "),
+        (("--compare", "fp16,int5", "--shape", "article-12x512"), "error: no scheme is called 'int5'; compare some of fp16,int8,int4,fp4,"),
+        (("--compare", "fp4,fp4", "--shape", "article-12x512"), "error: 'fp4,fp4' names a scheme twice; expected each once"),
+        (
+            ("--compare", "fp4", "--shape", "article-12x512", "--head", "stored"),
+            "error: --head stored is for a MODEL; a --shape takes f16,",
+        ),
+        (("--compare", "fp4", "--shape", "article-12x512", "--repetitions", "0"), "error: repetitions is 0; expected a whole number >= 1"),
+        (("--picture", "a.png"), "error: --picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary"),
+        (("--weights", "bf16"), "error: --weights bf16 is for a --shape; a MODEL takes stored, f16, int8, int4, fp4, binary, ternary"),
+        (("--shape", "article-12x512", "--weights", "stored"), "error: --weights stored is for a MODEL; a --shape takes f16, bf16, int8,"),
+        (("--tune", "--weights", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
         (("--codec", "tl2"), "error: Invalid value for '--codec': 'tl2' is not one of 'auto', 't2', 'b3'"),
         (("--shape", "gpt-9"), "error: Invalid value for '--shape': 'gpt-9' is not one of"),
         (

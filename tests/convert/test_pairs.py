@@ -20,7 +20,7 @@ from bitnet.convert.verify import verify
 from bitnet.models import open_checkpoint
 from bitnet.transformer import TernaryTransformer
 
-TERNARY = [name for name, form in FORMATS.items() if not form.dense and form.weights not in ("q8_0", "q4_0", "q1_0")]
+TERNARY = [name for name, form in FORMATS.items() if not form.dense and not form.integer and form.weights != "q1_0"]
 DENSE = [name for name, form in FORMATS.items() if form.dense]
 FAMILIES = list(packed_models.PARTICULARS)
 CLOSE = 2e-2  # of the logits' norm: int8 activations fall to other sides where float sums run in another order (llama's rope by pairs)

@@ -97,7 +97,7 @@ def test_what_is_refused() -> None:
         ({"alpha": -1.0}, "alpha is -1.0; expected a finite number >= 0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"method": "absmean", "alpha": 0.1}, "absmean has no alpha"),
-        ({"scale": "column"}, "scale is 'column'; expected tensor, row, or a multiple of 32"),
+        ({"scale": "column"}, "scale is 'column'; expected tensor, row, or group:N, a multiple of 32"),
         ({"scale": 33}, "scale is 33"),
     ):
         with pytest.raises(UsageError, match=message):
@@ -168,5 +168,5 @@ def test_a_binary_source_yields_no_zeros_and_says_so(tmp_path: Path) -> None:
 def test_alpha_without_ternary_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="alpha, method and scale belong to quantization 'ternary'"):
         convert(write(tmp_path / "source"), tmp_path / "out", ternarization=Ternarization(alpha=0.1))
-    with pytest.raises(UsageError, match="quantization is 'fp4'; expected one of ternary, int8, int4, fp16"):
-        convert(write(tmp_path / "source"), tmp_path / "out", quantization="fp4")
+    with pytest.raises(UsageError, match="quantization is 'nf4'; expected one of ternary, binary, int8, int4, fp4, fp16"):
+        convert(write(tmp_path / "source"), tmp_path / "out", quantization="nf4")

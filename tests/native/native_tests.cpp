@@ -1,10 +1,14 @@
 // The native core without Python, so that the sanitizers see all of it: kernels against the scalar ones over the grid of
 // sizes, the thread pool, and the forward pass of a small random model in every arrangement of its batch.
+#include <algorithm>
+#include <cinttypes>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <memory>
 #include <random>
+#include <string>
 
 #include "amx_emulation.h"
 #define BITNET_EMULATED_AMX
@@ -26,6 +30,13 @@ void check(bool ok, const char* what, const char* isa, int a = 0, int b = 0) {
 std::mt19937 rng(7);
 float normal() { return std::normal_distribution<float>()(rng); }
 
+constexpr Scheme kIntegerSchemes[] = {Scheme::ternary, Scheme::ternary_base3, Scheme::binary, Scheme::int4, Scheme::fp4, Scheme::int8};
+int8_t random_weight(Scheme s) {
+  const CodeLayout codes = layout(s);
+  while (true)
+    if (const unsigned code = unsigned(rng() % (codes.top + 1)); bits_of_code(s, code) >= 0) return int8_t(int(code) - codes.bias);
+}
+
 std::vector<const Kernels*> runnable() {
   std::vector<const Kernels*> found;
   IsaReport reports[kMaxIsas];
@@ -38,6 +49,54 @@ std::vector<const Kernels*> runnable() {
   const char* failed = nullptr;
   check(choose_kernels("no such set", &failed) == nullptr, "an unknown name is refused", "");
   return found;
+}
+
+// Kernels that lie are found out at start-up, named, and replaced by the next best: one that does nothing in each place of the table in
+// turn, and some that are wrong in one bit, or by saturating.
+void test_lies(const std::vector<const Kernels*>& isas) {
+  static const Kernels* honest;
+  honest = isas.size() > 1 ? isas[isas.size() - 2] : &kScalar;  // the simplest that is not the reference itself
+  auto found_out = [&](Kernels lying, const char* what, int place) {
+    static std::vector<std::unique_ptr<Kernels>> kept;  // a table's address must stay its own
+    lying.name = "lying";
+    kept.push_back(std::make_unique<Kernels>(lying));
+    const Candidate candidates[] = {{kept.back().get(), false}, {kept.back().get(), true}, {honest, true}, {&kScalar, true}};
+    const char* failed = nullptr;
+    check(choose_kernels(candidates, 4, nullptr, &failed) == honest && failed && !std::strcmp(failed, "lying"), what, honest->name, place);
+    check(choose_kernels(candidates, 4, "lying", &failed) == nullptr && failed && !std::strcmp(failed, "lying"), what, "asked for", place);
+  };
+  using Function = void (*)();
+  const Function nothing = [] {};
+  constexpr int kPlaces = int((sizeof(Kernels) - sizeof(const char*)) / sizeof(Function));
+  for (int place = 0; place < kPlaces; place++) {
+    Kernels lying = *honest;
+    char* at = reinterpret_cast<char*>(&lying) + sizeof(const char*) + place * sizeof(Function);
+    Function before;
+    std::memcpy(&before, at, sizeof before);
+    if (!before) continue;
+    std::memcpy(at, &nothing, sizeof nothing);
+    found_out(lying, "a kernel that does nothing is found out", place);
+  }
+  Kernels lying = *honest;
+  lying.multiply_t2 = [](const IntegerMatrix& w, const QuantizedRows& x, int first, int n, float* y) {
+    honest->multiply_t2(w, x, first, n, y);
+    float& last = y[size_t(x.n_tokens) * w.rows - 1];
+    last = std::nextafter(last, 1e9f);
+  };
+  found_out(lying, "one bit of a product is found out", 0);
+  lying = *honest;
+  lying.sum_i8 = [](const int8_t* q, int n) { return std::clamp(honest->sum_i8(q, n), -32768 / 4, 32767 / 4); };
+  found_out(lying, "saturation is found out", 0);
+  lying = *honest;
+  lying.quantize = [](const float* x, int n, int8_t* q, int32_t* sum) {
+    const float step = honest->quantize(x, n, q, sum);
+    q[n - 1] ^= 1;
+    return step;
+  };
+  found_out(lying, "one bit of a code is found out", 0);
+  const Candidate liars[] = {{&lying, true}};
+  const char* failed = nullptr;
+  check(choose_kernels(liars, 1, nullptr, &failed) == nullptr && failed, "where all lie, none runs", "");
 }
 
 // What ternary.py defines, in 64-bit integers.
@@ -61,22 +120,23 @@ void reference(const std::vector<int8_t>& codes, const std::vector<float>& scale
 
 void test_matmul(const std::vector<const Kernels*>& isas) {
   struct Case { int rows, cols, groups, tokens; };
-  const char* kNames[] = {"two-bit", "base-3", "int4", "int8"};
+  const char* kNames[] = {"two-bit", "base-3", "binary", "int4", "fp4", "int8"};
   const Case cases[] = {{1, 1, 1, 1},    {16, 16, 1, 1},   {17, 33, 1, 2},   {40, 100, 1, 5},   {48, 256, 2, 9},
                         {64, 400, 4, 7}, {16, 2048, 1, 1}, {33, 512, 16, 64}, {16, 16384, 1, 3}, {16, 16384, 128, 2}};
   for (const Case& c : cases)
-    for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::int4, Scheme::int8})
+    for (Scheme scheme : kIntegerSchemes)
       for (int extreme = 0; extreme < 2; extreme++) {
         std::vector<int8_t> codes(size_t(c.rows) * c.cols);
         std::vector<float> scales(size_t(c.rows) * c.groups), x(size_t(c.tokens) * c.cols), expected(size_t(c.tokens) * c.rows), y(expected.size());
-        const int top = scheme == Scheme::int8 ? 127 : scheme == Scheme::int4 ? 7 : 1;
-        for (int8_t& v : codes) v = int8_t(extreme ? top : int(rng() % (2 * top + 1)) - top);
+        const int top = layout(scheme).top - layout(scheme).bias;
+        for (int8_t& v : codes) v = extreme ? int8_t(top) : random_weight(scheme);
         for (float& v : scales) v = c.groups % 4 == 0 ? float(int(rng() % 4096)) / 64 - 32 : normal();  // of f16, or not
         for (float& v : x) v = extreme ? -3.0f : normal();
         Linear w = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, c.groups);
         for (const Kernels* k : isas)
           for (int step_group : {0, 48, 64}) {
-            if (step_group && scheme == Scheme::ternary_base3) continue;
+            const int per_vector = layout(scheme).inputs();
+            if (step_group && (step_group % per_vector || (c.groups > 1 && w.group % per_vector))) continue;  // refused: it may cut a vector
             ThreadPool pool(step_group ? 3 : 1);
             Activations in(step_group);
             in.set(x.data(), c.tokens, c.cols);
@@ -92,9 +152,56 @@ void test_matmul(const std::vector<const Kernels*>& isas) {
       }
 }
 
+// The largest sums: as many inputs as kernels.h allows, every code the largest or the smallest, every activation -128 or 127.
+void test_bounds(const std::vector<const Kernels*>& isas) {
+  constexpr int kInputs = 65536, kTokens = 15;
+  std::vector<int8_t> x(size_t(round_up(kTokens, 16)) * kInputs + kSlack);
+  const std::vector<float> ones(kTokens * 16, 1.0f);
+  const std::vector<int32_t> no_sums(kTokens);
+  std::vector<int32_t> dots(kGemmTokens * 16);
+  for (int value : {-128, 127}) {
+    std::fill(x.begin(), x.end(), int8_t(value));
+    for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::binary, Scheme::int4, Scheme::fp4, Scheme::int8})
+      for (int code : {layout(scheme).top, 0}) {
+        const int per_vector = layout(scheme).inputs(), vectors = kInputs / per_vector;
+        int byte = code;  // of vectors that hold the code everywhere
+        if (scheme == Scheme::ternary) byte = 0x55 * code;
+        else if (scheme == Scheme::ternary_base3) byte = code ? 9 * 26 + 8 + 26 / 7 : 0;
+        else if (scheme == Scheme::binary) byte = code ? 0xff : 0;
+        else if (scheme == Scheme::int4) byte = 0x11 * code;
+        else if (scheme == Scheme::fp4) byte = code ? 0x77 : 0xff;  // 6 and -6
+        const std::vector<uint8_t> panel(size_t(vectors) * 64 + kSlack, uint8_t(byte)), tiles(size_t(kInputs) * 16 + kSlack, uint8_t(code));
+        const Run run{0, kInputs, 0, vectors, 0, 0};
+        const IntegerMatrix w{panel.data(), 0, ones.data(), nullptr, 0, 16, 0};
+        for (const Kernels* k : isas) {
+          if (!std::strcmp(k->name, "scalar") && isas.size() > 1) continue;  // it sums one by one, in 32 bits
+          const auto [multiply, gemm] = [&]() -> std::pair<MultiplyInteger, GemmInteger> {
+            switch (scheme) {
+              case Scheme::ternary: return {k->multiply_t2, k->gemm_ternary};
+              case Scheme::ternary_base3: return {k->multiply_b3, k->gemm_ternary};
+              case Scheme::binary: return {k->multiply_b1, k->gemm_ternary};
+              case Scheme::int4: return {k->multiply_i4, k->gemm_i4};
+              case Scheme::fp4: return {k->multiply_fp4, k->gemm_fp4};
+              default: return {k->multiply_i8, k->gemm_i8};
+            }
+          }();
+          std::vector<float> y(kTokens * 16);
+          multiply(w, {x.data(), kInputs, &run, 1, no_sums.data(), ones.data(), 1, false, kTokens}, 0, 1, y.data());
+          const int64_t expected = int64_t{vectors} * per_vector * code * value;
+          for (float v : y) check(v == float(expected), "the largest sums", k->name, code, value);
+          if (!gemm) continue;
+          if (k->begin_gemm) k->begin_gemm(kInputs - 16, kTokens);
+          gemm(tiles.data(), 0, 1, kInputs - 16, x.data(), kInputs, kTokens, true, true, dots.data());
+          if (k->end_gemm) k->end_gemm();
+          for (int i = 0; i < kTokens * 16; i++) check(dots[i] == int64_t{kInputs - 16} * code * value, "the largest sums of gemm", k->name, code, value);
+        }
+      }
+  }
+}
+
 bool same(const Linear& a, const Linear& b) {
   return a.panels.size() == b.panels.size() && !std::memcmp(a.panels.data(), b.panels.data(), a.panels.size()) &&
-         a.scales.size() == b.scales.size() && std::equal(a.scales.data(), a.scales.data() + a.scales.size(), b.scales.data());
+         a.scales.size() == b.scales.size() && std::equal(a.scales.data(), a.scales.data() + a.scales.size(), b.scales.data()) && a.scales_lie == b.scales_lie;
 }
 
 // Stored bytes into panels, in memory of exactly their size, against one code at a time.
@@ -105,18 +212,15 @@ void test_repack() {
       ThreadPool pool(threads);
       const size_t n = size_t(c.rows) * c.cols;
       const int band = (c.rows + 3) / 4, cut = c.rows / 32 * 16;  // two runs of rows
-      std::vector<int8_t> trits(n), wide(n);
+      std::vector<int8_t> trits(n), codes(n);
       std::vector<float> scales(c.rows);
       std::vector<uint8_t> banded(size_t(band) * c.cols);
       for (int8_t& v : trits) v = int8_t(int(rng() % 3) - 1);
-      for (int8_t& v : wide) v = int8_t(rng());
       for (float& v : scales) v = normal();
       for (int r = 0; r < c.rows; r++)
         for (int i = 0; i < c.cols; i++) banded[size_t(r % band) * c.cols + i] |= uint8_t((trits[size_t(r) * c.cols + i] + 1) << 2 * (r / band));
-      for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3, Scheme::int4, Scheme::int8}) {
-        std::vector<int8_t> codes = scheme < Scheme::int4 ? trits : wide;
-        if (scheme == Scheme::int4)
-          for (int8_t& v : codes) v = int8_t(v >> 4);
+      for (Scheme scheme : kIntegerSchemes) {
+        for (int8_t& v : codes) v = random_weight(scheme);
         Linear expected = repack_integer(scheme, codes.data(), scales.data(), c.rows, c.cols, 1), w = empty_linear(scheme, c.rows, c.cols, 1);
         prefault(pool, w);
         for (int first : {0, cut})
@@ -144,8 +248,10 @@ void test_repack() {
         Linear dense = empty_linear(scheme, c.rows, c.cols, 1), int8 = empty_linear(Scheme::int8, c.rows, c.cols, 1);
         check(fill_values(pool, dense, 0, c.rows, type, values.data()) && same(dense, repack_dense(scheme, values.data(), c.rows, c.cols)), "fill_values", "", c.rows, c.cols);
         check(fill_values(pool, int8, 0, c.rows, type, values.data()), "quantized", "", c.rows, c.cols);
-        Linear int4 = empty_linear(Scheme::int4, c.rows, c.cols, 1);
-        fill_values(pool, int4, 0, c.rows, type, values.data());  // its scales may be beyond f16
+        for (Scheme scheme : {Scheme::binary, Scheme::int4, Scheme::fp4}) {
+          Linear w = empty_linear(scheme, c.rows, c.cols, 1);
+          check(fill_values(pool, w, 0, c.rows, type, values.data()) || scheme != Scheme::binary, "quantized", "", c.rows, c.cols);  // scales may be beyond f16
+        }
         std::fill(values.end() - values.size() / n, values.end(), 0xff);
         check(!fill_values(pool, dense, 0, c.rows, type, values.data()) && !fill_values(pool, int8, 0, c.rows, type, values.data()), "not finite", "", c.rows, c.cols);
       }
@@ -202,8 +308,8 @@ void fill(Model& m) {
   dense("embedding", Scheme::f16, c.vocab_size, c.hidden_size);
   for (int i = 0; i < c.n_layers; i++) {
     const std::string at = "layers." + std::to_string(i) + ".";
-    dense(at + "q", Scheme::ternary, q, c.hidden_size), dense(at + "k", Scheme::ternary, kv, c.hidden_size);
-    dense(at + "v", Scheme::int8, kv, c.hidden_size), dense(at + "o", Scheme::bf16, c.hidden_size, q);
+    dense(at + "q", Scheme::binary, q, c.hidden_size), dense(at + "k", Scheme::ternary, kv, c.hidden_size);
+    dense(at + "v", c.activation_group ? Scheme::fp4 : Scheme::int8, kv, c.hidden_size), dense(at + "o", Scheme::bf16, c.hidden_size, q);
     dense(at + "gate", Scheme::ternary, c.ffn_size, c.hidden_size), dense(at + "up", Scheme::f16, c.ffn_size, c.hidden_size);
     dense(at + "down", c.activation_group ? Scheme::int4 : Scheme::ternary_base3, c.hidden_size, c.ffn_size);
     ones(at + "attn_norm", c.hidden_size), ones(at + "ffn_norm", c.hidden_size), ones(at + "q_bias", q), ones(at + "down_bias", c.hidden_size);
@@ -244,7 +350,8 @@ bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits
   return forward(m, batch, all, logits.data(), [] { return false; });
 }
 
-void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
+// Logits of 300 tokens by every instruction set: the same bits in every arrangement; returns their checksum, to compare machines.
+uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
   std::vector<int32_t> ids(300);
   for (int32_t& id : ids) id = int32_t(rng() % c.vocab_size);
   std::vector<float> first, first_adapted;
@@ -291,21 +398,32 @@ void test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
       std::vector<Span> again = {{&b, ids.data(), 5}};
       check(!forward(m, again, false, step.data(), [] { return true; }) && b.length() == before, "an interrupted forward appends nothing", k->name);
     }
+  uint64_t sum = 0xcbf29ce484222325;  // FNV-1a
+  for (float v : first) {
+    uint32_t bits;
+    std::memcpy(&bits, &v, sizeof bits);
+    sum = (sum ^ bits) * 0x100000001b3;
+  }
+  return sum;
 }
 }  // namespace
 
 int main() {
   const auto isas = runnable();
+  test_lies(isas);
   test_matmul(isas);
+  test_bounds(isas);
   test_repack();
   test_amx_in_emulation();
   test_threads();
   Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = 48, .ffn_size = 80, .n_heads = 4, .n_kv_heads = 2, .head_dim = 12,
            .max_context = 700, .norm_eps = 1e-5f, .activation = Activation::relu2, .attention_scale = 0.3f, .sub_norms = true};
-  test_forward(isas, c);
+  const uint64_t first = test_forward(isas, c);
   c.activation = Activation::gelu_tanh, c.sub_norms = false, c.post_norms = c.qk_norms = true, c.sliding_window = 70;
   c.embedding_scale = 7, c.activation_group = 32;
-  test_forward(isas, c);
-  std::printf("%s on %zu instruction sets: %d failures\n", failures ? "FAILED" : "passed", isas.size(), failures);
+  std::string names;
+  for (const Kernels* k : isas) names += (names.empty() ? "" : ", ") + std::string(k->name);
+  std::printf("logits %016" PRIx64 " %016" PRIx64 "\n", first, test_forward(isas, c));  // the same on every machine
+  std::printf("%s on %s: %d failures\n", failures ? "FAILED" : "passed", names.c_str(), failures);
   return failures ? 1 : 0;
 }

@@ -12,6 +12,8 @@ import pytest
 from bitnet import _native, ternary
 
 ISAS = [name for name, state in _native.self_test().items() if state == "ok"]
+SCHEMES = ["ternary", "binary", "int4", "fp4", "int8"]
+FP4 = np.concatenate([-ternary.FP4_DOUBLED[:0:-1], ternary.FP4_DOUBLED])
 # rows (ragged), inputs (from one block to 16384), groups of inputs, tokens (1 to 64)
 GRID = [
     (1, 1, 1, 1),
@@ -31,9 +33,12 @@ GRID = [
 def inputs(kind: str, scheme: str, rows: int, cols: int, tokens: int) -> tuple[np.ndarray, np.ndarray]:
     """(codes int8 [rows, cols], x float32 [tokens, cols])."""
     rng = np.random.default_rng([rows, cols, tokens])
-    top = 1 if scheme == "ternary" else 127
+    top = {"int4": 7, "fp4": 12, "int8": 127}.get(scheme, 1)
     if kind == "random":
-        return rng.integers(-top, top + 1, (rows, cols)).astype(np.int8), rng.normal(size=(tokens, cols)).astype(np.float32)
+        codes = rng.integers(-top, top + 1, (rows, cols))
+        if scheme in ("binary", "fp4"):
+            codes = rng.choice(FP4 if scheme == "fp4" else [-1, 1], (rows, cols))
+        return codes.astype(np.int8), rng.normal(size=(tokens, cols)).astype(np.float32)
     sign = {"all plus": 1, "all minus": -1}.get(kind)
     if sign is None:  # alternating: the largest sums that cancel
         x = np.where(np.arange(cols) % 2, -5.0, 5.0)
@@ -42,7 +47,7 @@ def inputs(kind: str, scheme: str, rows: int, cols: int, tokens: int) -> tuple[n
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("scheme", ["ternary", "int8"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("kind", ["random", "all plus", "all minus", "alternating"])
 @pytest.mark.parametrize(("rows", "cols", "groups", "tokens"), GRID)
 def test_integer_products_equal_the_reference(isa: str, scheme: str, kind: str, rows: int, cols: int, groups: int, tokens: int) -> None:
@@ -53,10 +58,23 @@ def test_integer_products_equal_the_reference(isa: str, scheme: str, kind: str, 
         assert np.array_equal(_native.matmul_integer(isa, threads, scheme, codes, scales, x), expected)
 
 
+def cuts_a_vector(scheme: str, step: int, cols: int, groups: int) -> bool:
+    """Whether a step of the activations may begin within a vector of 32 binary weights, which is refused."""
+    size = ternary.group_size(cols, groups)
+    return scheme == "binary" and bool(step % 32 or size % 32) and cols > min(step, size)
+
+
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("scheme", ["ternary", "int8"])
-@pytest.mark.parametrize("group", [16, 48, 256])
-@pytest.mark.parametrize(("rows", "cols", "groups", "tokens"), GRID)
+@pytest.mark.parametrize(
+    ("scheme", "group", "rows", "cols", "groups", "tokens"),
+    [
+        (scheme, group, *case)
+        for scheme in SCHEMES
+        for group in (16, 32, 48, 256)
+        for case in GRID
+        if not cuts_a_vector(scheme, group, case[1], case[2])
+    ],
+)
 def test_grouped_activations_equal_the_reference(isa: str, scheme: str, group: int, rows: int, cols: int, groups: int, tokens: int) -> None:
     codes, x = inputs("random", scheme, rows, cols, tokens)
     scales = np.random.default_rng(rows).normal(size=(rows, groups)).astype(np.float32)
@@ -138,7 +156,7 @@ def test_the_environment_chooses_the_instruction_set() -> None:
 @pytest.mark.parametrize(
     ("codes", "scales", "x", "message"),
     [
-        (np.full((4, 4), 2, np.int8), np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), "none of -1, 0, \\+1"),
+        (np.full((4, 4), 2, np.int8), np.ones((4, 1), np.float32), np.ones((1, 4), np.float32), "a weight is none of -1, 0, \\+1"),
         (np.ones((4, 40), np.int8), np.ones((4, 40), np.float32), np.ones((1, 40), np.float32), "a multiple of 16"),
         (np.ones((4, 4), np.int8), np.ones((3, 1), np.float32), np.ones((1, 4), np.float32), "differ in their rows"),
         (np.ones((4, 4), np.int8), np.ones((4, 1), np.float32), np.ones((1, 5), np.float32), "differ in their inputs"),
@@ -148,3 +166,22 @@ def test_the_environment_chooses_the_instruction_set() -> None:
 def test_what_would_be_wrong_is_refused(codes: np.ndarray, scales: np.ndarray, x: np.ndarray, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         _native.matmul_integer("scalar", 1, "ternary", codes, scales, x)
+
+
+def test_activation_steps_that_cut_a_vector_are_refused() -> None:
+    codes, scales, x = np.ones((4, 96), np.int8), np.ones((4, 1), np.float32), np.ones((1, 96), np.float32)
+    for scheme, step, inputs in (("binary", 48, 32), ("ternary_base3", 32, 20)):
+        with pytest.raises(ValueError, match=f"a step of the activations ends within a vector of {inputs} weights"):
+            _native.matmul_integer("scalar", 1, scheme, codes, scales, x, step)
+
+
+def test_codes_that_a_scheme_has_not_are_refused() -> None:
+    x, scales = np.ones((1, 4), np.float32), np.ones((4, 1), np.float32)
+    for scheme, code, known in (
+        ("binary", 0, "-1, \\+1"),
+        ("fp4", 5, "0, 1, 2, 3, 4, 6, 8, 12"),
+        ("fp4", 13, "0, 1, 2"),
+        ("int4", 8, "-8 to 7"),
+    ):
+        with pytest.raises(ValueError, match=f"a weight is none of {known}"):
+            _native.matmul_integer("scalar", 1, scheme, np.full((4, 4), code, np.int8), scales, x)

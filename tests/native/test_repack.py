@@ -9,7 +9,7 @@ import pytest
 
 from bitnet import _native, packing, ternary
 
-PANEL_ROWS, SLACK = 16, 2048
+PANEL_ROWS = 16
 SHAPES = [(1, 1), (3, 5), (16, 16), (17, 33), (64, 64), (40, 100), (66, 1281), (130, 260), (256, 2560), (33, 5000)]
 BLOCK_CODECS = [name for name, codec in packing.BLOCKS.items() if codec.two_bit()]
 
@@ -24,7 +24,14 @@ def model(request: pytest.FixtureRequest) -> Any:
 
 
 # scheme -> (what a code of each tile of 4 inputs counts in the byte, bias)
-LAYOUTS = {"ternary": ((1, 4, 16, 64), 1), "ternary_base3": ((1, 3, 9, 27, 81), 1), "int4": ((1, 16), 8), "int8": ((1,), 128)}
+LAYOUTS = {
+    "ternary": ((1, 4, 16, 64), 1),
+    "ternary_base3": ((1, 3, 9, 27, 81), 1),
+    "binary": ((1, 2, 4, 8, 16, 32, 64, 128), 1),
+    "int4": ((1, 16), 8),
+    "fp4": ((1, 16), 0),
+    "int8": ((1,), 128),
+}
 
 
 def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
@@ -37,7 +44,12 @@ def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
     for at in range(0, cols, size):
         part = codes[:, at : at + size]
         grid = np.zeros((-(-rows // PANEL_ROWS) * PANEL_ROWS, -(-part.shape[1] // (4 * tiles)) * 4 * tiles), np.uint8)
-        grid[:rows, : part.shape[1]] = (part.astype(np.int16) + bias).astype(np.uint8)
+        numbers = (part.astype(np.int16) + bias).astype(np.uint8)
+        if scheme == "binary":  # a bit is half the code
+            numbers //= 2
+        elif scheme == "fp4":  # E2M1: the sign, two bits of exponent, one of mantissa
+            numbers = (np.searchsorted(ternary.FP4_DOUBLED, np.abs(part)) + 8 * (part < 0)).astype(np.uint8)
+        grid[:rows, : part.shape[1]] = numbers
         tiled = grid.reshape(-1, PANEL_ROWS, grid.shape[1] // (4 * tiles), tiles, 4).transpose(
             0, 2, 3, 1, 4
         )  # panel, vector, tile, row, input
@@ -45,7 +57,7 @@ def panels(scheme: str, codes: np.ndarray, groups: int = 1) -> bytes:
         if scheme == "ternary_base3":
             joined += joined // 9 // 7
         parts.append(joined.astype(np.uint8))
-    return np.concatenate(parts, axis=1).tobytes() + bytes(SLACK)
+    return np.concatenate(parts, axis=1).tobytes()
 
 
 def scale_panels(scales: np.ndarray) -> bytes:
@@ -70,6 +82,9 @@ def test_codes(model: Any, scheme: str, rows: int, cols: int) -> None:
     rng = np.random.default_rng(cols)
     most = {"int8": 128, "int4": 8}.get(scheme, 0)
     codes = rng.integers(-most, most, (rows, cols)).astype(np.int8) if most else random_trits(rows, cols)
+    if scheme in ("binary", "fp4"):
+        values = [-1, 1] if scheme == "binary" else np.concatenate([-ternary.FP4_DOUBLED, ternary.FP4_DOUBLED])
+        codes = rng.choice(values, (rows, cols)).astype(np.int8)
     groups = -(-cols // 64) if cols > 100 else 2 if cols > 48 else 1
     scales = rng.normal(size=(rows, groups)).astype(np.float32)
     matrix = _native.Matrix(model, scheme, rows, cols, groups)
@@ -141,6 +156,9 @@ def values(rows: int, cols: int) -> np.ndarray:
     rng = np.random.default_rng([rows, cols])
     w = rng.normal(size=(rows, cols)) * 10.0 ** rng.integers(-7, 4, (rows, 1))
     w[rng.random((rows, cols)) < 0.05] = 0
+    w[rows // 3] = np.resize(
+        np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5, 6, -5, -3.5, -2.5, -1.75, -1.25, -0.75, -0.25]), cols
+    )  # ties of fp4
     w[rows // 2] = np.resize(np.arange(-127, 127.5, 0.5), cols)
     w[rows - 1] = 0 if rows > 1 else 1
     return w.astype(np.float32)
@@ -155,7 +173,7 @@ def test_values_as_they_are(model: Any, kind: str, rows: int, cols: int) -> None
         assert matrix.fill_values(first, kind, bits[first:last].view(np.uint8))
     expected = np.zeros((-(-rows // PANEL_ROWS) * PANEL_ROWS, -(-cols // 4) * 4), bits.dtype)
     expected[:rows, :cols] = bits
-    assert matrix.panels() == expected.reshape(-1, PANEL_ROWS, expected.shape[1]).transpose(0, 2, 1).tobytes() + bytes(SLACK)
+    assert matrix.panels() == expected.reshape(-1, PANEL_ROWS, expected.shape[1]).transpose(0, 2, 1).tobytes()
 
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
@@ -174,14 +192,15 @@ def test_values_quantized(model: Any, kind: str, group: int, rows: int, cols: in
 
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 @pytest.mark.parametrize("kind", ["f32", "f16", "bf16"])
-def test_values_quantized_to_four_bits(model: Any, kind: str, rows: int, cols: int) -> None:
+@pytest.mark.parametrize(("scheme", "group"), [("int4", 32), ("fp4", 32), ("binary", 0), ("binary", 16)])
+def test_values_quantized_to_fewer_bits(model: Any, kind: str, scheme: str, group: int, rows: int, cols: int) -> None:
     bits, wide = stored_values(kind, values(rows, cols))
-    groups = -(-cols // 32)
-    codes, scales = ternary.quantize_int4(wide)
-    matrix = _native.Matrix(model, "int4", rows, cols, groups)
+    codes, scales = getattr(ternary, f"quantize_{scheme}")(wide, group)
+    groups = scales.shape[1]
+    matrix = _native.Matrix(model, scheme, rows, cols, groups)
     for first, last in in_two_runs(rows):
         assert matrix.fill_values(first, kind, bits[first:last].view(np.uint8))
-    assert matrix.panels() == panels("int4", codes, groups) and matrix.scales() == scale_panels(scales)
+    assert matrix.panels() == panels(scheme, codes, groups) and matrix.scales() == scale_panels(scales)
 
 
 def test_the_smallest_values_quantized(model: Any) -> None:
@@ -222,7 +241,9 @@ def test_what_would_corrupt_memory_is_refused(model: Any) -> None:
         (lambda: matrix.fill_codes(32, trits), "runs of 16"),
         (lambda: matrix.fill_codes(0, trits[:8]), "runs of 16"),
         (lambda: matrix.fill_codes(0, trits[:, :63].copy()), "another size"),
-        (lambda: matrix.fill_codes(0, trits + np.int8(2)), "none of -1, 0, \\+1"),
+        (lambda: matrix.fill_codes(0, trits + np.int8(2)), "a weight is none of -1, 0, \\+1"),
+        (lambda: _native.Matrix(model, "binary", 16, 64).fill_codes(0, trits), "a weight is none of -1, \\+1"),
+        (lambda: _native.Matrix(model, "fp4", 16, 64).fill_codes(0, trits - np.int8(5)), "a weight is none of 0, 1, 2, 3, 4, 6, 8, 12"),
         (lambda: matrix.set_scales(0, np.ones((40, 2), np.float32)), "another size"),
         (lambda: matrix.fill_banded(np.zeros((9, 64), np.uint8)), "one row in four"),
         (lambda: matrix.fill_banded(np.zeros((10, 63), np.uint8)), "another size"),

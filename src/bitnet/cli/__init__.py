@@ -8,6 +8,7 @@ import click
 
 from bitnet import __version__
 from bitnet.cli.errors import Guarded
+from bitnet.machine import require_numpy
 
 # name -> its line in `bitnet --help`; the command is `command` in bitnet.cli.<name>
 COMMANDS = {
@@ -31,6 +32,7 @@ class LazyGroup(Guarded, click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
             return None
+        require_numpy()
         found: click.Command = importlib.import_module(f"bitnet.cli.{cmd_name}").command
         return found
 

@@ -9,6 +9,7 @@ import click
 from bitnet import __version__
 from bitnet.cli.errors import Guarded
 from bitnet.cli.options import EMBEDDED_MODEL, conversion_options, engine_options, generation_options, output_options, ternary_options
+from bitnet.machine import require_numpy
 
 
 @click.command("bitnet-cli", cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
@@ -23,6 +24,7 @@ def cli(source: str, **options: Any) -> None:
     """Continue a prompt with a ternary model."""
     from bitnet.cli.run import continue_prompt
 
+    require_numpy()
     continue_prompt(source, **options)
 
 

@@ -1,4 +1,4 @@
-"""`bitnet bench`: speed of a model, or of a shape with random weights, against this machine's memory bandwidth; or its tuning."""
+"""`bitnet bench`: speed of a model, or of a shape with random weights, against this machine's memory bandwidth; comparison; tuning."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from bitnet.tuning import Settings
 
 SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article-12x512")  # bitnet.shapes.SHAPES
+SHAPE_ALIASES = {"2b-4t": "bitnet-2b-4t"}
+MODEL_WEIGHTS = ("stored", "f16", "int8", "int4", "fp4", "binary", "ternary")  # bitnet.weights.WEIGHTS
+SHAPE_WEIGHTS = ("f16", "bf16", "int8", "int4", "fp4", "binary", "ternary")  # bitnet.shapes.WEIGHTS
 MODEL_HEADS = ("stored", "int8", "int4")  # bitnet.weights.HEADS
 SHAPE_HEADS = ("f16", "int8", "int4", "ternary")  # bitnet.shapes.HEADS
 CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
@@ -27,7 +30,14 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 
 @click.command("bench", short_help="Measure speed against the memory bandwidth of this machine.")
 @click.argument("model", metavar="[MODEL]", required=False)
-@click.option("--shape", type=click.Choice(SHAPE_NAMES), help="Random weights of this shape, made in memory, instead of a model.")
+@click.option(
+    "--shape", type=click.Choice([*SHAPE_NAMES, *SHAPE_ALIASES]), help="Random weights of this shape, made in memory, instead of a model."
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["stored", *SHAPE_WEIGHTS]),
+    help="The linear layers. A model's: stored (default), f16, int8, int4, fp4, binary, ternary. A shape's: ternary (default); bf16 too.",
+)
 @click.option(
     "--head",
     type=click.Choice(["stored", *SHAPE_HEADS]),
@@ -40,14 +50,21 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @click.option("--depth", type=int, default=0, show_default=True, metavar="N", help="Tokens in the context before the first decoded one.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences at once.")
 @click.option("--repetitions", type=int, default=5, show_default=True, metavar="N", help="The medians are printed.")
+@click.option(
+    "--compare",
+    metavar="SCHEMES",
+    help="Instead of one measurement of a --shape, a table of several, in turns: fp16,int8,int4,fp4,binary,ternary or some of them.",
+)
+@click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
 @adapter_option
 @click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
 @json_option
 @debug_option
 def command(
-    model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
-    depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None, tune: bool, as_json: bool,
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
+    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
+    compare: str | None, picture: str | None, tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -61,25 +78,61 @@ def command(
         raise click.UsageError("MODEL and --shape exclude each other")
     if lora is not None and adapter is not None:
         raise click.UsageError("--adapter and --lora exclude each other")
+    beside = adapter is not None or lora is not None
+    shape = SHAPE_ALIASES.get(shape or "", shape)
+    if compare is None and picture is not None:
+        raise click.UsageError("--picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary")
+    if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1 or beside):
+        raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, --adapter, --lora or --tune")
     check_options(threads=threads)
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
     if tune:
-        if shape is not None or head is not None or codec != "auto" or threads is not None or adapter is not None or lora is not None:
+        if shape is not None or weights is not None or head is not None or codec != "auto" or threads is not None or beside:
             raise click.UsageError(
                 "--tune measures every codec, head and number of threads of a MODEL; leave out the options that set them"
             )
         found = tuned(model or EMBEDDED_MODEL)
+    elif compare is not None and shape is not None:
+        found = compared(shape, compare, head, threads, prompt_tokens, new_tokens, repetitions, picture)
     else:
-        found = benched(model, shape, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
+        found = benched(model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
     if as_json:
         click.echo(json.dumps(found))
 
 
+def compared(
+    shape: str,
+    schemes: str,
+    head: str | None,
+    threads: int | None,
+    prompt_tokens: int | None,
+    new_tokens: int,
+    rounds: int,
+    picture: str | None,
+) -> dict[str, Any]:
+    """Measures the schemes in turns, prints the table, draws it on request, and gives the JSON object."""
+    from bitnet.bench.compare import compare, draw, lines, parse
+    from bitnet.cli.progress import DelayedBar
+
+    if head is not None and head not in SHAPE_HEADS:
+        raise click.UsageError(f"--head {head} is for a MODEL; a --shape takes {', '.join(SHAPE_HEADS)}")
+    names = parse(schemes)
+    with DelayedBar("compare") as bar:
+        found = compare(
+            shape, names, head=head, threads=threads, prompt_tokens=prompt_tokens or 512, new_tokens=new_tokens, rounds=rounds, progress=bar
+        )
+    click.echo("\n".join(lines(found)))
+    if picture is not None:
+        draw(found, Path(picture))
+        click.echo(f"picture: {picture}")
+    return asdict(found)
+
+
 def benched(
-    model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None, prompt_tokens: int | None, new_tokens: int,
-    depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
+    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
@@ -87,7 +140,7 @@ def benched(
     from bitnet.cli.progress import DelayedBar
 
     start = time.perf_counter()
-    engine, use = build(model, shape, head, codec, threads)
+    engine, use = build(model, shape, weights, head, codec, threads)
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
@@ -119,6 +172,7 @@ def benched(
         "bandwidth_gb_s": engine.weight_bytes_per_token * steps_per_s / 1e9,
         "peak_rss_bytes": peak_rss_bytes,
         "shape": shape,
+        "weights": weights or ("ternary" if shape else "stored"),
         "head": engine.head,
         "batch": batch,
         "roofline_gb_s": roofline_gb_s,
@@ -136,7 +190,9 @@ def benched(
     return result
 
 
-def build(model: str | None, shape: str | None, head: str | None, codec: str, threads: int | None) -> tuple[Engine, Settings | None]:
+def build(
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None
+) -> tuple[Engine, Settings | None]:
     """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
     from bitnet import machine
     from bitnet.models import open_checkpoint
@@ -146,17 +202,23 @@ def build(model: str | None, shape: str | None, head: str | None, codec: str, th
         head = head or "int8"
         if head not in SHAPE_HEADS:
             raise click.UsageError(f"--head {head} is for a MODEL; a --shape takes {', '.join(SHAPE_HEADS)}")
-        machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head))
-        return random_engine(shape, threads=threads, head=head, codec=codec, seed=1), None
+        weights = weights or "ternary"
+        if weights not in SHAPE_WEIGHTS:
+            raise click.UsageError(f"--weights {weights} is for a MODEL; a --shape takes {', '.join(SHAPE_WEIGHTS)}")
+        machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head, weights))
+        return random_engine(shape, threads=threads, head=head, weights=weights, codec=codec, seed=1), None
+    if weights is not None and weights not in MODEL_WEIGHTS:
+        raise click.UsageError(f"--weights {weights} is for a --shape; a MODEL takes {', '.join(MODEL_WEIGHTS)}")
     if head is not None and head not in MODEL_HEADS:
         raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes {', '.join(MODEL_HEADS)}")
     from bitnet.transformer import resolve
-    from bitnet.tuning import settle
+    from bitnet.tuning import Settings, settle
     from bitnet.weights import load_engine
 
     path = resolve(EMBEDDED_MODEL if model is None else model)
-    use = settle(path, codec, head, threads)
-    return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec), use
+    as_stored = weights in (None, "stored")  # what tuning measured
+    use = settle(path, codec, head, threads) if as_stored else Settings(codec, head or "stored", threads)
+    return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec, weights=weights or "stored"), use
 
 
 def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:

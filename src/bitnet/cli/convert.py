@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -11,14 +12,16 @@ import click
 from bitnet.cli.options import conversion_options, hub_options, model_argument, output_options
 
 if TYPE_CHECKING:
-    from bitnet.convert import Report
+    from bitnet.convert import Report, Ternarization
 
+MOST_BYTES = 32  # of a calibration text for a token: more of it is not read
 FORMATS = """
 \b
 hf                        a folder for transformers, packed ternary (linear class autobitlinear)
 safetensors               the same in one file, complete by itself; .bin, too
 hf-bitlinear              packed, with the reciprocal of the scale (linear class bitlinear)
 hf-dense-f32, -f16, -bf16 a folder of plain numbers; also safetensors-dense-...
+hf-int8, -int4, -fp4      a folder for this program, in groups of 32, with --quantization int8, int4, fp4
 mlx                       a folder of 2-bit weights in groups of 128
 gguf-tq1_0, gguf-tq2_0    llama.cpp, one scale for 256 weights
 gguf-q2_0, gguf-q1_0      llama.cpp, one scale for 64, or 128 binary, weights
@@ -44,30 +47,41 @@ def command(model: str, target: str, **options: Any) -> None:
 
 
 def convert_model(
-    source: str, target: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: float | None, method: str, scale: str,
-    tokenizer: str | None, allow_requantize: bool, verify: bool, i2_s: str, merge_adapter: str | None, as_json: bool,
-    revision: str | None = None, file: str | None = None,
+    source: str, target: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: str | None, alpha_config: str | None,
+    keep: tuple[str, ...], method: str, scale: str, calibration: str | None, sequences: int, sequence_length: int, evaluate: str | None,
+    evaluate_bytes: int | None, report_file: str | None, tokenizer: str | None, allow_requantize: bool, verify: bool, i2_s: str,
+    merge_adapter: str | None, as_json: bool, revision: str | None = None, file: str | None = None,
 ) -> None:  # fmt: skip
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
-    from bitnet.convert import Ternarization, convert
+    from bitnet.convert import convert
+    from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
     from bitnet.transformer import resolve
 
     if ternary and quantization not in (None, "ternary"):
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
     quantization = "ternary" if ternary else quantization
-    unit = int(scale) if scale.isdecimal() else scale
-    asked = quantization == "ternary" or alpha is not None or method != "threshold" or unit != "tensor"
+    how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
+    path = resolve(source, revision, file)
+    held_out = read_text(Path(evaluate), evaluate_bytes) if evaluate is not None else None
+    calibrated = calibration is not None or (how is not None and how.calibrated)
+    text = _calibration(path, i2_s, tokenizer, calibration, sequences, sequence_length) if calibrated else None
+    before = _perplexity(path, held_out, i2_s, tokenizer, "before") if held_out is not None else None
     start = time.perf_counter()
-    with DelayedBar("writing", in_bytes=True) as writing, DelayedBar("verifying", in_bytes=False) as verifying:
-        bars = {"writing": writing, "verifying": verifying}
+    with (
+        DelayedBar("calibrating") as calibrating,
+        DelayedBar("writing", in_bytes=True) as writing,
+        DelayedBar("verifying", in_bytes=False) as verifying,
+    ):
+        bars = {"calibrating": calibrating, "writing": writing, "verifying": verifying}
         report = convert(
-            resolve(source, revision, file),
+            path,
             target,
             format=form,
             quantization=quantization,
-            ternarization=Ternarization(method, alpha, unit) if asked else None,
+            ternarization=how,
+            calibration=text,
             tokenizer_json=tokenizer,
             allow_requantize=allow_requantize,
             verify_written=verify,
@@ -76,13 +90,92 @@ def convert_model(
             progress=lambda what, done, total: bars[what](done, total),
         )
     seconds, peak = time.perf_counter() - start, peak_rss_bytes()
-    for line in lines(report, seconds, peak):
+    found = record(report, seconds, peak)
+    shown = lines(report, seconds, peak)
+    if calibrated and calibration is None:
+        shown.insert(0, "note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
+    after = _perplexity(Path(target), held_out, "x86", None, "after") if held_out is not None else None
+    if report.layers:
+        quality, more = _quality(report, before, after, report_file or f"{str(target).rstrip('/')}.report.json")
+        found |= quality
+        shown += more
+    elif before is not None and after is not None:
+        found |= {"evaluation": {"before": before, "after": after}}
+        shown.append(f"perplexity {before['perplexity']:,.3f} -> {after['perplexity']:,.3f}")
+    for line in shown:
         click.echo(line, err=as_json)
     if as_json:
-        click.echo(json.dumps(record(report, seconds, peak)))
+        click.echo(json.dumps(found))
 
 
-def record(report: Report, seconds: float, peak_bytes: int) -> dict[str, Any]:
+def _ternarization(
+    quantization: str | None, alpha: str | None, alpha_config: str | None, keep: tuple[str, ...], method: str, scale: str
+) -> Ternarization | None:
+    """What the options ask for, None where none of them was given."""
+    from bitnet.convert import Ternarization
+    from bitnet.convert.quantize import check_patterns, read_alphas
+
+    digits = scale.removeprefix("group:")
+    unit = int(digits) if digits.isdecimal() else scale
+    if quantization != "ternary" and alpha is None and alpha_config is None and not keep and method == "threshold" and unit == "tensor":
+        return None
+    try:
+        number = alpha if alpha in (None, "auto") else float(str(alpha))
+    except ValueError:
+        raise click.UsageError(f"--alpha is {alpha!r}; expected a number, such as 0.05, or auto") from None
+    check_patterns(keep, "--keep")
+    alphas = tuple((pattern, "keep") for pattern in keep)
+    return Ternarization(method, number, unit, alphas + (read_alphas(alpha_config) if alpha_config is not None else ()))
+
+
+def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None, count: int, length: int) -> Any:
+    """int32 [sequences, tokens] of the file's text, or of the built-in sample."""
+    from bitnet.convert.layerwise import sequences
+    from bitnet.evaluate import sample
+    from bitnet.evaluate.perplexity import read_text
+    from bitnet.models import canonical, open_checkpoint
+    from bitnet.transformer import load_tokenizer
+
+    if count < 1 or length < 2:
+        raise click.UsageError(f"--sequences is {count}, --sequence-length {length}; expected at least 1 of at least 2 tokens")
+    checkpoint = open_checkpoint(path, i2_s)
+    config = canonical(checkpoint).config
+    loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
+    text = sample.text() if file is None else read_text(Path(file), max_bytes=count * length * MOST_BYTES)
+    return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
+
+
+def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: str) -> dict[str, Any]:
+    from dataclasses import asdict
+
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.evaluate.perplexity import score_text
+    from bitnet.transformer import TernaryTransformer
+
+    model = TernaryTransformer.from_pretrained(path, i2_s=i2_s, tokenizer=tokenizer, head="stored")
+    with DelayedBar(f"perplexity {when}") as bar:
+        return asdict(score_text(model, text, bar))
+
+
+def _quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any] | None, path: str) -> tuple[dict[str, Any], list[str]]:
+    """(what the report adds to the JSON, and to the lines); writes both files of it."""
+    from bitnet.convert.report import draw, record, table, verdict, write_json
+
+    scheme = str(report.quantization)
+    scores = [None if score is None else score["perplexity"] for score in (before, after)]
+    said = verdict(report.layers, scheme, *scores)
+    found = record(report.layers) | {"quantization": scheme, "verdict": said}
+    if after is not None:
+        found |= {"evaluation": {"before": before, "after": after}}
+    plain = {"source": report.source, "target": report.target, "format": report.format, "bytes": report.bytes, "notes": report.notes}
+    write_json(path, plain | found)
+    picture = str(Path(path).with_suffix(".png"))
+    missing = draw(report.layers, Path(picture), f"{Path(report.source).name} as {scheme}, {report.format}")
+    where = f"report: {path}" + (f", {picture}" if missing is None else "")
+    return found | {"report": path}, [*table(report.layers), said, where, *([f"note: {missing}"] if missing else [])]
+
+
+def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
     """The report as plain values."""
     from bitnet.convert import adapters
 
@@ -91,7 +184,7 @@ def record(report: Report, seconds: float, peak_bytes: int) -> dict[str, Any]:
     return {**plain, "requantized": losses, "merged": adapters.record(report.merged), "seconds": seconds, "peak_rss_bytes": peak_bytes}
 
 
-def lines(report: Report, seconds: float, peak_bytes: int) -> list[str]:
+def lines(report: Report, seconds: float, peak_bytes: int | None) -> list[str]:
     """The report for people."""
     from bitnet.convert import adapters
 
@@ -106,6 +199,6 @@ def lines(report: Report, seconds: float, peak_bytes: int) -> list[str]:
     checked = "every weight read back and compared" if report.verified else "not verified"
     found.append(
         f"{report.target}: {report.format}, {report.bytes:,} bytes, {report.tensors} tensors, {checked}; {seconds:.1f} s, "
-        f"peak memory {peak_bytes / 1e6:,.0f} MB"
+        f"peak memory {f'{peak_bytes / 1e6:,.0f} MB' if peak_bytes else 'unknown'}"
     )
     return found

@@ -18,7 +18,20 @@ if TYPE_CHECKING:
     from bitnet.evaluate.diagnose import Diagnosis
     from bitnet.evaluate.finding import Finding
 
-RELEVANT_FLAGS = ("avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512bw", "avx512vbmi", "avx512_vnni", "amx_int8", "asimddp", "i8mm")
+RELEVANT_FLAGS = (
+    "avx2",
+    "fma",
+    "f16c",
+    "avx_vnni",
+    "avx512f",
+    "avx512bw",
+    "avx512vbmi",
+    "avx512_vnni",
+    "amx_int8",
+    "asimd",
+    "asimddp",
+    "i8mm",
+)
 DISTRIBUTION = "bitnet-ternary"
 REINSTALL = f"reinstall: pip install --force-reinstall {DISTRIBUTION}"
 

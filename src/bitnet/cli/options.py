@@ -21,6 +21,7 @@ _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="Th
 
 _engine = [
     threads_option,
+    click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
     click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
@@ -31,16 +32,16 @@ _engine = [
     ),
     click.option(
         "--weights",
-        type=click.Choice(["stored", "int8", "f16"]),
+        type=click.Choice(["stored", "f16", "int8", "int4", "fp4", "binary", "ternary"]),
         default="stored",
         show_default=True,
-        help="Linear layers: as stored (block formats become int8), int8, or f16 with float32 activations.",
+        help="Linear layers: as stored (block formats become int8), f16 with float32 activations, or quantized while loading.",
     ),
     click.option(
         "--activation-group",
         type=int,
         metavar="N",
-        help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary weights, 32 for int8.",
+        help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary and binary weights, else 32.",
     ),
     adapter_option,
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
@@ -71,7 +72,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s
+engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
@@ -86,17 +87,27 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
     ),
     click.option(
         "--quantization",
-        type=click.Choice(["ternary", "int8", "int4", "fp16"]),
+        type=click.Choice(["ternary", "binary", "int8", "int4", "fp4", "fp16"]),
         help="Bring the weights into this. Default: keep what is there.",
     ),
     click.option("--ternary", is_flag=True, help="The same as --quantization ternary."),
     click.option(
-        "--alpha", type=float, metavar="A", help="Of ternary: weights up to A x mean|W| become 0. Default: the article's, by kind of layer."
+        "--alpha", metavar="A", help="Of ternary: weights up to A x mean|W| become 0; or auto. Default: the article's, by kind of layer."
     ),
-    click.option("--method", type=click.Choice(["threshold", "absmean"]), default="threshold", show_default=True, help="Of ternary."),
+    click.option("--alpha-config", metavar="FILE", help="Alphas by pattern of layers' names, in JSON or YAML; before --alpha."),
+    click.option("--keep", multiple=True, metavar="PATTERN", help="Layers to leave as they are, such as embedding. Repeatable."),
     click.option(
-        "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or N inputs."
+        "--method", type=click.Choice(["threshold", "absmean", "gptq"]), default="threshold", show_default=True, help="Of ternary."
     ),
+    click.option(
+        "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or group:N."
+    ),
+    click.option("--calibration", metavar="FILE", help="Text for --alpha auto and gptq, and for outputs' errors. Default: a short sample."),
+    click.option("--sequences", type=int, default=128, show_default=True, metavar="N", help="Of the calibration text, at most."),
+    click.option("--sequence-length", type=int, default=512, show_default=True, metavar="N", help="Tokens of each."),
+    click.option("--evaluate", metavar="FILE", help="A text on which to measure perplexity before and after."),
+    click.option("--evaluate-bytes", type=int, metavar="N", help="Only its first N bytes."),
+    click.option("--report", "report_file", metavar="FILE", help="Where the report goes as JSON. Default: TARGET.report.json."),
     click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
     click.option("--merge-adapter", metavar="FOLDER", help="Add a low-rank adapter to the weights, and print what survives of it."),
     click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),

@@ -39,7 +39,7 @@ def command(model: str, **options: Any) -> None:
 
 
 def continue_prompt(
-    source: str, *, prompt: str, as_json: bool, threads: int | None, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
+    source: str, *, prompt: str, as_json: bool, threads: int | None, device: str, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
     head: str | None, weights: str, activation_group: int | None, i2_s: str, adapter: str | None = None, tokenizer: str | None = None,
     revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
     chat_template: str | None = None, **sampling: Any,
@@ -54,6 +54,7 @@ def continue_prompt(
         source,
         kv_bits=kv_bits,
         kv_group_size=kv_group_size,
+        device=device,
         threads=threads,
         zero_skip=zero_skip_argument(zero_skip),
         head=head,

@@ -19,9 +19,12 @@ from numpy.typing import NDArray
 
 from bitnet.chat import find_template
 from bitnet.convert import adapters, gguf, hf, tokenizer
+from bitnet.convert.choice import choose as choose_weights
+from bitnet.convert.choice import with_latent_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
 from bitnet.convert.formats import FORMATS, Format, choose
-from bitnet.convert.quantize import SCHEMES, TABLES, Ternarization, integer, is_quantized, ternarized
+from bitnet.convert.quantize import SCHEMES, Ternarization
+from bitnet.convert.report import Layer, measure
 from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
@@ -51,6 +54,8 @@ class Report:
     losses: list[Loss] = field(default_factory=list)  # of weights that were requantized
     notes: list[str] = field(default_factory=list)
     merged: list[adapters.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
+    quantization: str | None = None
+    layers: list[Layer] = field(default_factory=list)  # what quantizing did to every weight
 
 
 def convert(
@@ -60,6 +65,7 @@ def convert(
     format: str | None = None,
     quantization: str | None = None,
     ternarization: Ternarization | None = None,
+    calibration: NDArray[np.int32] | None = None,
     tokenizer_json: PathLike | None = None,
     allow_requantize: bool = False,
     verify_written: bool = True,
@@ -70,7 +76,8 @@ def convert(
     """Write the model at `source` (a folder or file of any format that is read) to `target`.
 
     format: one of FORMATS, or None for what the target's name asks for: .gguf, .safetensors and .bin (one file), else a folder.
-    quantization: None to write what is there; "ternary" by `ternarization`, "int8", "int4" or "fp16" otherwise.
+    quantization: None to write what is there; "ternary" by `ternarization`, else another of SCHEMES.
+    calibration: tokens, int32 [sequences, tokens] (layerwise.sequences makes them of a text), from which outputs' errors are known.
     tokenizer_json: a file to be used instead of the model's own tokenizer.
     allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
     merge_adapter: the folder of a low-rank adapter to add to the weights; ternary ones return to the grid that they have.
@@ -82,9 +89,16 @@ def convert(
     target = Path(target)
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
-    if ternarization is not None and quantization != "ternary":
+    only_keeps = ternarization is not None and ternarization == Ternarization(alphas=ternarization.alphas) and quantization is not None
+    if ternarization is not None and quantization != "ternary" and not (only_keeps and all(a == "keep" for _, a in ternarization.alphas)):
         raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
+    how = ternarization or Ternarization()
+    if how.calibrated and calibration is None:
+        raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
+    notes: list[str] = []
     checkpoint = open_checkpoint(source, i2_s)
+    if quantization not in (None, "fp16"):
+        checkpoint = with_latent_weights(checkpoint, notes)
     model = read(checkpoint)
     plain = model.weights
     parts: dict[str, LowRank] = {}
@@ -102,12 +116,11 @@ def convert(
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
     check_target(target, checkpoint, form)
     kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
-    notes: list[str] = []
-    wanted = _quantized(model, form, quantization, ternarization or Ternarization(), notes)
-    weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16")
+    wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
+    weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
     survived: list[adapters.Merged] = []
     if parts:
-        before = _quantized(replace(model, weights=plain), form, quantization, ternarization or Ternarization(), [])
+        before, _ = choose_weights(replace(model, weights=plain), form, quantization, how, calibration, [], progress)
         survived = adapters.survival(before, wanted, parts)
         if adapters.beside(checkpoint.path):
             notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
@@ -148,45 +161,17 @@ def convert(
             file.flush()
             checked(Path(file.name))
         keep_adapters(target.absolute().parent)
-    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived)
+    layers = measure(model, weights, choices, form)
+    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
 
 
-def _quantized(model: Model, form: Format, scheme: str | None, how: Ternarization, notes: list[str]) -> dict[str, Weight]:
-    """Every weight as `scheme` makes it; what has codes already keeps them."""
-    wanted = dict(model.weights)
-    if scheme not in ("ternary", "int8", "int4"):
-        return wanted
-    kept = 0
-    for name, weight in model.weights.items():
-        if not is_quantized(weight) or weight.codes is not None:
-            kept += weight.codes is not None
-        elif scheme == "ternary":
-            wanted[name] = ternarized(weight, how, _scale_dtype(weight, form))
-        else:
-            wanted[name] = integer(weight, scheme)
-    if kept and scheme == "ternary":
-        notes.append(f"{kept} weights of the source are ternary or binary already and stay what they are")
-        if any(weight.scheme == "binary" for weight in model.weights.values()):
-            notes.append(
-                "weights of -s and +s yield no zeros for any alpha below 1: ternary formats hold them without a loss, and without a gain"
-            )
-    return wanted
-
-
-def _scale_dtype(weight: Weight, form: Format) -> str:
-    """How the scales of a weight that becomes ternary will be stored, so that they are rounded once, here."""
-    if form.dense:
-        return form.weights
-    if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
-        return weight.scheme if weight.scheme in ("f32", "bf16") else "f16"
-    return "f16" if form.container == "mlx" else form.scale
-
-
-def _fitted(model: Model, wanted: Mapping[str, Weight], form: Format, requantize: bool) -> tuple[dict[str, Weight], list[Loss]]:
+def _fitted(
+    model: Model, wanted: Mapping[str, Weight], form: Format, requantize: bool, some_kept: bool
+) -> tuple[dict[str, Weight], list[Loss]]:
     main = model.weights["embedding"].scheme
     dtypes = [*dict.fromkeys([*([main] if main in ("f16", "bf16", "f32") else []), "bf16", "f16", "f32"])]
     beside = form.container == "gguf" and gguf.keeps_scale_beside(model.config)
-    mixed = (model.canonical.quantization is not None and model.config.architecture != "bitnet") or form.container != "gguf"
+    mixed = some_kept or (model.canonical.quantization is not None and model.config.architecture != "bitnet") or form.container != "gguf"
     plain = mixed and any(weight.codes is not None for weight in wanted.values() if weight.kind in LINEARS)
     offset = 1.0 if model.config.architecture == "gemma3_text" and form.container != "gguf" else 0.0
     weights, losses = {}, []

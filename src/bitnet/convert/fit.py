@@ -18,6 +18,7 @@ from bitnet.convert.quantize import TABLES, rounded
 from bitnet.convert.source import F32, Weight, from_codes, simplest
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import LINEARS
+from bitnet.packing import INTEGERS
 
 _MIXED = (256, 128, 64)  # inputs that may share a scale where dense weights are looked through for three values
 
@@ -55,17 +56,20 @@ def fit(weight: Weight, form: Format, requantize: bool, dtypes: Sequence[str], b
     coded = weight.codes is not None
     if (weight.kind in TABLES and not coded) or (plain and not coded):
         return _as_stored(weight, form, dtypes)
+    if form.integer and coded and weight.scheme == form.integer:
+        return weight, None
     if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
         return _dense(weight, dtypes, requantize)
     if not coded and weight.scheme == form.weights:
         return weight, None  # the same blocks
     if form.integer:
         if weight.scheme != form.integer:
-            raise UsageError(f"{weight.where}: is {weight.scheme}; {form.name} holds {form.integer}: add --quantization {form.integer}")
+            todo = "choose a ternary format" if coded else f"add --quantization {form.integer}"
+            raise UsageError(f"{weight.where}: is {weight.scheme}; {form.name} holds {form.integer}: {todo}")
         return weight, None
     if not coded:
         weight = three_valued(weight)
-    if weight.scheme in ("int8", "int4"):
+    if weight.scheme in INTEGERS:
         raise UsageError(f"{form.name} holds ternary weights, not {weight.scheme}; choose --format gguf")
     return _packed(weight, form, requantize, beside)
 

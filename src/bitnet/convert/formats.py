@@ -9,7 +9,7 @@ from bitnet.errors import UsageError
 from bitnet.files import PathLike, shown
 from bitnet.files.ggml import CODES, PLAIN, TYPES
 from bitnet.files.gguf_write import IDS
-from bitnet.packing import BLOCKS
+from bitnet.packing import BLOCKS, INTEGERS
 
 MLX_GROUP = 128
 
@@ -19,7 +19,7 @@ class Format:
     """Where a model is written, and how its linear layers lie there."""
 
     container: str  # "hf" (a folder), "safetensors" (one file, complete by itself), "mlx" (a folder) or "gguf"
-    weights: str  # "autobitlinear", "bitlinear", "mlx", a dtype ("f32", "f16", "bf16"), or a type of ggml
+    weights: str  # "autobitlinear", "bitlinear", "mlx", a dtype ("f32", "f16", "bf16"), "int8", "int4", "fp4", or a type of ggml
 
     @property
     def name(self) -> str:
@@ -36,7 +36,7 @@ class Format:
     @property
     def integer(self) -> str:
         """The scheme of quantize.integer that it holds, or none."""
-        return {"q8_0": "int8", "q4_0": "int4"}.get(self.weights, "")
+        return self.weights if self.weights in INTEGERS else {"q8_0": "int8", "q4_0": "int4"}.get(self.weights, "")
 
     @property
     def block(self) -> int:
@@ -62,7 +62,7 @@ class Format:
         return self.container in ("hf", "mlx")
 
 
-_LAYERS = ("autobitlinear", "bitlinear", "f32", "f16", "bf16")
+_LAYERS = ("autobitlinear", "bitlinear", "f32", "f16", "bf16", *INTEGERS)
 _GGUF = ("tq1_0", "tq2_0", "q2_0", "pq2_0", "ptq1_0", "q1_0", "i2_s", "q8_0", "q4_0", "f32", "f16", "bf16")
 _ALL = [Format(container, layers) for container in ("hf", "safetensors") for layers in _LAYERS]
 _ALL += [Format("mlx", "mlx"), *(Format("gguf", kind) for kind in _GGUF)]
@@ -81,8 +81,12 @@ def choose(name: str | None, target: PathLike, quantization: str | None, group: 
         name = {".gguf": "gguf", ".safetensors": "safetensors", ".bin": "safetensors"}.get(suffix, "hf")
         if name != "gguf" and quantization == "fp16":
             name = f"{name}-dense-f16"
+        elif name != "gguf" and quantization in INTEGERS:
+            name = f"{name}-{quantization}"
     if name == "gguf":
-        by_scheme = {"int8": "q8_0", "int4": "q4_0", "fp16": "f16"}
+        if quantization == "fp4":
+            raise UsageError("GGUF has no fp4 with scales that are not powers of two; write a folder or .safetensors, or take int4")
+        by_scheme = {"int8": "q8_0", "int4": "q4_0", "fp16": "f16", "binary": "q1_0"}
         name = f"gguf-{by_scheme.get(quantization or '', 'q2_0' if group and group % 256 else 'tq2_0')}"
     if name not in FORMATS:
         raise UsageError(f"format is {shown(repr(name))}; expected gguf or one of {', '.join(FORMATS)}")

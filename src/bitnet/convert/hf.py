@@ -21,7 +21,7 @@ from bitnet.errors import UnsupportedModelError
 from bitnet.files.safetensors import Item
 from bitnet.models import LINEARS, ModelConfig, adapter_for
 from bitnet.models.rope import Rope
-from bitnet.packing import TWO_BIT, bf16_bits, pack_hf
+from bitnet.packing import INTEGERS, TWO_BIT, bf16_bits, pack_hf
 
 CLASSES = {
     "bitnet": "BitNetForCausalLM", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
@@ -54,6 +54,8 @@ def config_of(model: Model, form: Format, weights: Mapping[str, Weight]) -> dict
             found["rope_theta"] = config.rope.theta
     if form.container == "mlx":
         found["quantization"] = found["quantization_config"] = {"group_size": MLX_GROUP, "bits": 2, "mode": "affine"}
+    elif form.integer:
+        found["quantization_config"] = {"quant_method": "bitnet-integer", "scheme": form.integer}
     elif not form.dense:
         names = adapter_for(found, form.name).names(config, ())
         dense = [names[w.name].removesuffix(".weight") for w in weights.values() if w.kind in LINEARS and w.codes is None]
@@ -77,6 +79,12 @@ def items(weights: Iterable[Weight], names: Mapping[str, str], form: Format) -> 
         name = names[weight.name]
         if weight.codes is None:
             yield Item(name, _WRITTEN[weight.scheme], weight.shape, _plain(weight))
+        elif form.integer:
+            assert weight.scales is not None
+            yield Item(
+                name, INTEGERS[form.integer].dtype, (weight.shape[0], weight.shape[1] // INTEGERS[form.integer].per_byte), _integers(weight)
+            )
+            yield Item(f"{name}_{form.integer}_scale", "F16", weight.scales.shape, _values(as_bits(weight.scales, "f16")))
         elif form.container == "mlx":
             yield from _mlx(weight, name)
         else:
@@ -134,6 +142,12 @@ def _banded(weight: Weight) -> Callable[[], Iterator[NDArray[Any]]]:
             yield pack_hf(bands.reshape(-1, inputs))
 
     return chunks
+
+
+def _integers(weight: Weight) -> Callable[[], Iterator[NDArray[Any]]]:
+    codec, codes = INTEGERS[weight.scheme], weight.codes
+    assert codes is not None
+    return lambda: (codec.pack(codes(first, last)) for first, last in weight.spans())
 
 
 def _mlx(weight: Weight, name: str) -> Iterator[Item]:

@@ -1,4 +1,4 @@
-"""Ordinary weights -> codes times scales, without calibration: the plain rules.
+"""Ordinary weights -> codes times scales, without calibration. Rules that look at a layer's inputs: calibrated.py, gptq.py.
 
 - threshold: T = sign(W) where |W| > alpha * mean|W|, else 0, and scale = the mean of |W| over the weights that are kept. For a given T that
   is the scale of least squared error: |W - sT|^2 is smallest at s = sum(W T) / sum(T^2), and T is the sign of W where it is not 0
@@ -6,32 +6,44 @@
 - absmean (BitNet b1.58, arXiv:2402.17764): scale = mean|W|, T = clip(round(W / scale), -1, 1): a threshold of 0.5 mean|W|.
 
 A scale holds for the whole tensor, for a row (an output), or for a group of a row's inputs; mean and threshold are taken over the same
-weights. The embedding and the head have a scale for every row at least: a row is a token, and tokens differ in length.
+weights. Alphas may differ by layer and, in a list, by attention head. The embedding and the head have a scale for every row at least: a row
+is a token, and tokens differ in length.
 
-int8 and int4 are symmetric in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold them.
+int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 and Q4_0 hold the first two; binary has its format's scales.
 """
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from fnmatch import fnmatchcase
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.source import F32, I8, Weight, from_codes
 from bitnet.errors import FormatError, UsageError
+from bitnet.files import PathLike, read_file, shown
 from bitnet.models import LINEARS
-from bitnet.packing import bf16_bits
+from bitnet.packing import TWO_BIT, bf16_bits
+from bitnet.ternary import quantize_binary, quantize_fp4, quantize_int4
 
-SCHEMES = ("ternary", "int8", "int4", "fp16")
-METHODS = ("threshold", "absmean")
+SCHEMES = ("ternary", "binary", "int8", "int4", "fp4", "fp16")
+METHODS = ("threshold", "absmean", "gptq")
 TABLES = ("embedding", "head")
 # The article's alphas by kind of layer. It leaves o_proj out; that one writes into the residual stream, as down_proj does, with no softmax
 # behind it that would forgive an error as it does those of queries and keys: so it has the feed-forward's.
 ALPHAS = {"embedding": 0.05, "head": 0.05, "q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
-GROUP = 32  # of int8 and int4
+GROUP = 32  # of int8, int4 and fp4
 _SMALLEST = 1e-5  # a scale, so that weights of nothing but zeros have one
+_MODULES = {
+    "embedding": "embed_tokens", "head": "lm_head", **{part: f"self_attn.{part}_proj" for part in "qkvo"},
+    **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
+}  # fmt: skip
+
+Alpha: TypeAlias = float | str | tuple[float, ...]  # a number, "auto", "keep" (the layer stays as it is), or one for every head
 
 
 @dataclass(frozen=True)
@@ -39,22 +51,100 @@ class Ternarization:
     """How weights become ternary."""
 
     method: str = "threshold"  # one of METHODS
-    alpha: float | None = None  # of every layer; None: ALPHAS
+    alpha: float | str | None = None  # of every layer, a number or "auto"; None: ALPHAS
     scale: str | int = "tensor"  # what shares a scale: "tensor", "row", or so many inputs of a row
+    alphas: tuple[tuple[str, Alpha], ...] = ()  # (pattern of names, what holds for it); the first that matches, before `alpha`
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise UsageError(f"method is {self.method!r}; expected one of {', '.join(METHODS)}")
-        if self.alpha is not None and not (np.isfinite(self.alpha) and self.alpha >= 0):
-            raise UsageError(f"alpha is {self.alpha}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
-        if self.alpha is not None and self.method == "absmean":
-            raise UsageError("absmean has no alpha: its threshold is half of mean|W|; leave out one of the two")
+        if self.alpha is not None:
+            _check_alpha("alpha", self.alpha)
+        if self.method != "threshold" and (self.alpha is not None or any(alpha != "keep" for _, alpha in self.alphas)):
+            raise UsageError(f"{self.method} has no alpha: it sets its own thresholds; leave out one of the two")
         if self.scale not in ("tensor", "row") and not (isinstance(self.scale, int) and self.scale > 0 and self.scale % 32 == 0):
-            raise UsageError(f"scale is {self.scale!r}; expected tensor, row, or a multiple of 32 inputs that share one")
+            raise UsageError(f"scale is {self.scale!r}; expected tensor, row, or group:N, a multiple of 32 inputs that share one")
 
-    def alpha_of(self, name: str) -> float:
+    def alpha_of(self, name: str) -> Alpha:
         """Of the layer with this canonical name."""
+        names = _names(name)
+        found = next((alpha for pattern, alpha in self.alphas if any(fnmatchcase(n, pattern) for n in names)), None)
+        if found is not None:
+            return found
         return ALPHAS[name.rsplit(".", 1)[-1]] if self.alpha is None else self.alpha
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether it needs to know the layers' inputs."""
+        return self.method == "gptq" or self.alpha == "auto" or any(alpha == "auto" for _, alpha in self.alphas)
+
+    def unit(self, kind: str) -> str | int:
+        """What shares a scale in a weight of this kind."""
+        return "row" if self.scale == "tensor" and kind in TABLES else self.scale
+
+
+def _names(name: str) -> tuple[str, ...]:
+    """The names by which a pattern may call a layer: "layers.0.q", "q", and Hugging Face's, with its module and without."""
+    kind = name.rsplit(".", 1)[-1]
+    module = _MODULES[kind]
+    return (name, kind, f"model.{name.removesuffix(kind)}{module}", module, module.rsplit(".", 1)[-1])
+
+
+def _check_alpha(what: str, alpha: Any) -> Alpha:
+    if alpha in ("auto", "keep") and what != "alpha":
+        return str(alpha)
+    if isinstance(alpha, (list, tuple)) and alpha and what != "alpha":
+        bad = next((a for a in alpha if not _is_number(a)), None)
+        if bad is None:
+            return tuple(map(float, alpha))
+        alpha = bad
+    if not _is_number(alpha) and (alpha != "auto" or what != "alpha"):
+        more = "" if what == "alpha" else ', "keep", or a list of one for every head'
+        raise UsageError(f'{what} is {shown(repr(alpha))}; expected a finite number >= 0 (0.05 to 0.1 is usual), "auto"{more}')
+    return "auto" if alpha == "auto" else float(alpha)
+
+
+def _is_number(alpha: Any) -> bool:
+    return isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and bool(np.isfinite(alpha)) and alpha >= 0
+
+
+def read_alphas(path: PathLike) -> tuple[tuple[str, Alpha], ...]:
+    """A file of alphas by pattern of layers' names, `{"layers.0.*": 0.1, "q_proj": "auto", "embedding": "keep"}`: JSON, or YAML with
+    pyyaml.
+
+    Raises UsageError for another content, and for YAML without pyyaml.
+    """
+    raw, where = read_file(path, 1 << 20), shown(path)
+    try:
+        found = json.loads(raw)
+    except ValueError:
+        found = _yaml(raw, where)
+    if not isinstance(found, dict) or not found or not all(isinstance(pattern, str) for pattern in found):
+        raise UsageError(f'{where}: expected an object of patterns and alphas, such as {{"layers.0.*": 0.1, "*": 0.06}}')
+    found = found["alphas"] if isinstance(found.get("alphas"), dict) else found  # of a report
+    check_patterns(found, where)
+    return tuple((pattern, _check_alpha(f"{where}: alpha of {shown(repr(pattern))}", alpha)) for pattern, alpha in found.items())
+
+
+def check_patterns(patterns: Iterable[str], where: str) -> None:
+    """Raises UsageError for one that fits no layer of any model: a name that is misspelt."""
+    unknown = next((p for p in patterns if not any(fnmatchcase(n, p) for n in _EXAMPLES)), None)
+    if unknown is not None:
+        raise UsageError(f"{where}: pattern {shown(repr(unknown))} fits no layer's name; names are as in layers.0.q, q_proj, embedding")
+
+
+_EXAMPLES = [n for i in range(200) for kind in LINEARS for n in _names(f"layers.{i}.{kind}")] + [n for t in TABLES for n in _names(t)]
+
+
+def _yaml(raw: bytes, where: str) -> Any:
+    try:
+        import yaml
+    except ImportError:
+        raise UsageError(f"{where}: is no JSON, and to read YAML pyyaml must be installed (pip install pyyaml)") from None
+    try:
+        return yaml.safe_load(raw)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+        raise UsageError(f"{where}: is neither JSON nor YAML ({shown(' '.join(str(error).split()))})") from None
 
 
 def is_quantized(weight: Weight) -> bool:
@@ -64,12 +154,10 @@ def is_quantized(weight: Weight) -> bool:
 
 def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
     """`weight` by `how`; its scales are rounded to `stored` ("f32", "f16", "bf16"), as they will lie in the file."""
-    unit = "row" if how.scale == "tensor" and weight.kind in TABLES else how.scale
+    unit = how.unit(weight.kind)
     rows, inputs = weight.shape
-    if isinstance(unit, int) and inputs % unit:
-        raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {unit}; choose another scale")
-    alpha = how.alpha_of(weight.name) if how.method == "threshold" else None
-    groups = inputs // unit if isinstance(unit, int) else 1
+    groups = groups_of(weight, unit)
+    alpha = _by_row(weight, how.alpha_of(weight.name)) if how.method == "threshold" else None
     units = (1, 1) if unit == "tensor" else (rows, groups)
     sums, kept, counts = np.zeros(units), np.zeros(units), np.zeros(units)
 
@@ -82,47 +170,102 @@ def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
         to[place(first, last)] += summed
 
     for first, last in weight.spans():
-        add(sums, first, last, np.abs(_finite(weight, first, last), dtype=np.float64))
+        add(sums, first, last, np.abs(finite(weight, first, last), dtype=np.float64))
     mean = sums / (rows * inputs / sums.size)
+
+    def threshold(first: int, last: int) -> NDArray[np.float64]:
+        """[rows or 1, groups, 1]"""
+        assert alpha is not None
+        return (alpha[first:last] if len(alpha) > 1 else alpha)[:, :, None] * mean[place(first, last), :, None]
+
     if alpha is None:
         exact = np.maximum(mean, _SMALLEST).astype(np.float32)
     else:
         for first, last in weight.spans():
             size = np.abs(weight.values(first, last), dtype=np.float64)
-            above = _grouped(size, groups) > alpha * mean[place(first, last), :, None]
-            add(kept, first, last, np.where(above, _grouped(size, groups), 0).reshape(size.shape))
+            above = grouped(size, groups) > threshold(first, last)
+            add(kept, first, last, np.where(above, grouped(size, groups), 0).reshape(size.shape))
             add(counts, first, last, above.reshape(size.shape).astype(np.float64))
         exact = np.maximum(np.where(counts > 0, kept / np.maximum(counts, 1), mean), _SMALLEST).astype(np.float32)
 
     def codes(first: int, last: int) -> I8:
-        values = _grouped(weight.values(first, last), groups)
+        values = grouped(weight.values(first, last), groups)
         if alpha is None:
             trits = np.clip(np.rint(values / exact[place(first, last), :, None]), -1, 1).astype(np.int8)
         else:
-            threshold = alpha * mean[place(first, last), :, None]
-            trits = (values > threshold).astype(np.int8) - (values < -threshold).astype(np.int8)
+            limit = threshold(first, last)
+            trits = (values > limit).astype(np.int8) - (values < -limit).astype(np.int8)
         return np.asarray(trits.reshape(last - first, inputs), np.int8)
 
     return from_codes(weight.name, weight.shape, "ternary", weight.where, codes, rounded(exact, stored))
 
 
+def groups_of(weight: Weight, unit: str | int) -> int:
+    """Scales of a row. Raises UsageError where its inputs are no whole groups."""
+    inputs = weight.shape[1]
+    if isinstance(unit, int) and inputs % unit:
+        raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {unit}; choose another scale")
+    return inputs // unit if isinstance(unit, int) else 1
+
+
+def _by_row(weight: Weight, alpha: Alpha) -> NDArray[np.float64]:
+    """[1, 1], or where every head has its own [rows, 1]."""
+    if isinstance(alpha, str):
+        raise UsageError(f"{weight.name}: alpha {alpha!r} needs calibration text; name a file with --calibration")
+    if isinstance(alpha, float):
+        return np.full((1, 1), alpha)
+    if weight.shape[0] % len(alpha):
+        raise UsageError(f"{weight.name}: has {weight.shape[0]} outputs, and {len(alpha)} alphas for its heads; expected one a head")
+    return np.repeat(np.array(alpha), weight.shape[0] // len(alpha))[:, None]
+
+
+def kept_codes(trits: I8) -> Callable[[int, int], I8]:
+    """Trits that were computed once, kept in two bits each: what is chosen by calibration cannot be made again row by row."""
+    inputs = trits.shape[1]
+    packed = TWO_BIT.pack(np.pad(trits, ((0, 0), (0, -inputs % 4))))
+    return lambda first, last: np.ascontiguousarray(TWO_BIT.unpack(packed[first:last])[:, :inputs])
+
+
+def binary(weight: Weight, unit: str | int, stored: str) -> Weight:
+    """`weight` as signs times mean|W|, as ternary.quantize_binary; over the tensor, too, where `unit` says so."""
+    rows, groups = weight.shape[0], groups_of(weight, unit)
+
+    def codes(first: int, last: int) -> I8:
+        return quantize_binary(weight.values(first, last))[0]
+
+    if unit == "tensor":
+        scales = ternarized(weight, Ternarization("absmean"), "f32").scales
+        assert scales is not None
+    else:
+        scales = np.empty((rows, groups), np.float32)
+        for first, last in weight.spans():
+            scales[first:last] = quantize_binary(finite(weight, first, last), weight.shape[1] // groups)[1]
+    return from_codes(weight.name, weight.shape, "binary", weight.where, codes, rounded(scales, stored))
+
+
 def integer(weight: Weight, scheme: str) -> Weight:
-    """`weight` as int8 or int4 in groups of 32 inputs."""
+    """`weight` as int8, int4 or fp4 in groups of 32 inputs with f16 scales."""
     rows, inputs = weight.shape
     if inputs % GROUP:
         raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {GROUP}; {scheme} needs those")
-    most = 127 if scheme == "int8" else 7
     scales = np.empty((rows, inputs // GROUP), np.float32)
     for first, last in weight.spans():
-        size = np.abs(_grouped(_finite(weight, first, last), scales.shape[1])).max(axis=2)
-        scales[first:last] = rounded(size / np.float32(most), "f16")
+        scales[first:last] = _integers(finite(weight, first, last), scheme)[1]
 
     def codes(first: int, last: int) -> I8:
-        inverse = np.divide(np.float32(1), scales[first:last], out=np.zeros_like(scales[first:last]), where=scales[first:last] > 0)
-        values = _grouped(weight.values(first, last), scales.shape[1]) * inverse[:, :, None]
-        return np.asarray(np.clip(np.rint(values), -most, most).astype(np.int8).reshape(last - first, inputs), np.int8)
+        return _integers(weight.values(first, last), scheme)[0]
 
     return from_codes(weight.name, weight.shape, scheme, weight.where, codes, scales)
+
+
+def _integers(values: F32, scheme: str) -> tuple[I8, F32]:
+    """(codes [rows, in], scales [rows, groups])."""
+    if scheme != "int8":
+        return (quantize_int4 if scheme == "int4" else quantize_fp4)(values, GROUP)
+    scales = rounded(np.abs(grouped(values, values.shape[1] // GROUP)).max(axis=2) / np.float32(127), "f16")
+    inverse = np.divide(np.float32(1), scales, out=np.zeros_like(scales), where=scales > 0)
+    found = np.clip(np.rint(grouped(values, scales.shape[1]) * inverse[:, :, None]), -127, 127)
+    return found.astype(np.int8).reshape(values.shape), scales
 
 
 def rounded(scales: F32, stored: str) -> F32:
@@ -135,12 +278,12 @@ def rounded(scales: F32, stored: str) -> F32:
     return scales
 
 
-def _grouped(values: NDArray[Any], groups: int) -> NDArray[Any]:
+def grouped(values: NDArray[Any], groups: int) -> NDArray[Any]:
     """[rows, inputs] -> [rows, groups, inputs of a group]."""
     return values.reshape(len(values), groups, -1)
 
 
-def _finite(weight: Weight, first: int, last: int) -> F32:
+def finite(weight: Weight, first: int, last: int) -> F32:
     values: F32 = weight.values(first, last)
     if not np.isfinite(values).all():
         raise FormatError(f"{weight.where}: holds NaN or infinity; the file is damaged or training diverged")

@@ -20,6 +20,7 @@ from bitnet.errors import FormatError
 from bitnet.files.tensor import Tensor
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 from bitnet.models.config import weight_shapes
+from bitnet.packing import INTEGERS
 
 F32 = NDArray[np.float32]
 I8 = NDArray[np.int8]
@@ -36,7 +37,7 @@ class Weight:
 
     name: str  # canonical: "layers.0.q", "embedding", "final_norm", ...
     shape: tuple[int, ...]
-    scheme: str  # "ternary", "binary", "int8", "int4": codes times scales; else how its values are stored: "f32", "bf16", "q6_k", ...
+    scheme: str  # "ternary", "binary", "int8", "int4", "fp4": codes times scales; else its values' type: "f32", "q6_k", ...
     where: str  # what a message begins with
     values: Rows  # float32
     codes: Rows | None = None  # int8
@@ -137,7 +138,7 @@ def _weight(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]], model
 
         return counted
 
-    if tensor.scheme in ("ternary", "binary"):
+    if tensor.scheme in ("ternary", "binary", *INTEGERS):
         scales = _scales(tensor, checkpoint)
         tensor.forget_pages()  # every block has been touched for its scale
         if config.rope_interleaved and _turns(kind) and len(scales) > 1:

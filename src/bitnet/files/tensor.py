@@ -1,7 +1,8 @@
 """One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale.
 
 A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), as MLX's two-bit words
-(with scales and biases beside them), or in GGUF's blocks."""
+(with scales and biases beside them), as our own integers (X.weight with X.weight_int8_scale, _int4_scale or _fp4_scale beside it, f16
+[rows, groups]), or in GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -19,7 +20,7 @@ from numpy.typing import NDArray
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
 from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
-from bitnet.packing import BLOCKS, CODECS, TWO_BIT, TwoBitBlocks
+from bitnet.packing import BLOCKS, CODECS, INTEGERS, TWO_BIT, TwoBitBlocks
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -39,13 +40,13 @@ class Tensor:
     name: str
     shape: tuple[int, ...]  # of dense(); a ternary tensor stored as [R, in] has the shape (4R, in), padding rows included
     dtype: str  # of the stored values, a key of DTYPES; "U8" for packed ternary
-    scheme: str  # "ternary", or the dtype in small letters: "f32", "f16", "bf16", "u8", ...
+    scheme: str  # "ternary"; "int8", "int4", "fp4" with scales beside them; or the dtype in small letters: "f32", "f16", "bf16", "u8", ...
     path: str
     data: mmap.mmap  # the whole file
     offset: int  # of this tensor's first byte in the file
     scale: Tensor | None = None  # of ternary: what is stored as `weight_scale`
     linear_class: str = ""  # of ternary: whether the scale divides ("bitlinear") or multiplies ("autobitlinear")
-    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; "mlx"; of GGUF's codes: a key of packing.BLOCKS
+    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; "mlx"; of packing.INTEGERS; of GGUF's: of packing.BLOCKS
     kind: GgmlType | None = None  # of GGUF's block formats, whose stored values are bytes
     bias: Tensor | None = None  # of MLX's ternary, where it is -scale: a weight is code * scale + bias with codes 0, 1, 2
 
@@ -61,6 +62,8 @@ class Tensor:
             return (prod(self.shape) // self.kind.block * self.kind.nbytes + tail,)
         if self.codec == "mlx":
             return (self.shape[0], self.shape[1] // 16)
+        if self.codec in INTEGERS:
+            return (self.shape[0], self.shape[1] // INTEGERS[self.codec].per_byte)
         return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
 
     @property
@@ -92,7 +95,7 @@ class Tensor:
     @property
     def scale_group(self) -> int:
         """Inputs that share a scale in packed ternary or binary weights; 0 where all do."""
-        if self.codec == "mlx" and self.scale is not None:
+        if (self.codec == "mlx" or self.codec in INTEGERS) and self.scale is not None:
             return self.shape[1] // self.scale.shape[1]
         blocks = BLOCKS.get(self.codec)
         return 0 if blocks is None or blocks.scale_at is None else blocks.block
@@ -111,8 +114,8 @@ class Tensor:
 
     def dense(self) -> NDArray[np.float32]:
         """float32 values of `shape`; of a ternary tensor trits * scales. No copy is made of stored float32."""
-        if self.scheme == "ternary" and self.kind is None:
-            return self._scaled(self.trits(), 0)
+        if self.scale is not None and self.kind is None:
+            return self._scaled(self.codes(), 0)
         if self.kind is None:
             return self._plain(slice(None))
         out = np.empty(self.shape, np.float32)
@@ -123,7 +126,7 @@ class Tensor:
 
     def dense_rows(self, first: int, last: int) -> NDArray[np.float32]:
         """dense()[first:last], made without the rest: for walking a large matrix."""
-        if self.scheme == "ternary" and self.kind is None:
+        if self.scale is not None and self.kind is None:
             return self._scaled(self.code_rows(first, last), first)
         if self.kind is None:
             return self._plain(slice(first, last))
@@ -144,6 +147,8 @@ class Tensor:
         self._expect_codes()
         if self.kind is None and self.codec == "hf":
             return self._banded_rows(first, last)
+        if self.codec in INTEGERS:
+            return INTEGERS[self.codec].unpack(self.row_bytes(first, last))
         if self.kind is None:
             return self._checked(TWO_BIT.unpack(self.row_bytes(first, last)))
         row, block = prod(self.shape[1:]), self.kind.block
@@ -184,7 +189,7 @@ class Tensor:
     def codes(self) -> NDArray[np.int8]:
         """int8 of `shape`, a weight being code * scale: the trits; in Q2_0 also +2. Raises FormatError for a scheme without codes."""
         self._expect_codes()
-        if self.kind is not None or self.codec == "mlx":
+        if self.codec != "hf":
             return self.code_rows(0, self.shape[0])
         try:
             return CODECS[self.codec].unpack(self.raw())
@@ -210,6 +215,8 @@ class Tensor:
                     f"{self.bias.where}: is not -scale everywhere, so these are no ternary weights; of MLX's formats this build reads those"
                 )
             return values
+        if self.codec in INTEGERS:
+            return scale.dense()
         if prod(scale.shape) != 1:
             raise FormatError(f"{scale.where}: has shape {list(scale.shape)}; expected [1], one scale for the tensor")
         values = scale.dense().reshape(1)
@@ -270,7 +277,7 @@ def pair_ternary(tensors: dict[str, Tensor], metadata: Mapping[str, str], folder
         if name.endswith("weight") and weight.dtype == "U8" and len(weight.shape) == 2 and scale and scale.dtype in ("F32", "F16", "BF16"):
             pairs[name] = scale
     if not pairs:
-        return _pair_mlx(tensors)
+        return _pair_integers(_pair_mlx(tensors))
     linear_class = _linear_class(metadata, folder, shown(next(iter(pairs.values())).path))
     return {name: t.as_ternary(pairs[name], linear_class, "hf") if name in pairs else t for name, t in tensors.items()}
 
@@ -288,6 +295,21 @@ def _pair_mlx(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if fits and columns / scale.shape[1] in (32, 64, 128) and {scale.dtype, bias.dtype} <= {"F32", "F16", "BF16"}:
             found[name] = replace(weight, shape=(rows, columns), scheme="ternary", codec="mlx", scale=scale, bias=bias)
             parts += [scale.name, bias.name]
+    return {name: tensor for name, tensor in found.items() if name not in parts}
+
+
+def _pair_integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our own packed integers, which stand with their scales under a name that says what they are."""
+    found, parts = dict(tensors), []
+    for name, weight in tensors.items():
+        for codec, integers in INTEGERS.items():
+            scale = tensors.get(f"{name}_{codec}_scale")
+            if scale is None or weight.dtype != integers.dtype or len(weight.shape) != 2 or len(scale.shape) != 2:
+                continue
+            rows, columns = weight.shape[0], weight.shape[1] * integers.per_byte
+            if scale.shape[0] == rows and scale.shape[1] and columns % scale.shape[1] == 0 and scale.dtype in ("F32", "F16", "BF16"):
+                found[name] = replace(weight, shape=(rows, columns), scheme=codec, codec=codec, scale=scale)
+                parts.append(scale.name)
     return {name: tensor for name, tensor in found.items() if name not in parts}
 
 

@@ -111,6 +111,8 @@ def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
     if isinstance(found, dict) and "quant_method" not in found and {"group_size", "bits"} <= found.keys():
         return Quantization(online=False) if hf.get("model_type") == "bitnet" else None  # MLX's, which quantizes weights only
     method = found.get("quant_method") if isinstance(found, dict) else found
+    if method == "bitnet-integer":  # ours: packed integers, which say in the file what they are
+        return None
     if method != "bitnet":
         raise UnsupportedModelError(
             f"{where}: quantization_config has quant_method {shown(repr(method))}; this build reads 'bitnet' and dense weights"

@@ -16,6 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bitnet.ternary import group_size
+
+
+def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x float32 [..., in] -> (whole numbers from -128 to 127 as float32 [..., in], the largest |x| [..., 1], a step being 1/127 of it)."""
+    most = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)
+    return (x * (127.0 / most)).round().clamp(-128, 127), most  # round half to even
+
 
 class _TernaryMatmul(torch.autograd.Function):
     """y = (step * q) @ (alpha * T)^T, gradients straight through both roundings."""
@@ -24,9 +32,8 @@ class _TernaryMatmul(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
         alpha = weight.abs().mean().clamp(min=1e-5)
         trits = (weight / alpha).round().clamp(-1, 1).to(compute_dtype)  # [out, in]
-        xf = x.float()
-        scale = 127.0 / xf.abs().amax(dim=-1, keepdim=True).clamp(min=1e-5)  # [..., 1]
-        q = (xf * scale).round().clamp(-128, 127).to(compute_dtype)  # [..., in], round half to even
+        integers, most = int8_rows(x.float())
+        scale, q = 127.0 / most, integers.to(compute_dtype)
         ctx.save_for_backward(q, scale, trits, alpha)
         return ((q @ trits.t()).float() * (alpha / scale)).to(x.dtype)
 
@@ -66,3 +73,47 @@ def ternarize_linears(model: nn.Module, keep: tuple[str, ...] = ("lm_head",), co
         new.weight, new.bias, new.compute_dtype = old.weight, old.bias, compute_dtype
         model.set_submodule(name, new)
     return names
+
+
+class FrozenLinear(nn.Module):
+    """A linear layer whose weights no longer change, as the engine computes it (ternary.matmul_integer, but in one float32 sum).
+
+    `weight` is floats [out, in], which meet the activations as they are, or int8 codes [out, in] with `scales` float32 [out, groups] of
+    equal runs of inputs; these meet int8 activations, with a step per token or per `activation_group` inputs.
+    """
+
+    weight: Tensor
+    scales: Tensor | None
+
+    def __init__(self, weight: Tensor, scales: Tensor | None = None) -> None:
+        super().__init__()
+        self.register_buffer("weight", weight)
+        self.register_buffer("scales", scales)
+
+    def rows(self, ids: Tensor) -> Tensor:
+        """The weights of some outputs, float32 [len(ids), in]: an embedding."""
+        return self._scaled(self.weight[ids].float(), None if self.scales is None else self.scales[ids])
+
+    def forward(self, x: Tensor, activation_group: int = 0) -> Tensor:
+        """x float32 [tokens, in] -> float32 [tokens, out]."""
+        weight, scales = self.weight.float(), self.scales
+        if scales is None:
+            return x @ weight.t()
+        whole = scales.shape[1] == 1  # then the scale, and the step of a whole token, leave with the sum, which is one of integers
+        if not whole:
+            weight = self._scaled(weight, scales)
+        if activation_group:
+            padded = nn.functional.pad(x, (0, -x.shape[1] % activation_group)).unflatten(1, (-1, activation_group))
+            q, most = int8_rows(padded)
+            y = (q * (most / 127.0)).flatten(1)[:, : x.shape[1]] @ weight.t()
+            return y * scales[:, 0] if whole else y
+        q, most = int8_rows(x)
+        y = q @ weight.t()
+        return (y * scales[:, 0] if whole else y) * (most / 127.0)
+
+    @staticmethod
+    def _scaled(weight: Tensor, scales: Tensor | None) -> Tensor:
+        if scales is None:
+            return weight
+        size = group_size(weight.shape[1], scales.shape[1])
+        return weight * scales.repeat_interleave(size, dim=1)[:, : weight.shape[1]]

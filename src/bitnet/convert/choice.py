@@ -1,0 +1,137 @@
+"""What every weight becomes: by the plain rules, or layer by layer over calibration text; and what was chosen, for the report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from bitnet.convert.calibrated import best_rows, best_threshold, output_error
+from bitnet.convert.formats import Format
+from bitnet.convert.gptq import ErrorFeedback
+from bitnet.convert.layerwise import Product, plain_product, walk
+from bitnet.convert.quantize import TABLES, Alpha, Ternarization, binary, integer, is_quantized, ternarized
+from bitnet.convert.source import F32, Model, Weight
+from bitnet.models import Checkpoint
+
+LATENT = ("latent_weight", "weight_latent", "weight_fp", "master_weight")  # beside X.weight, as X.latent_weight: what it was trained from
+
+
+@dataclass(frozen=True)
+class Choice:
+    """How one weight was chosen."""
+
+    rule: str  # "threshold", "absmean", "gptq", "auto", "least error" or the scheme's name
+    alpha: Alpha | None = None  # where there is one
+    output_error: float | None = None  # with calibration text: norm of the outputs' change by their norm
+    heads: tuple[float, ...] = ()  # the same by attention head
+
+
+def choose(
+    model: Model, form: Format, scheme: str | None, how: Ternarization, text: NDArray[np.int32] | None, notes: list[str],
+    progress: Callable[[str, int, int], None],
+) -> tuple[dict[str, Weight], dict[str, Choice]]:  # fmt: skip
+    """(every weight as `scheme` makes it, how those that changed were chosen); what has codes already keeps them.
+
+    text: calibration text, int32 [sequences, tokens], or None.
+    """
+    wanted, choices = dict(model.weights), dict[str, Choice]()
+    if scheme in (None, "fp16"):
+        return wanted, choices
+    feedback = ErrorFeedback() if how.method == "gptq" and scheme == "ternary" else None
+    product: Product = plain_product if feedback is None else feedback.product
+
+    def choose_one(weight: Weight, gram: F32 | None) -> Weight:
+        name, alpha = weight.name, how.alpha_of(weight.name)
+        if weight.codes is not None or alpha == "keep":
+            return weight
+        stored, unit, head = _scale_dtype(weight, form), how.unit(weight.kind), model.config.head_dim if weight.kind in "qkv" else 0
+        taken: Alpha | None = None
+        if scheme == "binary":
+            made, rule = binary(weight, _binary_unit(weight, form), stored), "binary"
+        elif scheme != "ternary":
+            made, rule = integer(weight, str(scheme)), str(scheme)
+        elif how.calibrated and gram is None and (feedback is not None or alpha == "auto"):  # a table
+            made, rule = best_rows(weight, unit, stored), "least error"
+        elif feedback is not None:
+            assert gram is not None
+            made, rule = feedback.ternary(weight, gram, unit, stored), "gptq"
+        elif alpha == "auto":
+            assert gram is not None
+            (made, taken), rule = best_threshold(weight, gram, unit, stored, head, product), "auto"
+        else:
+            made, rule, taken = ternarized(weight, how, stored), how.method, alpha if how.method == "threshold" else None
+        wanted[name] = made
+        if gram is None:
+            choices[name] = Choice(rule, taken)
+        else:
+            rows = weight.shape[0]
+            error = output_error(weight.values(0, rows), made.values(0, rows), gram, plain_product, head)
+            choices[name] = Choice(rule, taken, error.relative, error.heads)
+        return made
+
+    embedding = choose_one(model.weights["embedding"], None)
+    if text is not None:
+        walk(model, embedding, text, choose_one, product, lambda done, total: progress("calibrating", done, total))
+    else:
+        for name, weight in model.weights.items():
+            if is_quantized(weight) and name != "embedding":
+                choose_one(weight, None)
+    _note(model, wanted, scheme, how, notes)
+    return wanted, choices
+
+
+def _note(model: Model, wanted: dict[str, Weight], scheme: str | None, how: Ternarization, notes: list[str]) -> None:
+    had_codes = [w for w in model.weights.values() if w.codes is not None]
+    if had_codes and scheme == "ternary":
+        notes.append(f"{len(had_codes)} weights of the source are ternary or binary already and stay what they are")
+    linears = [w for name, w in wanted.items() if w is not model.weights[name] and w.kind not in TABLES]
+    if scheme == "ternary" and (
+        any(w.scheme == "binary" for w in had_codes)
+        or (linears and not had_codes and all(_two_valued(model.weights[w.name]) for w in linears))
+    ):
+        notes.append(
+            "weights of -s and +s yield no zeros for any alpha below 1: ternary formats hold them without a loss, and without a gain; "
+            "only the weights that they were binarized from would (found none in the checkpoint)"
+        )
+
+
+def _two_valued(weight: Weight) -> bool:
+    """Whether all of its weights are -s and +s, with one s for a row at least (looked up in its first rows)."""
+    size = np.abs(weight.values(0, min(16, weight.shape[0])))
+    return bool((size == size[:, :1]).all() and (size > 0).all())
+
+
+def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
+    """`checkpoint` with the weights that it was binarized or ternarized from in the places of those, if it has them beside (LATENT)."""
+    tensors: dict[str, Any] = dict(checkpoint.tensors)
+    found = 0
+    for name in checkpoint.tensors:
+        module, _, last = name.rpartition(".")
+        if last in LATENT and f"{module}.weight" in tensors:
+            latent = tensors.pop(name)
+            if latent.shape == tensors[f"{module}.weight"].shape:
+                tensors[f"{module}.weight"] = latent
+                found += 1
+    if not found:
+        return checkpoint
+    notes.append(f"took the latent weights of {found} layers, which the checkpoint has beside those that it runs")
+    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    return replace(checkpoint, tensors=tensors, config=config)
+
+
+def _binary_unit(weight: Weight, form: Format) -> str | int:
+    """What shares a scale where weights become binary: a block of the format, else a row of a table, else the tensor."""
+    return form.block or ("row" if weight.kind in TABLES or form.dense else "tensor")
+
+
+def _scale_dtype(weight: Weight, form: Format) -> str:
+    """How the scales of a weight that becomes ternary will be stored, so that they are rounded once, here."""
+    if form.dense:
+        return form.weights
+    if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
+        return weight.scheme if weight.scheme in ("f32", "bf16") else "f16"
+    return "f16" if form.container == "mlx" else form.scale
