@@ -216,7 +216,7 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
         ({"threads": "2"}, "threads is '2'; expected a whole number >= 1"),
         ({"head": "int3"}, "head is 'int3'; expected one of stored, int8, int4"),
         ({"codec": "tl2"}, "codec is 'tl2'; expected one of auto, t2, b3"),
-        ({"weights": "int4"}, "weights is 'int4'; expected one of stored, int8, f16"),
+        ({"weights": "int5"}, "weights is 'int5'; expected one of stored, f16, int8, int4, fp4, binary, ternary"),
         ({"activation_group": 40}, "activation_group is 40; expected 0 (one step per token) or a multiple of 16, such as 32"),
         ({"weights": "f16", "activation_group": 32}, "activation_group has no meaning with weights='f16', whose activations stay float32"),
         ({"zero_skip": "yes"}, "zero_skip is 'yes'; expected True, False or 'auto'"),

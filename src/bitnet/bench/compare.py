@@ -173,7 +173,7 @@ def _figure(value: float | None) -> str:
 
 
 def draw(c: Comparison, file: Path) -> None:
-    """Milliseconds per token as bars, each with the least that its bytes allow at the measured bandwidth. Raises `BitNetError`."""
+    """Milliseconds per token as bars, each with the time that reading its bytes from memory takes. Raises `BitNetError`."""
     try:
         import matplotlib
     except ImportError:
@@ -192,7 +192,7 @@ def draw(c: Comparison, file: Path) -> None:
             [bound, bound],
             color="#c04040",
             linewidth=2,
-            label="" if number else "least that the bytes allow",
+            label="" if number else "reading its bytes from memory",
         )
         text = f"{row.ms_per_token:.3g} ms\n{row.weight_bytes / 1e6:,.0f} MB"
         axes.annotate(
