@@ -28,6 +28,7 @@ template <typename T>
 using Matrix = Array<T, nb::ndim<2>>;
 template <typename T>
 using Vector = Array<T, nb::ndim<1>>;
+using Values = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;  // of any item
 
 int to_int(size_t n) {
   if (n > 0x7fffffff) throw std::invalid_argument("an array dimension exceeds 2^31");
@@ -73,9 +74,20 @@ struct PyModel {
   bool complete = false;
 };
 struct PyCache {
-  explicit PyCache(const Config& c) : cache(c), config(c) {}
+  PyCache(const Config& c, const Adapter* a) : cache(c), config(c), adapter(a) {}
   KvCache cache;
   Config config;
+  const Adapter* adapter;  // by which its keys and values are made; or null
+};
+struct PyAdapter {
+  explicit PyAdapter(PyModel& m) : adapter(m.model.config) {}
+  // Values that are an array of the scheme's items.
+  static Scheme checked(const std::string& scheme, size_t item_bytes) {
+    const Scheme s = scheme_named(scheme);
+    if (s < Scheme::f16 || item_bytes != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
+    return s;
+  }
+  Adapter adapter;
 };
 
 // A matrix while its rows come in, by the threads of the model that it is for.
@@ -147,6 +159,11 @@ struct PyMatrix {
   Linear w;
 };
 
+bool same_sizes(const Config& a, const Config& b) {
+  return a.n_layers == b.n_layers && a.hidden_size == b.hidden_size && a.ffn_size == b.ffn_size && a.n_heads == b.n_heads &&
+         a.n_kv_heads == b.n_kv_heads && a.head_dim == b.head_dim;
+}
+
 const Kernels* kernels_named(const std::string& isa) {
   const char* failed = nullptr;
   const Kernels* k = choose_kernels(isa.c_str(), &failed);
@@ -175,7 +192,7 @@ nb::object run_forward(PyModel& m, const std::vector<std::pair<PyCache*, Vector<
     if (n < 1 || n > c.max_context - cache->cache.length()) throw std::invalid_argument("no tokens, or more than the context holds");
     for (int i = 0; i < n; i++)
       if (ids(i) < 0 || ids(i) >= c.vocab_size) throw std::invalid_argument("a token id outside the vocabulary");
-    spans.push_back({&cache->cache, ids.data(), n});
+    spans.push_back({&cache->cache, ids.data(), n, cache->adapter});
     rows += all_logits ? n : 1;
   }
   if (spans.empty()) throw std::invalid_argument("an empty batch");
@@ -210,6 +227,19 @@ NB_MODULE(_native, m) {
         if (n < 0 || n > c.cache.length()) throw std::invalid_argument("a cache can only become shorter");
         c.cache.truncate(n);
       });
+
+  nb::class_<PyAdapter>(m, "Adapter")
+      .def(nb::init<PyModel&>(), "model"_a)
+      .def("set_a", [](PyAdapter& self, int layer, const std::string& part, const std::string& scheme, Values a, Vector<float> scales) {
+             if (scales.shape(0) != a.shape(0)) throw std::invalid_argument("A and its scales differ in their rows");
+             const Scheme s = PyAdapter::checked(scheme, a.itemsize());
+             self.adapter.set_a(layer, part, s, a.data(), to_int(a.shape(0)), to_int(a.shape(1)), scales.data());
+           }, "layer"_a, "part"_a, "scheme"_a, "a"_a, "scales"_a)
+      .def("set_b", [](PyAdapter& self, int layer, const std::string& part, const std::string& scheme, Values b, int first) {
+             const Scheme s = PyAdapter::checked(scheme, b.itemsize());
+             self.adapter.set_b(layer, part, s, b.data(), to_int(b.shape(0)), to_int(b.shape(1)), first);
+           }, "layer"_a, "part"_a, "scheme"_a, "b"_a, "first"_a)
+      .def_prop_ro("nbytes", [](PyAdapter& self) { return self.adapter.bytes(); });
 
   nb::class_<PyMatrix>(m, "Matrix")
       .def("__init__", [](PyMatrix* self, PyModel& model, const std::string& scheme, int rows, int cols, int n_groups) {
@@ -254,7 +284,10 @@ NB_MODULE(_native, m) {
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
       .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
-      .def("cache", [](PyModel& self) { return new PyCache(self.model.config); })  // Python owns it
+      .def("cache", [](PyModel& self, const PyAdapter* adapter) {
+             if (adapter && !same_sizes(adapter->adapter.config(), self.model.config)) throw std::invalid_argument("an adapter of another model");
+             return new PyCache(self.model.config, adapter ? &adapter->adapter : nullptr);  // Python owns it
+           }, "adapter"_a = nb::none(), nb::keep_alive<0, 2>())
       .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
       .def_prop_rw("activation_group", [](PyModel& self) { return self.model.config.activation_group; },
                    [](PyModel& self, int group) {
@@ -303,7 +336,7 @@ NB_MODULE(_native, m) {
     matmul(*kernels_named(isa), pool, w, in, y);
     return result;
   }, "isa"_a, "threads"_a, "scheme"_a, "codes"_a, "scales"_a, "x"_a, "activation_group"_a = 0);
-  m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> values, Matrix<float> x) {
+  m.def("matmul_dense", [](const std::string& isa, int threads, const std::string& scheme, Values values, Matrix<float> x) {
     Scheme s = scheme_named(scheme);
     if (s < Scheme::f16 || values.itemsize() != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
     Linear w = repack_dense(s, values.data(), to_int(values.shape(0)), to_int(values.shape(1)));
@@ -316,6 +349,29 @@ NB_MODULE(_native, m) {
     matmul(*kernels_named(isa), pool, w, in, y);
     return result;
   }, "isa"_a, "threads"_a, "scheme"_a, "values"_a, "x"_a);
+  m.def("low_rank", [](const std::string& isa, int threads, const std::string& scheme, Values a, Values b, float scale, Matrix<float> x) {
+    Config c;  // whose o_proj is a matrix of this size
+    c.n_layers = c.n_heads = c.n_kv_heads = 1, c.hidden_size = to_int(b.shape(0)), c.head_dim = to_int(x.shape(1)), c.ffn_size = 1;
+    const int rank = to_int(a.shape(0)), n_tokens = to_int(x.shape(0));
+    if (b.shape(1) != a.shape(0) || a.shape(1) != x.shape(1)) throw std::invalid_argument("x, A and B do not fit");
+    const Scheme s = PyAdapter::checked(scheme, a.itemsize());
+    PyAdapter::checked(scheme, b.itemsize());
+    const std::vector<float> scales(rank, scale);
+    Adapter adapter(c);
+    adapter.set_a(0, "o", s, a.data(), rank, to_int(a.shape(1)), scales.data());
+    adapter.set_b(0, "o", s, b.data(), c.hidden_size, rank, 0);
+    ThreadPool pool(threads);
+    LowRankUpdates updates;
+    updates.begin(*kernels_named(isa), {{&adapter, 0, n_tokens}}, 0, kO, x.data());
+    pool.run(updates.pieces(), [&](int i, int) { updates.multiply_a(i); });
+    float* y = nullptr;
+    nb::object result = new_array<float>({x.shape(0), b.shape(0)}, &y);
+    std::fill_n(y, x.shape(0) * b.shape(0), 0.0f);
+    Linear w;
+    w.rows = c.hidden_size, w.cols = c.head_dim;
+    updates.add_b(pool, {{&w, y}});
+    return result;
+  }, "isa"_a, "threads"_a, "scheme"_a, "a"_a, "b"_a, "scale"_a, "x"_a);
   m.def("quantize", [](const std::string& isa, Matrix<float> x) {
     const Kernels* k = kernels_named(isa);
     int8_t* q = nullptr;

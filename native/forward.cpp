@@ -26,8 +26,12 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
   std::vector<Token> tokens;
   std::vector<int32_t> ids;
   std::vector<int> wanted;  // rows whose logits are asked for
+  std::vector<LowRankUpdates::Tokens> adapted;
   for (const Span& span : batch) {
     span.cache->reserve(span.cache->length() + span.n_tokens);
+    if (span.adapter && !adapted.empty() && adapted.back().adapter == span.adapter && adapted.back().first + adapted.back().n == int(tokens.size()))
+      adapted.back().n += span.n_tokens;
+    else if (span.adapter) adapted.push_back({span.adapter, int(tokens.size()), span.n_tokens});
     for (int i = 0; i < span.n_tokens; i++) {
       if (all_logits || i + 1 == span.n_tokens) wanted.push_back(int(tokens.size()));
       tokens.push_back({span.cache, span.cache->length() + i});
@@ -50,6 +54,15 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     if (products.begin()->w->integer()) in.quantize(k, pool, *products.begin()->w);
     const Stopwatch watch(profile.matmul_s);
     matmul(k, pool, products, in);
+  };
+  // A layer's products, and what adapters add to them.
+  auto multiply_in_layer = [&](int l, Reader reader, std::initializer_list<Product> products) {
+    if (adapted.empty()) return multiply(products);
+    if (products.begin()->w->integer()) in.quantize(k, pool, *products.begin()->w);
+    const Stopwatch watch(profile.matmul_s);
+    m.updates.begin(k, adapted, l, reader, in.values());
+    matmul(k, pool, products, in, &m.updates);
+    m.updates.add_b(pool, products);
   };
   // Once per token, in pieces that are worth claiming.
   auto for_tokens = [&](auto&& work) {
@@ -95,7 +108,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
   for (int l = 0; l < c.n_layers; l++) {
     const Layer& layer = model.layers[l];
     // Attention
-    multiply({{&layer.q, q}, {&layer.k, keys}, {&layer.v, values}});
+    multiply_in_layer(l, kQkv, {{&layer.q, q}, {&layer.k, keys}, {&layer.v, values}});
     if (interrupted()) return false;
     for_tokens([&](int t) {
       float *queries = q + int64_t{t} * q_width, *key = keys + int64_t{t} * kv_width;
@@ -116,19 +129,19 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       float* row = mixed + int64_t{t} * q_width;
       if (c.sub_norms) k.rms_norm(row, layer.attn_sub_norm.data(), q_width, c.norm_eps, row);
     });
-    multiply({{&layer.o, h}});
+    multiply_in_layer(l, kO, {{&layer.o, h}});
     add_and_norm(layer.post_attn_norm, &layer.ffn_norm, &layer.gate);
     if (interrupted()) return false;
 
     // Feed-forward
-    multiply({{&layer.gate, gate}, {&layer.up, up}});
+    multiply_in_layer(l, kGateUp, {{&layer.gate, gate}, {&layer.up, up}});
     if (interrupted()) return false;
     write_rows(gate, c.ffn_size, layer.down, [&](int t) {
       float* g = gate + int64_t{t} * c.ffn_size;
       gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
       if (c.sub_norms) k.rms_norm(g, layer.ffn_sub_norm.data(), c.ffn_size, c.norm_eps, g);
     });
-    multiply({{&layer.down, h}});
+    multiply_in_layer(l, kDown, {{&layer.down, h}});
     const Layer* next = l + 1 < c.n_layers ? &model.layers[l + 1] : nullptr;
     add_and_norm(layer.post_ffn_norm, next ? &next->attn_norm : nullptr, next ? &next->q : nullptr);
     if (interrupted()) return false;

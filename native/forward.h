@@ -13,6 +13,7 @@ struct Span {
   KvCache* cache;
   const int32_t* tokens;  // [n_tokens], each in [0, vocab_size)
   int n_tokens;           // 1 or more; cache->length() + n_tokens <= max_context
+  const Adapter* adapter = nullptr;  // beside this sequence's products; made for the model's sizes
 };
 
 // Appends every span's tokens to its cache and writes logits [rows, vocab_size]: one row per span (its last token), or one per

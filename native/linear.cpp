@@ -147,8 +147,8 @@ Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, i
   return w;
 }
 
-Linear repack_dense(Scheme scheme, const void* values, int rows, int cols) {
-  Linear w = shaped(scheme, rows, cols, 1, nullptr);
+Linear repack_dense(Scheme scheme, const void* values, int rows, int cols, Arena* arena) {
+  Linear w = shaped(scheme, rows, cols, 1, arena);
   const size_t size = scheme == Scheme::f32 ? 4 : 2;
   for (int r = 0; r < rows; r++) {
     const uint8_t* from = static_cast<const uint8_t*>(values) + size_t(r) * cols * size;

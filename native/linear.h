@@ -71,7 +71,7 @@ struct Linear {
 // codes [rows, cols], those of the scheme's layout; scales [rows, n_groups]. Throws std::invalid_argument.
 Linear repack_integer(Scheme scheme, const int8_t* codes, const float* scales, int rows, int cols, int n_groups);
 // values [rows, cols] in f16, bf16 (two bytes) or f32 (four).
-Linear repack_dense(Scheme scheme, const void* values, int rows, int cols);
+Linear repack_dense(Scheme scheme, const void* values, int rows, int cols, Arena* arena = nullptr);
 // A matrix of zeros for repack.h to fill. Throws std::invalid_argument.
 Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena = nullptr);
 // To be called when all scales are there. One for all rows is kept once; one a row moves behind the codes of its panel, if that has room;

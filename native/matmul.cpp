@@ -4,6 +4,7 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace bitnet {
@@ -222,13 +223,13 @@ const float* Activations::dense(int padded) {
   return padded_.data();
 }
 
-void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x) {
+void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x, LowRankUpdates* beside) {
   const Linear& w0 = *products.begin()->w;
   int n = 0;  // panels of all matrices, one after another
   int64_t bytes = 0;
   for (const Product& p : products) {
     if (p.w->scheme != w0.scheme || p.w->group != w0.group) {  // they need different preparations of x
-      for (const Product& each : products) matmul(k, pool, {each}, x);
+      for (const Product& each : products) matmul(k, pool, {each}, x, std::exchange(beside, nullptr));
       return;
     }
     n += p.w->n_panels(), bytes += p.w->bytes();
@@ -248,7 +249,11 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   for (int t0 = 0; t0 < n_tokens; t0 += block) {
     const int tokens = std::min(block, n_tokens - t0);
     const QuantizedRows rows = w0.integer() ? x.rows(t0, tokens) : QuantizedRows{};
-    pool.run_ranges(n, piece, [&](int first, int end, int) {
+    const int aside = beside && t0 == 0 ? beside->pieces() : 0;  // first, for they are long
+    pool.run_ranges(aside + n, piece, [&](int first, int end, int) {
+      for (; first < std::min(end, aside); first++) beside->multiply_a(first);
+      if (first == end) return;
+      first -= aside, end -= aside;
       for (const Product& p : products) {
         const int here = std::min(end, p.w->n_panels());
         if (first < here) {

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "linear.h"
+#include "low_rank.h"
 #include "threads.h"
 
 namespace bitnet {
@@ -18,6 +19,7 @@ class Activations {
   void set(const float* x, int n_tokens, int cols) { x_ = x, n_ = n_tokens, cols_ = cols, stride_ = 0, group_ = 0; }
   int n_tokens() const { return n_; }
   int cols() const { return cols_; }
+  const float* values() const { return x_; }  // [n_tokens, cols]
   // For w to read: all rows, unless whoever wrote them did it row by row, between prepare and here, from any thread.
   void quantize(const Kernels& k, ThreadPool& pool, const Linear& w);
   void prepare(const Linear& w);
@@ -50,8 +52,8 @@ struct Product {
   const Linear* w;
   float* y;
 };
-// Products of the same x, shared out together: between two matrices nobody waits.
-void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x);
+// Products of the same x, shared out together: between two matrices nobody waits. beside: whose A meets the same x and is done with them.
+void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> products, Activations& x, LowRankUpdates* beside = nullptr);
 inline void matmul(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, float* y) { matmul(k, pool, {{&w, y}}, x); }
 
 }  // namespace bitnet

@@ -27,6 +27,7 @@ struct Workspace {
   Buffer<float> gate, up;       // [n, ffn_size]
   Buffer<float> scores;         // attention's
   Activations in;
+  LowRankUpdates updates;
 };
 
 // Where the time of all forward passes went, in seconds.

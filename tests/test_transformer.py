@@ -58,7 +58,7 @@ class FakeEngine:
         self.interrupt_at: int | None = None  # call that Ctrl-C stops
         self.prompt_tokens: int | None = None
 
-    def sequence(self) -> FakeSequence:
+    def sequence(self, adapter: Any = None) -> FakeSequence:
         return FakeSequence()
 
     def forward(self, batch: list[tuple[FakeSequence, Sequence[int]]], all_logits: bool = False) -> np.ndarray:

@@ -80,7 +80,7 @@ struct DenseBf16 {
 
 // One panel and few tokens, which wait for memory: all four partial sums side by side, so that no chain waits for its own last sum.
 template <class Dense, int T>
-static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+BITNET_INLINE void dense_sums(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, v16* sums) {
   constexpr int kLine = 64 / (16 * sizeof *w);  // inputs whose weights share a cache line
   v16 acc[T][4];
   for (int t = 0; t < T; t++)
@@ -91,7 +91,13 @@ static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const f
       const v16 wide = Dense::widen(w + 16 * j);
       for (int t = 0; t < T; t++) acc[t][j] = fma16(wide, splat(x[t * x_stride + k + j]), acc[t][j]);
     }
-  for (int t = 0; t < T; t++) store(out + 16 * t, (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]));
+  for (int t = 0; t < T; t++) sums[t] = (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]);
+}
+template <class Dense, int T>
+static void dense_few(const typename Dense::Stored* w, int64_t n_inputs, const float* x, int64_t x_stride, float* out) {
+  v16 sums[T];
+  dense_sums<Dense, T>(w, n_inputs, x, x_stride, sums);
+  for (int t = 0; t < T; t++) store(out + 16 * t, sums[t]);
 }
 // P panels x T tokens in registers, one of the four partial sums after the other over inputs that stay in L1.
 template <class Dense, int P, int T>
@@ -140,6 +146,67 @@ static void multiply_dense(const void* panels, int64_t panel_bytes, int n_panels
   constexpr int kTogether = 24 <= kSums ? 2 : 1;  // panels
   if (kTogether == 2 && n_panels == 2) return dense_panels<Dense, kTogether>(w, n_inputs, x, x_stride, n_tokens, out);
   for (int p = 0; p < n_panels; p++) dense_panels<Dense, 1>(w + p, n_inputs, x, x_stride, n_tokens, out + p * kGemmTokens * 16);
+}
+
+// Panels of few inputs, as an adapter's B has: no call for each.
+template <class Dense>
+static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                      float* y, int64_t y_stride) {
+  auto run = [&](int t, auto count) __attribute__((always_inline)) {
+    constexpr int T = decltype(count)::count;
+    const uint8_t* panel = static_cast<const uint8_t*>(panels);
+    for (int row = 0; row < n_rows; row += 16, panel += panel_bytes) {
+      v16 sums[T];
+      dense_sums<Dense, T>(reinterpret_cast<const typename Dense::Stored*>(panel), n_inputs, x + t * x_stride, x_stride, sums);
+      for (int i = 0; i < T; i++) {
+        float* to = y + (t + i) * y_stride + row;
+        if (row + 16 <= n_rows) store(to, load(to) + sums[i]);
+        else store_tail(to, n_rows - row, load_tail(to, n_rows - row, 0.0f) + sums[i]);
+      }
+    }
+  };
+  constexpr int kFew = 16 <= kSums ? 4 : 1;
+  int t = 0;
+  for (; t + kFew <= n_tokens; t += kFew) run(t, Count<kFew>());
+  for (; t < n_tokens; t++) run(t, Count<1>());
+}
+
+// R rows x T tokens in registers.
+template <class Dense, int R, int T>
+BITNET_INLINE void dot_rows_block(const typename Dense::Stored* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride,
+                                  float* out, int64_t out_stride) {
+  v16 acc[R][T];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) acc[r][t] = splat(0.0f);
+  auto add = [&](int64_t k, auto&& load_x) __attribute__((always_inline)) {
+    v16 in[T];
+    for (int t = 0; t < T; t++) in[t] = load_x(x + t * x_stride + k);
+    for (int r = 0; r < R; r++) {
+      const v16 w = Dense::widen(rows + r * row_stride + k);
+      for (int t = 0; t < T; t++) acc[r][t] += w * in[t];
+    }
+  };
+  int64_t k = 0;
+  for (; k + 16 <= n_inputs; k += 16) add(k, [](const float* at) __attribute__((always_inline)) { return load(at); });
+  if (k < n_inputs) add(k, [&](const float* at) __attribute__((always_inline)) { return load_tail(at, int(n_inputs - k), 0.0f); });
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_lanes(acc[r][t]);
+}
+template <class Dense, int R, int T>
+BITNET_INLINE void dot_rows_of(const typename Dense::Stored* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x,
+                               int64_t x_stride, float* out, int64_t out_stride) {
+  int r = 0;
+  for (; r + R <= n_rows; r += R) dot_rows_block<Dense, R, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r < n_rows; r++) dot_rows_block<Dense, 1, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+}
+template <class Dense>
+static void dot_rows(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
+                     int64_t out_stride) {
+  constexpr int T = kSums >= 16 ? 4 : 2, R = T;
+  const auto* w = static_cast<const typename Dense::Stored*>(rows);
+  int t = 0;
+  for (; t + T <= n_tokens; t += T) dot_rows_of<Dense, R, T>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t < n_tokens; t++) dot_rows_of<Dense, 2 * R, 1>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
 }
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {

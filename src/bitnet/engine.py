@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Mapping
 from collections.abc import Sequence as ListLike
 from typing import Any
 
@@ -18,6 +19,7 @@ from bitnet import _native
 from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
+from bitnet.models.peft import LowRank, widened
 
 CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
 BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits
@@ -27,11 +29,29 @@ BINARY_STEPS = 32  # inputs that lie in one vector of binary weights: a step of 
 MOST_THREADS = 1024  # that the native pool takes
 
 
-class Sequence:
-    """The keys and values of one sequence's tokens so far."""
+_READERS = (("q", "k", "v"), ("o",), ("gate", "up"), ("down",))  # the matrices of a layer that read the same x
 
-    def __init__(self, cache: Any) -> None:
+
+class Adapter:
+    """A low-rank adapter in memory, for the engine that made it (`Engine.adapter`)."""
+
+    def __init__(self, config: ModelConfig, native: Any) -> None:
+        self.config = config
+        self._native = native
+        self.nbytes: int = native.nbytes  # read, beside the weights, to decode one token
+
+
+class Sequence:
+    """The keys and values of one sequence's tokens so far, and the adapter by which they are made, if there is one."""
+
+    def __init__(self, cache: Any, adapter: Adapter | None = None) -> None:
         self._cache = cache
+        self._adapter = adapter
+
+    @property
+    def adapter(self) -> Adapter | None:
+        """Beside every product of this sequence. It stays what it is: other keys and values would not fit those that are here."""
+        return self._adapter
 
     def __len__(self) -> int:
         """Tokens held."""
@@ -84,9 +104,42 @@ class Engine:
         """Seconds since `reset_profile`, over all forwards: "matmul_s", "attention_s", "total_s"."""
         return dict(self._native.profile)
 
-    def sequence(self) -> Sequence:
-        """A fresh sequence without tokens."""
-        return Sequence(self._native.cache())
+    def sequence(self, adapter: Adapter | None = None) -> Sequence:
+        """A fresh sequence without tokens, which runs with this adapter of the same engine, or with the model alone."""
+        if adapter is not None and adapter.config != self.config:
+            raise UsageError("the adapter was made for another model; make it with this engine's adapter()")
+        return Sequence(self._native.cache(None if adapter is None else adapter._native), adapter)
+
+    def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
+        """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.
+
+        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order. Raises `UsageError` for shapes that are not
+        the model's.
+        """
+        native, head = _native.Adapter(self._native), self.config.head_dim
+        try:
+            for layer in range(self.config.n_layers):
+                for reader in _READERS:
+                    here = [(part, parts[name]) for part in reader if (name := f"layers.{layer}.{part}") in parts]
+                    if not here:
+                        continue
+                    schemes = {low.scheme for _, low in here}
+                    scheme = schemes.pop() if len(schemes) == 1 else "f32"
+                    padded = [-(-low.rank // 4) * 4 for _, low in here]
+                    rows = []
+                    for (_, low), ranks in zip(here, padded, strict=True):
+                        a = low.a if low.scheme == scheme else widened(low.scheme, low.a)
+                        rows.append(np.pad(a, ((0, ranks - low.rank), (0, 0))))
+                    scales = np.repeat(np.array([low.scale for _, low in here], np.float32), padded)
+                    native.set_a(layer, reader[0], scheme, np.ascontiguousarray(np.concatenate(rows)), scales)
+                    for (part, low), first in zip(here, np.cumsum([0, *padded[:-1]]), strict=True):
+                        b = low.b
+                        if self.config.rope_interleaved and part in ("q", "k"):  # the base's rows lie by rope's pairs
+                            b = b.reshape(-1, 2, head // 2, low.rank).swapaxes(1, 2).reshape(b.shape)
+                        native.set_b(layer, part, low.scheme, np.ascontiguousarray(b), int(first))
+        except ValueError as e:
+            raise UsageError(f"adapter: {e}") from None
+        return Adapter(self.config, native)
 
     def forward(self, batch: ListLike[tuple[Sequence, ListLike[int]]], all_logits: bool = False) -> NDArray[np.float32]:
         """Append each sequence's tokens to it and return logits, float32 [rows, vocab].

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypedDict
 from bitnet.sampling import Sampler, Sampling
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine
+    from bitnet.engine import Adapter, Engine
     from bitnet.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens per forward call
@@ -84,8 +84,9 @@ class GenerationStream(Iterator[str]):
         sampling: Sampling,
         stops: Sequence[str],
         load_s: float,
+        adapter: Adapter | None = None,
     ):
-        self._engine, self._tokenizer = engine, tokenizer
+        self._engine, self._tokenizer, self._adapter = engine, tokenizer, adapter
         self._prompt_ids = prompt_ids
         self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
         self._sampler = Sampler(sampling)
@@ -112,7 +113,7 @@ class GenerationStream(Iterator[str]):
     def _run(self) -> Iterator[str]:
         """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""
         decoder = self._tokenizer.stream(self._prompt_ids)
-        cache = self._engine.sequence()
+        cache = self._engine.sequence(self._adapter)
         history = list(self._prompt_ids)
         start = time.perf_counter()
         for at in range(0, len(self._prompt_ids), PREFILL_CHUNK):

@@ -6,13 +6,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from bitnet.engine import CODECS, Engine, check_codec, chosen_codec, new_native
+from bitnet.engine import CODECS, Adapter, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.config import weight_shapes
+from bitnet.models.peft import LowRank
 from bitnet.models.rope import Rope
 from bitnet.weights import QUANTIZED, layer_norms, scheme_bits
 
+MOST_RANK = 256  # of a random adapter
 # scheme of embedding and head -> bits per weight, with the scales of small groups
 HEADS = {"f16": 16.0, "int8": 8.0, "int4": 4.5, "ternary": 2.0}
 WEIGHTS = ("f16", "bf16", *QUANTIZED)  # of the linear layers
@@ -100,3 +102,21 @@ def random_engine(
     native.set_vector("final_norm", np.ones(shapes["final_norm"], np.float32))
     runs = ternary_codec if weights == "ternary" else "dense" if weights in ("f16", "bf16") else weights
     return Engine(config, native, runs, head)
+
+
+def random_adapter(engine: Engine, rank: int, scheme: str = "f32", seed: int = 1) -> Adapter:
+    """A low-rank adapter with random weights beside every linear layer: for speed, not for text. `scheme`: "f32" (as PEFT) or "f16"."""
+    if not 1 <= rank <= MOST_RANK:
+        raise UsageError(f"lora is {rank}; expected a rank from 1 to {MOST_RANK}")
+    rng, shapes = np.random.default_rng(seed), weight_shapes(engine.config)
+    dtype = {"f32": np.float32, "f16": np.float16}[scheme]
+
+    def values(rows: int, cols: int) -> np.ndarray:
+        return (rng.standard_normal((rows, cols), np.float32) * np.float32(0.01)).astype(dtype)
+
+    parts = {
+        f"layers.{i}.{part}": LowRank(scheme, values(rank, shapes[part][1]), values(shapes[part][0], rank), 2.0)
+        for i in range(engine.config.n_layers)
+        for part in LINEARS
+    }
+    return engine.adapter(parts)

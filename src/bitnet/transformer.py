@@ -26,12 +26,13 @@ from bitnet.tokenizer import Tokenizer, eos_token_ids
 from bitnet.tokenizer_gguf import tokenizer_from_gguf
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine
+    from bitnet.engine import Adapter, Engine
     from bitnet.files.hf import Checkpoint
     from bitnet.models import ModelConfig
     from bitnet.tuning import Choice
 
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
+DEFAULT_ADAPTER = "default"  # which runs wherever no other is named, if there is one
 LOGITS_CHUNK = 256  # tokens whose logits are held at once
 
 
@@ -39,7 +40,7 @@ class TernaryTransformer:
     """A loaded model. Make one with `TernaryTransformer.from_pretrained()`.
 
     `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one;
-    `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None.
+    `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None; `adapters`: by name.
     """
 
     head_tuned: Choice | None = None
@@ -49,6 +50,7 @@ class TernaryTransformer:
         self.tokenizer = tokenizer
         self.load_s = load_s
         self.chat_template = chat_template
+        self.adapters: dict[str, Adapter] = {}
 
     @classmethod
     def from_pretrained(
@@ -68,6 +70,8 @@ class TernaryTransformer:
         tokenizer: str | os.PathLike[str] | None = None,
         revision: str | None = None,
         file: str | None = None,
+        adapter: str | os.PathLike[str] | None = None,
+        adapters: Mapping[str, str | os.PathLike[str]] | None = None,
     ) -> TernaryTransformer:
         """Loads a model: the embedded one by its name, a folder in Hugging Face layout, one file, or "org/name" from the Hub.
 
@@ -83,11 +87,14 @@ class TernaryTransformer:
         - codec: of ternary layers in memory, "t2" or "b3", with the same results; "auto" for what tuning chose, else base-3 on AVX-512 VBMI
         - tokenizer: a tokenizer.json instead of the model's own
         - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
+        - adapter: a low-rank adapter's folder as PEFT saves it, which runs beside the weights; adapters: several, {name: folder}, of which
+          each request names one; "default" is the name of the one that needs no naming
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """
         from bitnet.engine import check_codec
         from bitnet.models import canonical, open_checkpoint
+        from bitnet.models.peft import read_adapter
         from bitnet.tuning import Settings, settle
         from bitnet.weights import check_weights, load_engine
 
@@ -104,13 +111,22 @@ class TernaryTransformer:
         checkpoint = open_checkpoint(path, i2_s)
         found = canonical(checkpoint)
         loaded = load_tokenizer(checkpoint, found.config.vocab_size, tokenizer)  # first: the memory of its making is given back
+        paths = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
+        parts = {name: read_adapter(folder, found.config).parts for name, folder in paths.items()}
         engine = load_engine(
             checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group,
             model=found, model_elsewhere=elsewhere,
         )  # fmt: skip
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
+        model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
         return model
+
+    def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
+        """One more adapter, or another one by this name; running generations keep theirs. Raises as `from_pretrained` does."""
+        from bitnet.models.peft import read_adapter
+
+        self.adapters[name] = self.engine.adapter(read_adapter(path, self.engine.config).parts)
 
     def generate(
         self,
@@ -124,10 +140,12 @@ class TernaryTransformer:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        adapter: str | None = DEFAULT_ADAPTER,
     ) -> Generation:
         """Continues `prompt`: a text, or the messages of a conversation ({"role": ..., "content": ...}) in the model's own chat template.
 
-        The same seed gives the same text, for any number of threads; temperature 0 is greedy.
+        The same seed gives the same text, for any number of threads; temperature 0 is greedy. `adapter`: the name of one of `adapters`, or
+        None for the model alone.
 
         Ends with finish_reason "stop" at the end of the text or before a `stop` string, with "length" after `max_new_tokens` or at the
         end of the context. Raises `UsageError` for an empty prompt, one that fills the context, and values out of range.
@@ -142,6 +160,7 @@ class TernaryTransformer:
             repetition_penalty=repetition_penalty,
             seed=seed,
             stop=stop,
+            adapter=adapter,
         )
         for _ in stream:
             pass
@@ -159,6 +178,7 @@ class TernaryTransformer:
         repetition_penalty: float = 1.0,
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
+        adapter: str | None = DEFAULT_ADAPTER,
     ) -> GenerationStream:
         """As `generate`, but gives the text in pieces as it comes: `for piece in model.stream(...)`. Arguments are checked at once.
 
@@ -178,21 +198,33 @@ class TernaryTransformer:
             sampling=sampling,
             stops=stops,
             load_s=self.load_s,
+            adapter=self._adapter(adapter),
         )
 
-    def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> NDArray[np.float32]:
+    def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, adapter: str | None = DEFAULT_ADAPTER) -> NDArray[np.float32]:
         """Teacher-forced logits: float32 [tokens, vocab]; row i scores what follows token_ids[: i + 1].
 
         Raises `UsageError` for no tokens, more than the context holds, or ids outside the vocabulary.
         """
-        rows = list(self.iter_logits(token_ids))
+        rows = list(self.iter_logits(token_ids, adapter=adapter))
         return rows[0].copy() if len(rows) == 1 else np.concatenate(rows)
 
-    def iter_logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]]) -> Iterator[NDArray[np.float32]]:
+    def iter_logits(
+        self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, adapter: str | None = DEFAULT_ADAPTER
+    ) -> Iterator[NDArray[np.float32]]:
         """`logits` in blocks of at most 256 rows, so that a long text need not hold [tokens, vocab] at once."""
         ids = self._checked(token_ids)
-        cache = self.engine.sequence()
+        cache = self.engine.sequence(self._adapter(adapter))
         return (self.engine.forward([(cache, ids[at : at + LOGITS_CHUNK])], all_logits=True) for at in range(0, len(ids), LOGITS_CHUNK))
+
+    def _adapter(self, name: str | None) -> Adapter | None:
+        if name is None or (name == DEFAULT_ADAPTER and name not in self.adapters):
+            return None
+        if name not in self.adapters:
+            raise UsageError(
+                f"no adapter is called {name!r}; there are: {', '.join(self.adapters) or 'none, for from_pretrained was given none'}"
+            )
+        return self.adapters[name]
 
     def _prompt_ids(self, prompt: str | Sequence[Message]) -> list[int]:
         if isinstance(prompt, str):

@@ -153,7 +153,7 @@ def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.Monk
 BENCH_KEYS = {
     "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
     "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
-    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights",
+    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights", "adapter",
 }  # fmt: skip
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)
 
@@ -307,7 +307,7 @@ def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_f
         (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored, int8, int4"),
         (("--tune", "--shape", "article-12x512"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
         (("--tune", "--head", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
-        (("--compare", "fp16"), "error: --compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch or --tune"),
+        (("--compare", "fp16"), "error: --compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, "),
         (("--compare", "fp16", "--shape", "2b-4t", "--depth", "1"), "error: --compare takes a --shape, and no MODEL, --weights, "),
         (("--compare", "fp16,int5", "--shape", "article-12x512"), "error: no scheme is called 'int5'; compare some of fp16,int8,int4,fp4,"),
         (("--compare", "fp4,fp4", "--shape", "article-12x512"), "error: 'fp4,fp4' names a scheme twice; expected each once"),

@@ -31,7 +31,7 @@ class BigramEngine:
     def row(self, token: int, position: int) -> np.ndarray:
         return self.table[token] * np.float32(1 + position % 3)
 
-    def sequence(self) -> list[int]:
+    def sequence(self, adapter: object = None) -> list[int]:
         return []
 
     def forward(self, batch: list[tuple[list[int], Sequence[int]]], all_logits: bool = False) -> np.ndarray:

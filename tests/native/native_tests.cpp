@@ -321,6 +321,30 @@ void fill(Model& m) {
   if (c.sliding_window) ones("rope_inverse_local", c.head_dim / 2);
 }
 
+// Beside some matrices only, of ranks that are no multiple of 4, which A's rows of zeros fill up.
+void fill(Adapter& adapter, Scheme scheme, int rank) {
+  const Config& c = adapter.config();
+  const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim, padded = (rank + 3) / 4 * 4;
+  auto values = [&](int rows, int kept, int cols) {
+    std::vector<float> v(size_t(rows) * cols);
+    for (int i = 0; i < kept * cols; i++) v[i] = 0.1f * normal();
+    std::vector<uint16_t> halves(round_up(int(v.size()), 16));
+    if (scheme == Scheme::f32) return std::vector<uint8_t>(reinterpret_cast<uint8_t*>(v.data()), reinterpret_cast<uint8_t*>(v.data() + v.size()));
+    v.resize(halves.size());
+    kScalar.store_f16(v.data(), int(v.size()), halves.data());
+    return std::vector<uint8_t>(reinterpret_cast<uint8_t*>(halves.data()), reinterpret_cast<uint8_t*>(halves.data() + size_t(rows) * cols));
+  };
+  auto set = [&](int layer, std::initializer_list<std::pair<const char*, int>> parts, int cols) {
+    const int ranks = padded * int(parts.size());
+    const std::vector<float> scales(ranks, 1.5f);
+    adapter.set_a(layer, parts.begin()->first, scheme, values(ranks, ranks - padded + rank, cols).data(), ranks, cols, scales.data());
+    int first = 0;
+    for (auto [part, rows] : parts) adapter.set_b(layer, part, scheme, values(rows, rows, rank).data(), rows, rank, first), first += padded;
+  };
+  set(0, {{"q", q}, {"v", kv}}, c.hidden_size), set(0, {{"o", c.hidden_size}}, q), set(1, {{"k", kv}}, c.hidden_size);
+  set(1, {{"gate", c.ffn_size}, {"up", c.ffn_size}}, c.hidden_size), set(1, {{"down", c.hidden_size}}, c.ffn_size);
+}
+
 bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits, size_t rows) {
   logits.assign(rows * m.config.vocab_size, -1);
   return forward(m, batch, all, logits.data(), [] { return false; });
@@ -330,7 +354,7 @@ bool run(Model& m, std::vector<Span> batch, bool all, std::vector<float>& logits
 uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c) {
   std::vector<int32_t> ids(300);
   for (int32_t& id : ids) id = int32_t(rng() % c.vocab_size);
-  std::vector<float> first;
+  std::vector<float> first, first_adapted;
   for (const Kernels* k : isas)
     for (int threads : {1, 3}) {
       rng.seed(11);
@@ -347,6 +371,25 @@ uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c) 
         const int n = std::min(1 + at % 70, 300 - at), other = at % 3 + 1;
         run(m, {{&b, ids.data() + at, n}, {&d, ids.data(), other}}, true, part, n + other);
         check(std::equal(part.begin(), part.begin() + n * c.vocab_size, whole.begin() + at * c.vocab_size), "same bits in chunks and batches", k->name, at);
+      }
+      Adapter one(c), other(c);
+      fill(one, Scheme::f32, 3), fill(other, Scheme::f16, 8);
+      KvCache e(c), f(c), g(c), h(c);
+      std::vector<float> adapted, adapted2;
+      run(m, {{&e, ids.data(), 300, &one}}, true, adapted, 300), run(m, {{&f, ids.data(), 300, &other}}, true, adapted2, 300);
+      if (first_adapted.empty()) first_adapted = adapted;
+      check(adapted == first_adapted, "same bits of an adapter for every instruction set and number of threads", k->name, threads);
+      check(adapted != whole && adapted2 != whole && adapted2 != adapted, "an adapter changes the logits", k->name);
+      e.truncate(0), f.truncate(0);
+      for (int at = 0; at < 300; at += 1 + at % 70) {  // several adapters and none in one batch
+        const int n = std::min(1 + at % 70, 300 - at);
+        g.truncate(at), h.truncate(0);
+        run(m, {{&g, ids.data() + at, n}, {&e, ids.data() + at, n, &one}, {&h, ids.data(), 2, &one}, {&f, ids.data() + at, n, &other}}, true, part, 3 * n + 2);
+        auto same = [&](int row, int rows, const std::vector<float>& whole, int from) {
+          return std::equal(part.begin() + row * c.vocab_size, part.begin() + (row + rows) * c.vocab_size, whole.begin() + from * c.vocab_size);
+        };
+        check(same(0, n, whole, at) && same(n, n, adapted, at) && same(2 * n, 2, adapted, 0) && same(2 * n + 2, n, adapted2, at),
+              "same bits with several adapters in a batch", k->name, at);
       }
       b.truncate(256);
       run(m, {{&b, ids.data() + 256, 44}}, false, step, 1);

@@ -82,22 +82,46 @@ def test_grouped_activations_equal_the_reference(isa: str, scheme: str, group: i
     assert np.array_equal(_native.matmul_integer(isa, 2, scheme, codes, scales, x, group), expected)
 
 
+def as_stored(values: np.ndarray, scheme: str) -> tuple[np.ndarray, np.ndarray]:
+    """(as they are stored in f32, f16 or bf16, the same widened to float32)."""
+    w = values.astype(np.float32)
+    if scheme == "f16":
+        return w.astype(np.float16), w.astype(np.float16).astype(np.float32)
+    if scheme == "bf16":
+        bits = (w.view(np.uint32) >> 16).astype(np.uint16)
+        return bits, (bits.astype(np.uint32) << 16).view(np.float32)
+    return w, w
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
 @pytest.mark.parametrize(("rows", "cols", "tokens"), [(1, 1, 1), (16, 4, 1), (33, 64, 5), (20, 1001, 9), (17, 2048, 64)])
 def test_dense_products_equal_the_reference(isa: str, scheme: str, rows: int, cols: int, tokens: int) -> None:
     rng = np.random.default_rng([rows, cols])
-    w, x = rng.normal(size=(rows, cols)).astype(np.float32), rng.normal(size=(tokens, cols)).astype(np.float32)
+    values, x = rng.normal(size=(rows, cols)), rng.normal(size=(tokens, cols)).astype(np.float32)
     if scheme == "f16":
-        stored = w.astype(np.float16)
-        stored.flat[: min(4, stored.size)] = np.array([65504, 6e-8, -6.1e-5, 0], np.float16)[: stored.size]  # largest, subnormals, zero
-        w = stored.astype(np.float32)
-    elif scheme == "bf16":
-        stored = (w.view(np.uint32) >> 16).astype(np.uint16)
-        w = (stored.astype(np.uint32) << 16).view(np.float32)
-    else:
-        stored = w
+        values.flat[: min(4, values.size)] = np.array([65504, 6e-8, -6.1e-5, 0])[: values.size]  # largest, subnormals, zero
+    stored, w = as_stored(values, scheme)
     assert np.array_equal(_native.matmul_dense(isa, 2, scheme, stored, x), ternary.matmul_dense(w, x))
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
+@pytest.mark.parametrize(
+    ("rows", "cols", "rank", "tokens"),
+    [(1, 1, 4, 1), (16, 16, 8, 1), (33, 100, 4, 5), (70, 2048, 8, 3), (20, 1001, 12, 70), (3000, 40, 64, 2)],
+)
+def test_low_rank_updates_equal_the_reference(isa: str, scheme: str, rows: int, cols: int, rank: int, tokens: int) -> None:
+    rng = np.random.default_rng([rows, cols])
+    stored, values = zip(*(as_stored(rng.normal(size=shape), scheme) for shape in ((rank, cols), (rows, rank))), strict=True)
+    x = rng.normal(size=(tokens, cols)).astype(np.float32)
+    expected = ternary.low_rank(*values, 1.7, x)
+    for threads in (1, 3):
+        assert np.array_equal(_native.low_rank(isa, threads, scheme, *stored, 1.7, x), expected)
+    exact = x.astype(np.float64) @ values[0].T.astype(np.float64) @ values[1].T.astype(np.float64) * 1.7
+    # each product and sum is rounded by 2^-24 of itself, of which at most cols + rank + 6 meet in one value
+    sizes = np.abs(x) @ np.abs(values[0].T) @ np.abs(values[1].T) * 1.7
+    assert (np.abs(expected - exact) <= (cols + rank + 6) * 2.0**-24 * sizes).all()
 
 
 @pytest.mark.parametrize("isa", ISAS)

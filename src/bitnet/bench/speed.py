@@ -20,7 +20,7 @@ from bitnet.errors import UsageError
 from bitnet.generation import PREFILL_CHUNK
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine, Sequence
+    from bitnet.engine import Adapter, Engine, Sequence
     from bitnet.models import ModelConfig
 
 ROOFLINE_BYTES = 2 << 30  # far above any cache
@@ -71,16 +71,8 @@ def measure(
         prefill(engine, sequences, ids[:, :depth])
     engine.reset_profile()
     for done in range(repetitions):
-        for sequence in sequences:
-            sequence.truncate(depth)
-        steps = [[int(token)] for token in ids[:, depth]]
-        decoded = []
-        start = time.perf_counter()
-        for _ in range(new_tokens):
-            best = engine.forward(list(zip(sequences, steps, strict=True))).argmax(axis=1)
-            steps = [[int(token)] for token in best]
-            decoded.append(steps[0][0])
-        decode_s.append(time.perf_counter() - start)
+        seconds, decoded = decode(engine, sequences, ids[:, depth], depth, new_tokens)
+        decode_s.append(seconds)
         if progress:
             progress(repetitions + done + 1, 2 * repetitions)
     outside = 1 - engine.profile()["matmul_s"] / sum(decode_s)
@@ -96,6 +88,34 @@ def prefill(engine: Engine, sequences: list[Sequence], prompts: np.ndarray) -> f
         for at in range(0, len(prompt), PREFILL_CHUNK):
             engine.forward([(sequence, prompt[at : at + PREFILL_CHUNK])])
     return time.perf_counter() - start
+
+
+def decode(engine: Engine, sequences: list[Sequence], first: np.ndarray, depth: int, new_tokens: int) -> tuple[float, list[int]]:
+    """(seconds of `new_tokens` greedy steps after `depth` tokens, what the first sequence got). `first`: int [batch], where they begin."""
+    for sequence in sequences:
+        sequence.truncate(depth)
+    steps = [[int(token)] for token in first]
+    decoded = []
+    start = time.perf_counter()
+    for _ in range(new_tokens):
+        best = engine.forward(list(zip(sequences, steps, strict=True))).argmax(axis=1)
+        steps = [[int(token)] for token in best]
+        decoded.append(steps[0][0])
+    return time.perf_counter() - start, decoded
+
+
+def measure_adapter(
+    engine: Engine, adapter: Adapter, *, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int
+) -> tuple[float, float]:
+    """Decoded tokens/s of the model alone and with an adapter in every sequence: medians of repetitions that take turns."""
+    ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, depth + 1))
+    turns = [[engine.sequence(which) for _ in range(batch)] for which in (None, adapter)]
+    for sequences in turns:
+        prefill(engine, sequences, ids[:, :depth])
+        decode(engine, sequences, ids[:, depth], depth, new_tokens)  # not counted: memory is touched for the first time
+    seconds = [[decode(engine, sequences, ids[:, depth], depth, new_tokens)[0] for sequences in turns] for _ in range(repetitions)]
+    alone, adapted = (batch * new_tokens / median(column) for column in zip(*seconds, strict=True))
+    return alone, adapted
 
 
 def read_bandwidths(threads: int) -> list[float]:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import EMBEDDED_MODEL, debug_option, json_option, threads_option
+from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, threads_option
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine
+    from bitnet.engine import Adapter, Engine
     from bitnet.evaluate.accuracy import HeadCost
     from bitnet.tuning import Settings
 
@@ -56,13 +56,15 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
     help="Instead of one measurement of a --shape, a table of several, in turns: fp16,int8,int4,fp4,binary,ternary or some of them.",
 )
 @click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
+@adapter_option
+@click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
 @json_option
 @debug_option
 def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
-    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, compare: str | None, picture: str | None,
-    tune: bool, as_json: bool,
+    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
+    compare: str | None, picture: str | None, tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -74,17 +76,20 @@ def command(
 
     if model is not None and shape is not None:
         raise click.UsageError("MODEL and --shape exclude each other")
+    if lora is not None and adapter is not None:
+        raise click.UsageError("--adapter and --lora exclude each other")
+    beside = adapter is not None or lora is not None
     shape = SHAPE_ALIASES.get(shape or "", shape)
     if compare is None and picture is not None:
         raise click.UsageError("--picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary")
-    if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1):
-        raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch or --tune")
+    if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1 or beside):
+        raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, --adapter, --lora or --tune")
     check_options(threads=threads)
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
     if tune:
-        if shape is not None or weights is not None or head is not None or codec != "auto" or threads is not None:
+        if shape is not None or weights is not None or head is not None or codec != "auto" or threads is not None or beside:
             raise click.UsageError(
                 "--tune measures every codec, head and number of threads of a MODEL; leave out the options that set them"
             )
@@ -92,7 +97,7 @@ def command(
     elif compare is not None and shape is not None:
         found = compared(shape, compare, head, threads, prompt_tokens, new_tokens, repetitions, picture)
     else:
-        found = benched(model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions)
+        found = benched(model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
     if as_json:
         click.echo(json.dumps(found))
 
@@ -127,7 +132,7 @@ def compared(
 
 def benched(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
-    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int,
+    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
@@ -137,6 +142,7 @@ def benched(
     start = time.perf_counter()
     engine, use = build(model, shape, weights, head, codec, threads)
     load_s = time.perf_counter() - start
+    beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
         prompt_tokens = max(1, min(512, engine.config.max_context))
     check_cache(engine, max(prompt_tokens, depth + new_tokens) * batch)
@@ -174,8 +180,11 @@ def benched(
         "kv_bytes_per_token": kv_bytes_per_token(engine.config, depth, new_tokens),
         "outside_matmul_share": speed.outside_matmul_share,
         "head_cost": None,
+        "adapter": None,
     }
     click.echo("\n".join(rows(result, use)))
+    if beside is not None:
+        result["adapter"] = printed_adapter_cost(engine, beside, adapter or f"random, rank {lora}", sizes, repetitions)
     if engine.head in MODEL_HEADS and engine.head != "stored":
         result["head_cost"] = printed_head_cost(model, shape, engine)
     return result
@@ -210,6 +219,29 @@ def build(
     as_stored = weights in (None, "stored")  # what tuning measured
     use = settle(path, codec, head, threads) if as_stored else Settings(codec, head or "stored", threads)
     return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec, weights=weights or "stored"), use
+
+
+def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:
+    """The one that was asked for."""
+    from bitnet.models.peft import read_adapter
+    from bitnet.shapes import random_adapter
+
+    if path is not None:
+        return engine.adapter(read_adapter(path, engine.config).parts)
+    return None if rank is None else random_adapter(engine, rank)
+
+
+def printed_adapter_cost(engine: Engine, adapter: Adapter, name: str, sizes: dict[str, Any], repetitions: int) -> dict[str, Any]:
+    """What decoding with the adapter costs, against the model alone in turns."""
+    from bitnet.bench.speed import measure_adapter
+
+    sizes = {key: value for key, value in sizes.items() if key != "prompt_tokens"}
+    alone, adapted = measure_adapter(engine, adapter, **sizes, repetitions=repetitions)
+    click.echo(
+        f"{'adapter':<10} {name}: {adapted:,.1f} tokens/s, {adapted / alone:.1%} of the {alone:,.1f} without it, in turns; "
+        f"{adapter.nbytes / 1e6:,.1f} MB more a token"
+    )
+    return {"name": name, "bytes_per_token": adapter.nbytes, "decode_tok_s": adapted, "decode_tok_s_alone": alone, "share": adapted / alone}
 
 
 def check_cache(engine: Engine, tokens: int) -> None:

@@ -50,7 +50,7 @@ def convert_model(
     source: str, target: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: str | None, alpha_config: str | None,
     keep: tuple[str, ...], method: str, scale: str, calibration: str | None, sequences: int, sequence_length: int, evaluate: str | None,
     evaluate_bytes: int | None, report_file: str | None, tokenizer: str | None, allow_requantize: bool, verify: bool, i2_s: str,
-    as_json: bool, revision: str | None = None, file: str | None = None,
+    merge_adapter: str | None, as_json: bool, revision: str | None = None, file: str | None = None,
 ) -> None:  # fmt: skip
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
@@ -86,6 +86,7 @@ def convert_model(
             allow_requantize=allow_requantize,
             verify_written=verify,
             i2_s=i2_s,
+            merge_adapter=merge_adapter,
             progress=lambda what, done, total: bars[what](done, total),
         )
     seconds, peak = time.perf_counter() - start, peak_rss_bytes()
@@ -176,14 +177,18 @@ def _quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any
 
 def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
     """The report as plain values."""
+    from bitnet.convert import adapters
+
     losses = [{"weight": loss.name, "relative_error": loss.relative} for loss in report.losses]
     plain = {key: getattr(report, key) for key in ("source", "target", "format", "bytes", "tensors", "verified", "notes")}
-    return {**plain, "requantized": losses, "seconds": seconds, "peak_rss_bytes": peak_bytes}
+    return {**plain, "requantized": losses, "merged": adapters.record(report.merged), "seconds": seconds, "peak_rss_bytes": peak_bytes}
 
 
 def lines(report: Report, seconds: float, peak_bytes: int | None) -> list[str]:
     """The report for people."""
-    found = [f"note: {note}" for note in report.notes]
+    from bitnet.convert import adapters
+
+    found = [f"note: {note}" for note in report.notes] + (adapters.lines(report.merged) if report.merged else [])
     if report.losses:
         total = sum(loss.total for loss in report.losses)
         error = (sum(loss.error for loss in report.losses) / total) ** 0.5 if total else 0.0

@@ -15,6 +15,8 @@ json_option = click.option("--json", "as_json", is_flag=True, help="End with one
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 threads_option = click.option("--threads", type=int, metavar="N", help="Threads. Default: as tuned, else one per core.")
 
+adapter_option = click.option("--adapter", metavar="FOLDER", help="A low-rank adapter (LoRA) as PEFT saves it, to run beside the weights.")
+
 _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
 
 _engine = [
@@ -41,6 +43,7 @@ _engine = [
         metavar="N",
         help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary and binary weights, else 32.",
     ),
+    adapter_option,
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
 ]
 
@@ -69,7 +72,7 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, i2_s
+engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
@@ -106,6 +109,7 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
     click.option("--evaluate-bytes", type=int, metavar="N", help="Only its first N bytes."),
     click.option("--report", "report_file", metavar="FILE", help="Where the report goes as JSON. Default: TARGET.report.json."),
     click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
+    click.option("--merge-adapter", metavar="FOLDER", help="Add a low-rank adapter to the weights, and print what survives of it."),
     click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),
     click.option("--verify/--no-verify", default=True, show_default=True, help="Read what was written and compare every weight."),
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),

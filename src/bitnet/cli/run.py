@@ -40,7 +40,7 @@ def command(model: str, **options: Any) -> None:
 
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, device: str, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
-    head: str | None, weights: str, activation_group: int | None, i2_s: str, tokenizer: str | None = None,
+    head: str | None, weights: str, activation_group: int | None, i2_s: str, adapter: str | None = None, tokenizer: str | None = None,
     revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
     chat_template: str | None = None, **sampling: Any,
 ) -> None:  # fmt: skip
@@ -64,6 +64,7 @@ def continue_prompt(
         tokenizer=tokenizer,
         revision=revision,
         file=file,
+        adapter=adapter,
     )
     if chat_template is not None:
         model.chat_template = template_of(chat_template)

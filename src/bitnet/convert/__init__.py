@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.chat import find_template
-from bitnet.convert import gguf, hf, tokenizer
+from bitnet.convert import adapters, gguf, hf, tokenizer
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.choice import with_latent_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
@@ -33,6 +33,7 @@ from bitnet.files import PathLike, gguf_write, read_file, safetensors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
+from bitnet.models.peft import LowRank
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 
@@ -52,6 +53,7 @@ class Report:
     verified: bool
     losses: list[Loss] = field(default_factory=list)  # of weights that were requantized
     notes: list[str] = field(default_factory=list)
+    merged: list[adapters.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
     quantization: str | None = None
     layers: list[Layer] = field(default_factory=list)  # what quantizing did to every weight
 
@@ -68,6 +70,7 @@ def convert(
     allow_requantize: bool = False,
     verify_written: bool = True,
     i2_s: str = "x86",
+    merge_adapter: PathLike | None = None,
     progress: Progress = lambda what, done, total: None,
 ) -> Report:
     """Write the model at `source` (a folder or file of any format that is read) to `target`.
@@ -77,6 +80,7 @@ def convert(
     calibration: tokens, int32 [sequences, tokens] (layerwise.sequences makes them of a text), from which outputs' errors are known.
     tokenizer_json: a file to be used instead of the model's own tokenizer.
     allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
+    merge_adapter: the folder of a low-rank adapter to add to the weights; ternary ones return to the grid that they have.
     verify_written: read the file back and compare everything, before it takes the target's place.
 
     Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was
@@ -96,6 +100,10 @@ def convert(
     if quantization not in (None, "fp16"):
         checkpoint = with_latent_weights(checkpoint, notes)
     model = read(checkpoint)
+    plain = model.weights
+    parts: dict[str, LowRank] = {}
+    if merge_adapter is not None:
+        model, parts = adapters.merged(model, Path(merge_adapter))
     groups = [w.group for w in model.weights.values() if w.kind in LINEARS and w.codes is not None]
     form = choose(format, target, quantization, min((g for g in groups if g), default=0))
     if quantization == "fp16" and form.weights != "f16":
@@ -107,8 +115,17 @@ def convert(
     ):
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
     check_target(target, checkpoint, form)
+    kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
     weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
+    survived: list[adapters.Merged] = []
+    if parts:
+        before, _ = choose_weights(replace(model, weights=plain), form, quantization, how, calibration, [], progress)
+        survived = adapters.survival(before, wanted, parts)
+        if adapters.beside(checkpoint.path):
+            notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
+    elif kept and any(wanted[name] is not weight for name, weight in model.weights.items()):
+        notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
     texts = _texts(checkpoint, model, form, tokenizer_json, notes)
     if form.container == "gguf":
         head, chunks, nbytes, count = _gguf_parts(model, weights, form, texts)
@@ -123,6 +140,11 @@ def convert(
         if verify_written:
             verify(path, model, weights, progress)
 
+    def keep_adapters(root: Path) -> None:
+        name = str(target) if form.container == "hf" else None
+        for path, place in kept.items():
+            notes.append(adapters.keep(path, root / place, name, model.config, verify_written))
+
     if form.folder:
         with new_folder(target) as folder:
             for key, text in texts.items():
@@ -132,13 +154,15 @@ def convert(
                 _write(weights_file, head, chunks, nbytes, progress)
                 os.fsync(weights_file.fileno())
             checked(folder)
+            keep_adapters(folder)
     else:
         with new_file(target) as file:
             _write(file, head, chunks, nbytes, progress)
             file.flush()
             checked(Path(file.name))
+        keep_adapters(target.absolute().parent)
     layers = measure(model, weights, choices, form)
-    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, quantization, layers)
+    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
 
 
 def _fitted(

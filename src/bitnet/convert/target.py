@@ -12,6 +12,7 @@ from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import shown, system_errors
 from bitnet.models import Checkpoint
+from bitnet.models.peft import is_adapter
 
 # what a model's folder holds of the model; other files of a folder that is replaced stay in it
 _MODEL_FILES = re.compile(
@@ -46,7 +47,7 @@ def check_target(target: Path, checkpoint: Checkpoint, form: Format) -> None:
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
             raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
-        other = next((e.name for e in entries if e.is_symlink() or not e.is_file()), None)
+        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter(e.path))), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
 
@@ -64,7 +65,9 @@ def require_disk(target: Path, nbytes: int) -> None:
 def keep_others(old: Path, new: Path) -> None:
     """The files of a folder to be replaced that are none of a model's (README.md, LICENSE), in the new one as well."""
     for entry in os.scandir(old) if old.is_dir() else ():
-        if not _MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
+        if entry.is_dir():  # an adapter's, which the source may have as well
+            shutil.copytree(entry.path, new / entry.name)
+        elif not _MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
             with suppress(OSError):
                 os.link(entry.path, new / entry.name)
                 continue

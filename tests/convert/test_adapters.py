@@ -1,0 +1,134 @@
+"""Adapters at a conversion: kept beside every format with the same bits of base + adapter, and merged with what survives said."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import packed_models
+import peft_adapters as made
+import pytest
+from packed_models import IDS
+
+from bitnet.convert import convert
+from bitnet.convert.adapters import delta, together
+from bitnet.convert.source import read
+from bitnet.errors import UnsupportedModelError, UsageError
+from bitnet.models import canonical, open_checkpoint
+from bitnet.models.peft import LowRank, read_adapter
+from bitnet.weights import load_engine
+
+
+def source(folder: Path, family: str = "bitnet", rank: int = 8, size: float = 1.0, name: str = "style", **changes: Any) -> Path:
+    base = packed_models.write(folder / "source", family, **changes)
+    config = canonical(open_checkpoint(base)).config
+    tensors = {n: v * np.float32(size) for n, v in made.matrices(config, rank).items()}
+    made.write(base / name, made.config_of(rank), tensors)
+    return base
+
+
+def adapted(base: Path, adapter: Path | None) -> np.ndarray:
+    engine = load_engine(open_checkpoint(base), threads=1)
+    found = None if adapter is None else engine.adapter(read_adapter(adapter, engine.config).parts)
+    return engine.forward([(engine.sequence(found), IDS)], all_logits=True)
+
+
+@pytest.mark.parametrize("name", ["style", ""])
+@pytest.mark.parametrize("form", ["hf", "safetensors", "gguf-i2_s", "gguf-tq1_0", "hf-dense-f32"])
+def test_base_and_adapter_give_the_same_bits_before_and_after(tmp_path: Path, form: str, name: str) -> None:
+    base = source(tmp_path, scale="f16", name=name)
+    to = {"hf": "out", "safetensors": "out.bin", "hf-dense-f32": "out"}.get(form, "out.gguf")
+    report = convert(base, tmp_path / to, format=form)
+    kept = tmp_path / to / name if (tmp_path / to).is_dir() else tmp_path / (name or "out-adapter")
+    assert any("kept, 7 matrices of rank 8, read back and compared" in note for note in report.notes)
+    assert (kept / "adapter_model.safetensors").read_bytes() == (base / name / "adapter_model.safetensors").read_bytes()
+    named = json.loads((kept / "adapter_config.json").read_text())["base_model_name_or_path"]
+    assert named == (str(tmp_path / to) if form.startswith("hf") else "org/base")
+    before, after, alone = adapted(base, base / name), adapted(tmp_path / to, kept), adapted(tmp_path / to, None)
+    if form == "hf-dense-f32":  # whose layers meet float32 activations
+        assert np.linalg.norm(after - before) < 0.1 * np.linalg.norm(alone - after)
+    else:
+        assert np.array_equal(before, after)
+    assert not np.array_equal(alone, after)
+
+
+def test_llama_in_gguf_agrees_to_float_noise(tmp_path: Path) -> None:
+    base = source(tmp_path, "llama", rank=4)
+    convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")
+    before, after = adapted(base, base / "style"), adapted(tmp_path / "out.gguf", tmp_path / "style")
+    # rope's pairs lie in another order, so do the sums of attention; an activation may then round to the next int8 (test_pairs.py)
+    assert np.linalg.norm(before - after) <= 2e-2 * np.linalg.norm(before)
+    assert np.linalg.norm(before - adapted(base, None)) > 0.2 * np.linalg.norm(before)
+
+
+def test_what_lies_in_the_way_and_what_is_not_run(tmp_path: Path) -> None:
+    base = source(tmp_path)
+    made.write(base / "dora", made.config_of(8, use_dora=True), made.matrices(canonical(open_checkpoint(base)).config, 8))
+    (tmp_path / "dora").mkdir()
+    (tmp_path / "dora" / "mine.txt").write_text("x")
+    with pytest.raises(UsageError, match=r"dora: is in the way of the source's adapter .*source/dora; move it"):
+        convert(base, tmp_path / "out.gguf", format="gguf-i2_s")
+    assert not (tmp_path / "out.gguf").exists() and not (tmp_path / "style").exists()
+    for _ in range(2):  # and over itself
+        report = convert(base, tmp_path / "out")
+        assert any("copied as it is, though this build would not run it" in note and "use_dora" in note for note in report.notes)
+        assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["dora", "style"]
+
+
+def test_merging_nothing_is_nothing(tmp_path: Path) -> None:
+    base = source(tmp_path, size=0.0)
+    report = convert(base, tmp_path / "out", merge_adapter=base / "style")
+    one, other = read(open_checkpoint(base)), read(open_checkpoint(tmp_path / "out"))
+    assert all(np.array_equal(w.values(0, w.shape[0]), other.weights[n].values(0, w.shape[0])) for n, w in one.weights.items())
+    assert all(part.changed == 0 and part.survived == 1 for part in report.merged)
+    assert not (tmp_path / "out" / "style").exists()
+
+
+def test_merging_returns_to_the_grid_and_says_what_survived(tmp_path: Path) -> None:
+    base = source(tmp_path, size=2.0)
+    report = convert(base, tmp_path / "out", merge_adapter=base / "style")
+    parts = read_adapter(base / "style", canonical(open_checkpoint(base)).config).parts
+    one, other = read(open_checkpoint(base)), read(open_checkpoint(tmp_path / "out"))
+    for merged in report.merged:
+        w, found, low = one.weights[merged.name], other.weights[merged.name], parts[merged.name]
+        assert w.codes is not None and found.codes is not None and w.scales is not None
+        rows = w.shape[0]
+        d, s = low.delta().astype(np.float64), float(w.scales[0, 0])
+        wanted = np.clip(np.rint(w.codes(0, rows) + d / s), -1, 1)
+        near = np.abs(np.abs(w.codes(0, rows) + d / s) - 0.5) < 1e-4  # where float32 may round to the other side
+        assert np.array_equal(found.codes(0, rows)[~near], wanted[~near]) and np.array_equal(found.scales, w.scales)
+        change = s * (found.codes(0, rows).astype(np.float64) - w.codes(0, rows))
+        assert merged.survived == pytest.approx((change * d).sum() / (d * d).sum(), rel=1e-3)
+        assert merged.changed == (found.codes(0, rows) != w.codes(0, rows)).sum() > 0
+    total = together(report.merged, "in all")
+    assert 0 < total.survived < 1 and total.size == sum(w.size for w in report.merged)
+
+
+def test_merging_into_plain_weights(tmp_path: Path) -> None:
+    base = source(tmp_path, "llama", rank=4, trits=False)
+    report = convert(base, tmp_path / "out", format="hf-dense-f32", merge_adapter=base / "style")
+    total = together(report.merged, "in all")
+    assert total.survived == pytest.approx(1, abs=1e-2) and total.changed == 0  # rounded to the base's own 16 bits
+    merged, unmerged, alone = adapted(tmp_path / "out", None), adapted(base, base / "style"), adapted(base, None)
+    assert np.linalg.norm(merged - unmerged) < 0.05 * np.linalg.norm(alone - unmerged)
+    ternary = convert(base, tmp_path / "ternary", quantization="ternary", merge_adapter=base / "style")
+    assert together(ternary.merged, "in all").survived > 0.2 and together(ternary.merged, "in all").changed > 0
+
+
+def test_a_delta_has_the_same_bits_however_rows_are_cut() -> None:
+    rng = np.random.default_rng(0)
+    low = LowRank("f32", rng.normal(size=(7, 50)).astype(np.float32), rng.normal(size=(90, 7)).astype(np.float32), 0.3)
+    whole = delta(low, 0, 90)
+    assert np.array_equal(whole, np.concatenate([delta(low, at, min(at + 13, 90)) for at in range(0, 90, 13)]))
+    assert np.allclose(whole, low.delta(), rtol=1e-5, atol=1e-5)
+
+
+def test_what_is_not_merged_is_refused(tmp_path: Path) -> None:
+    convert(packed_models.write(tmp_path / "dense", "llama", trits=False), tmp_path / "q8.gguf", format="gguf-q8_0", quantization="int8")
+    config = canonical(open_checkpoint(tmp_path / "q8.gguf")).config
+    adapter = made.write(tmp_path / "adapter", made.config_of(4), made.matrices(config, 4))
+    with pytest.raises(UnsupportedModelError, match="is q8_0; an adapter is merged into ternary or plain weights only"):
+        convert(tmp_path / "q8.gguf", tmp_path / "out.gguf", format="gguf-q8_0", merge_adapter=adapter)
+    assert not (tmp_path / "out.gguf").exists()
