@@ -17,7 +17,8 @@ from bitnet.convert.adapters import delta, together
 from bitnet.convert.source import read
 from bitnet.errors import UnsupportedModelError, UsageError
 from bitnet.models import canonical, open_checkpoint
-from bitnet.models.peft import LowRank, read_adapter
+from bitnet.models.low_rank import LowRank
+from bitnet.models.peft import read_adapter
 from bitnet.weights import load_engine
 
 

@@ -33,7 +33,7 @@ from bitnet.files import PathLike, gguf_write, read_file, safetensors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
-from bitnet.models.peft import LowRank
+from bitnet.models.low_rank import LowRank
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 

@@ -27,7 +27,8 @@ from bitnet.files import json_object, read_file, shown, system_errors
 from bitnet.files.replacing import new_file
 from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import ModelConfig
-from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, LowRank, is_adapter, read_adapter
+from bitnet.models.low_rank import LowRank
+from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter
 
 _DENSE = ("f32", "f64", "f16", "bf16")
 
