@@ -22,11 +22,14 @@ from bitnet.models.peft import read_adapter
 from bitnet.weights import load_engine
 
 
-def source(folder: Path, family: str = "bitnet", rank: int = 8, size: float = 1.0, name: str = "style", **changes: Any) -> Path:
+def source(
+    folder: Path, family: str = "bitnet", rank: int = 8, size: float = 1.0, name: str = "style",
+    alphas: dict[str, float] | None = None, **changes: Any,
+) -> Path:  # fmt: skip
     base = packed_models.write(folder / "source", family, **changes)
     config = canonical(open_checkpoint(base)).config
     tensors = {n: v * np.float32(size) for n, v in made.matrices(config, rank).items()}
-    made.write(base / name, made.config_of(rank), tensors)
+    made.write(base / name, made.config_of(rank, alpha_pattern=alphas or {}), tensors)
     return base
 
 
@@ -62,6 +65,29 @@ def test_llama_in_gguf_agrees_to_float_noise(tmp_path: Path) -> None:
     # rope's pairs lie in another order, so do the sums of attention; an activation may then round to the next int8 (test_pairs.py)
     assert np.linalg.norm(before - after) <= 2e-2 * np.linalg.norm(before)
     assert np.linalg.norm(before - adapted(base, None)) > 0.2 * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("alphas", [{}, {"down_proj": 3.0, "layers.0.*q_proj": 7.5}])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bitnet"])
+def test_llama_cpps_file_of_the_adapter(tmp_path: Path, family: str, alphas: dict[str, float]) -> None:
+    """The same function beside the GGUF and beside the source: rows of B turned as the base's, the scale where the file has it."""
+    base = source(tmp_path, family, rank=4, alphas=alphas)
+    report = convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")
+    lora = tmp_path / "out-style-LoRA.gguf"
+    assert any(f"for llama.cpp (--lora) as {lora}, read back and compared" in note for note in report.notes)
+    peft, other = adapted(base, base / "style"), adapted(base, lora)
+    if alphas:  # scale (B (A x)) and (scale B) (A x) differ by roundings, which int8 activations make larger
+        assert np.linalg.norm(peft - other) <= 2e-2 * np.linalg.norm(peft)
+    else:
+        assert np.array_equal(peft, other)
+    assert np.array_equal(adapted(tmp_path / "out.gguf", lora), adapted(tmp_path / "out.gguf", tmp_path / "style")) or alphas
+    assert np.linalg.norm(peft - adapted(base, None)) > 0.2 * np.linalg.norm(peft)
+    one = read_adapter(base / "style", canonical(open_checkpoint(base)).config).parts
+    two = read_adapter(lora, canonical(open_checkpoint(base)).config).parts
+    assert one.keys() == two.keys() and all(np.allclose(one[n].delta(), two[n].delta(), atol=1e-6) for n in one)
+    lora.write_text("x")
+    with pytest.raises(UsageError, match=r"out-style-LoRA.gguf: is in the way of the source's adapter .* for llama.cpp; move it"):
+        convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")
 
 
 def test_what_lies_in_the_way_and_what_is_not_run(tmp_path: Path) -> None:

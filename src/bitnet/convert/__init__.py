@@ -116,6 +116,7 @@ def convert(
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
     check_target(target, checkpoint, form)
     kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
+    for_llama_cpp = adapters.gguf_places(checkpoint.path, target) if merge_adapter is None and form.container == "gguf" else {}
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
     weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
     survived: list[adapters.Merged] = []
@@ -124,7 +125,7 @@ def convert(
         survived = adapters.survival(before, wanted, parts)
         if adapters.beside(checkpoint.path):
             notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
-    elif kept and any(wanted[name] is not weight for name, weight in model.weights.items()):
+    elif (kept or for_llama_cpp) and any(wanted[name] is not weight for name, weight in model.weights.items()):
         notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
     texts = _texts(checkpoint, model, form, tokenizer_json, notes)
     if form.container == "gguf":
@@ -144,6 +145,8 @@ def convert(
         name = str(target) if form.container == "hf" else None
         for path, place in kept.items():
             notes.append(adapters.keep(path, root / place, name, model.config, verify_written))
+        for path, to in for_llama_cpp.items():
+            notes.extend(filter(None, [adapters.write_gguf(path, to, gguf.architecture(model.config, form), model.config)]))
 
     if form.folder:
         with new_folder(target) as folder:

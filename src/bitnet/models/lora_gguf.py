@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError
 from bitnet.files import PathLike, gguf, is_gguf, shown
 from bitnet.files.tensor import Tensor
 from bitnet.models.config import LINEARS, ModelConfig, weight_shapes
@@ -57,6 +57,14 @@ def read(path: PathLike, config: ModelConfig) -> dict[str, LowRank]:
             b = turned(b, config.head_dim, by_pairs=False)
         found[ours] = LowRank(scheme, a, b, alpha / len(a) if alpha else 1.0)
     return found
+
+
+def is_lora(path: PathLike) -> bool:
+    """Whether this is such a file, of whatever model."""
+    try:
+        return is_gguf(path) and gguf.read(path).metadata.get(KIND) == "lora"
+    except BitNetError:
+        return False
 
 
 def by_pairs(config: ModelConfig, kind: str) -> bool:
