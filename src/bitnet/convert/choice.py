@@ -39,8 +39,8 @@ def choose(
     text: calibration text, int32 [sequences, tokens], or None.
     """
     wanted, choices = dict(model.weights), dict[str, Choice]()
-    if scheme in (None, "fp16"):
-        return wanted, choices
+    if scheme in (None, "fp16"):  # fp16 is made where weights are fitted to the format
+        return wanted, {name: Choice("fp16") for name, weight in wanted.items() if scheme and is_quantized(weight)}
     feedback = ErrorFeedback() if how.method == "gptq" and scheme == "ternary" else None
     product: Product = plain_product if feedback is None else feedback.product
 

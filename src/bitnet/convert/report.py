@@ -125,6 +125,8 @@ def verdict(layers: list[Layer], scheme: str, before: float | None = None, after
     heal = "train it further as a ternary model (bitnet train), which heals what conversion breaks"
     if scheme in ("int4", "fp4"):
         heal = "take int8"
+    elif scheme in ("int8", "fp16"):
+        heal = "keep it as it is, or take bf16 (--format hf-dense-bf16, gguf-bf16)"
     elif scheme == "binary":
         heal = "take int4, or train a binary or ternary model (bitnet train)"
     elif scheme == "ternary":
