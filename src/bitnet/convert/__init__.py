@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.chat import find_template
-from bitnet.convert import adapters, gguf, hf, tokenizer
+from bitnet.convert import adapters, gguf, hf, tokenizer, weights_alone
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.choice import with_latent_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
@@ -28,10 +28,12 @@ from bitnet.convert.report import Layer, measure
 from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
+from bitnet.convert.weights_alone import tensors_alone
 from bitnet.errors import UsageError
 from bitnet.files import PathLike, gguf_write, read_file, safetensors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
+from bitnet.files.tensor import Tensor
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
 from bitnet.models.low_rank import LowRank
 
@@ -95,6 +97,11 @@ def convert(
     how = ternarization or Ternarization()
     if how.calibrated and calibration is None:
         raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
+    alone = tensors_alone(source) if quantization == "ternary" and merge_adapter is None else None
+    if alone is not None:
+        return _convert_alone(
+            alone, Path(source), target, choose(format, target, quantization, 0), how, allow_requantize, verify_written, progress
+        )
     notes: list[str] = []
     checkpoint = open_checkpoint(source, i2_s)
     if quantization not in (None, "fp16"):
@@ -114,7 +121,7 @@ def convert(
         and not all(w.scheme == form.weights for w in model.weights.values() if w.kind in LINEARS)
     ):
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
-    check_target(target, checkpoint, form)
+    check_target(target, [checkpoint.path, *{Path(tensor.path) for tensor in checkpoint.tensors.values()}], form)
     kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
     for_llama_cpp = adapters.gguf_places(checkpoint.path, target) if merge_adapter is None and form.container == "gguf" else {}
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
@@ -164,8 +171,32 @@ def convert(
             file.flush()
             checked(Path(file.name))
         keep_adapters(target.absolute().parent)
-    layers = measure(model, weights, choices, form)
+    layers = measure(model.weights, weights, choices, form)
     return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
+
+
+def _convert_alone(
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    target: Path,
+    form: Format,
+    how: Ternarization,
+    requantize: bool,
+    check: bool,
+    progress: Progress,
+) -> Report:
+    """Of a file without a configuration (weights_alone.py)."""
+    before, weights, choices, losses = weights_alone.made_ternary(tensors, form, how, requantize, str(source))
+    head, order = weights_alone.items(tensors, weights, form)
+    nbytes = len(head) + sum(item.nbytes for item in order)
+    check_target(target, [source], form)
+    require_disk(target, nbytes)
+    with new_file(target) as file:
+        _write(file, head, ((item.chunks(), 0) for item in order), nbytes, progress)
+        if check:
+            weights_alone.verify(Path(file.name), tensors, weights, progress)
+    layers, notes = measure(before, weights, choices, form), [weights_alone.note(str(source), target)]
+    return Report(str(source), str(target), form.name, nbytes, len(order), check, losses, notes, [], "ternary", layers)
 
 
 def _fitted(
