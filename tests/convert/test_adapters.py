@@ -12,7 +12,7 @@ import peft_adapters as made
 import pytest
 from packed_models import IDS
 
-from bitnet.convert import convert
+from bitnet.convert import Ternarization, convert
 from bitnet.convert.adapters import delta, together
 from bitnet.convert.source import read
 from bitnet.errors import UnsupportedModelError, UsageError
@@ -142,6 +142,23 @@ def test_merging_into_plain_weights(tmp_path: Path) -> None:
     assert np.linalg.norm(merged - unmerged) < 0.05 * np.linalg.norm(alone - unmerged)
     ternary = convert(base, tmp_path / "ternary", quantization="ternary", merge_adapter=base / "style")
     assert together(ternary.merged, "in all").survived > 0.2 and together(ternary.merged, "in all").changed > 0
+
+
+@pytest.mark.parametrize("how", [Ternarization("gptq"), Ternarization(alpha="auto")], ids=["gptq", "auto"])
+def test_merging_before_calibration(tmp_path: Path, how: Ternarization) -> None:
+    """The merged weights are what is calibrated: as if they had been written first."""
+    if how.method == "gptq":
+        pytest.importorskip("torch", reason="torch is not installed (extra [train])")
+    base = source(tmp_path, "llama", rank=4, trits=False)
+    text = np.array([IDS, IDS[::-1]], np.int32)
+    report = convert(base, tmp_path / "one", quantization="ternary", ternarization=how, calibration=text, merge_adapter=base / "style")
+    assert report.verified and 0.2 < together(report.merged, "in all").survived < 2 and len(report.merged) == 7
+    stored = {"bf16": "hf-dense-bf16", "f16": "hf-dense-f16"}[read(open_checkpoint(base)).weights["layers.0.q"].scheme]
+    convert(base, tmp_path / "merged", format=stored, merge_adapter=base / "style")
+    convert(tmp_path / "merged", tmp_path / "two", quantization="ternary", ternarization=how, calibration=text)
+    one, two = read(open_checkpoint(tmp_path / "one")), read(open_checkpoint(tmp_path / "two"))
+    for name, weight in one.weights.items():
+        assert np.array_equal(weight.values(0, weight.shape[0]), two.weights[name].values(0, weight.shape[0])), name
 
 
 def test_a_delta_has_the_same_bits_however_rows_are_cut() -> None:
