@@ -153,7 +153,7 @@ def test_groups_of_activations_for_binary_weights(folder: Path) -> None:
 def test_what_is_refused(folder: Path) -> None:
     with pytest.raises(UsageError, match="weights is 'fp16'; expected one of stored, f16, int8, int4, fp4, binary, ternary"):
         check_weights("fp16", None, "stored")
-    for weights in ("int4", "fp4", "binary", "ternary"):
+    for weights in ("int4", "fp4", "binary"):
         with pytest.raises(UsageError, match=r"is a BitNet model, .* it runs as trained only \(weights='stored'\)"):
             TernaryTransformer.from_pretrained(weights=weights)
     with pytest.raises(UsageError, match="codec is 't2' and weights 'int4'; codecs are for ternary layers, leave it out"):

@@ -19,7 +19,7 @@ from bitnet import _native
 from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
-from bitnet.models.peft import LowRank, widened
+from bitnet.models.low_rank import LowRank, widened
 
 CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
 BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits

@@ -10,7 +10,7 @@ from bitnet.engine import CODECS, Adapter, Engine, check_codec, chosen_codec, ne
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.config import weight_shapes
-from bitnet.models.peft import LowRank
+from bitnet.models.low_rank import LowRank
 from bitnet.models.rope import Rope
 from bitnet.weights import QUANTIZED, layer_norms, scheme_bits
 

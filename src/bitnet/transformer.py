@@ -96,7 +96,7 @@ class TernaryTransformer:
         from bitnet.models import canonical, open_checkpoint
         from bitnet.models.peft import read_adapter
         from bitnet.tuning import Settings, settle
-        from bitnet.weights import check_weights, load_engine
+        from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
 
         check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
         check_weights(weights, activation_group, head or "stored")
@@ -106,10 +106,11 @@ class TernaryTransformer:
         elsewhere = None if device == "cpu" else model_on(device)
         path = resolve(source, revision, file)
         start = time.perf_counter()
-        as_tuned = weights == "stored" and activation_group is None and elsewhere is None  # what was measured
-        use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
         checkpoint = open_checkpoint(path, i2_s)
         found = canonical(checkpoint)
+        weights = as_stored_if_ternary(weights, checkpoint, found)
+        as_tuned = weights == "stored" and activation_group is None and elsewhere is None  # what was measured
+        use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
         loaded = load_tokenizer(checkpoint, found.config.vocab_size, tokenizer)  # first: the memory of its making is given back
         paths = dict(adapters or {}) | ({} if adapter is None else {DEFAULT_ADAPTER: adapter})
         parts = {name: read_adapter(folder, found.config).parts for name, folder in paths.items()}

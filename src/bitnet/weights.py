@@ -68,8 +68,8 @@ def load_engine(
     """Repack a checkpoint's weights for this machine.
 
     `weights`: of the linear layers, "stored" as in the file (block formats as int8); one of `QUANTIZED` for all that are not packed ternary
-    or binary; or "f16" with float32 activations, the exact path of models that were trained so. Embedding and head are `head`'s: "stored"
-    likewise, "int8" with a scale per row, or "int4" with one per 32 inputs.
+    or binary ("ternary" changes nothing of a ternary model); or "f16" with float32 activations, the exact path of models that were trained
+    so. Embedding and head are `head`'s: "stored" likewise, "int8" with a scale per row, or "int4" with one per 32 inputs.
     `activation_group`: inputs that share an int8 step, a multiple of 16; 0 for one step per token; None for what the weights want.
     `codec`: how ternary layers lie in memory, "t2", "b3" or "auto" (engine.chosen_codec); the results are the same bits.
     `model`: the checkpoint as somebody reads it who doubts what it says of itself (evaluate/trials.py).
@@ -80,6 +80,7 @@ def load_engine(
     check_weights(weights, activation_group, head)
     check_codec(codec)
     model = model or canonical(checkpoint)
+    weights = as_stored_if_ternary(weights, checkpoint, model)
     config, tensors, where = model.config, checkpoint.tensors, str(checkpoint.path)
     if model.quantization and (weights not in ("stored", "int8") or activation_group):
         raise UsageError(f"{where}: is a BitNet model, trained with int8 activations per token; it runs as trained only (weights='stored')")
@@ -119,6 +120,14 @@ def load_engine(
     scheme = next(scheme for scheme in ("ternary", "binary", "int4", "fp4", "int8", "dense") if scheme in schemes)
     runs = getattr(native, "codec", ternary_codec) if scheme == "ternary" else scheme
     return Engine(config, native, runs, head)
+
+
+def as_stored_if_ternary(weights: str, checkpoint: Checkpoint, model: Canonical) -> str:
+    """`weights`, but "stored" where it asks for ternary layers and the checkpoint's are so already."""
+    if weights != "ternary":
+        return weights
+    layers = [checkpoint.tensors[theirs] for ours, theirs in model.names.items() if _kind(ours) in LINEARS]
+    return "stored" if model.quantization or all(tensor.scheme == "ternary" for tensor in layers) else weights
 
 
 def layer_norms(c: ModelConfig) -> list[str]:

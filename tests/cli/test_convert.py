@@ -85,6 +85,17 @@ def test_json_is_the_last_line(tmp_path: Path, bitnet: Run) -> None:
     assert any("SiLU" in note for note in found["notes"]) and found["peak_rss_bytes"] > 1e7 and found["requantized"] == []
 
 
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "int8", "int4", "fp4", "fp16"])
+def test_every_scheme_ends_with_a_report(tmp_path: Path, bitnet: Run, scheme: str) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    done = bitnet("convert", source, "-o", tmp_path / "out.safetensors", "--quantization", scheme)
+    assert done.exit_code == 0 and "weight error" in done.stdout and f"{scheme} moved these weights by" in done.stdout
+    found = json.loads((tmp_path / "out.safetensors.report.json").read_text())
+    assert found["quantization"] == scheme and len(found["layers"]) == 7 + 2 and {row["rule"] for row in found["layers"]}
+    assert all(layer["bits_per_weight"] >= 2 and 0 <= layer["weight_error"] < 1 for layer in found["layers"])
+    assert "report: " in done.stdout and ("matplotlib" in done.stdout or (tmp_path / "out.safetensors.report.png").exists())
+
+
 def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None:
     done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "out", "--format", "hf-dense-bf16")
     assert done.exit_code == 1 and not (tmp_path / "out").exists()

@@ -7,12 +7,13 @@ import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import packed_models
 import pytest
 from click.testing import CliRunner, Result
 
 from bitnet.cli.article import cli as article
 from bitnet.cli.run import summary
-from bitnet.transformer import embedded_models
+from bitnet.transformer import TernaryTransformer, embedded_models
 
 Bitnet = Callable[..., Result]
 KEYS = {
@@ -187,3 +188,20 @@ def test_chat_answers_in_the_models_own_template_or_in_one_that_is_named(bitnet:
     assert own["token_ids"] == named["token_ids"] and own["prompt_tokens"] == named["prompt_tokens"] > 20
     assert bitnet("run", tmp_path / "m", "-p", "Hi", "--system", "x").exit_code == 2
     assert "no such file" in bitnet(*args, "--chat-template", tmp_path / "none").stderr
+
+
+@pytest.mark.parametrize("flags", [["--ternary"], ["--quantization", "ternary"], ["--weights", "ternary"]])
+def test_ternary_is_what_weights_ternary_is(bitnet: Bitnet, tmp_path: Path, flags: list[str]) -> None:
+    """Of a dense model, which is ternarized while it is loaded; a ternary one stays what it is, and other weights are another wish."""
+    dense = packed_models.write(tmp_path / "dense", "llama", trits=False)
+    expected = TernaryTransformer.from_pretrained(dense, weights="ternary").generate("the", max_new_tokens=5, temperature=0)
+    for tool, where in ((bitnet, ["run", str(dense)]), (lambda *a: CliRunner().invoke(article, a), ["--model", str(dense)])):
+        done = tool(*where, "-p", "the", "-n", "5", "--temperature", "0", *flags, "--json")
+        found = json.loads(done.stdout.splitlines()[-1])
+        assert found["token_ids"] == expected.token_ids and found["codec"] in ("t2", "b3")
+    measured = bitnet("bench", str(dense), "--new-tokens", "2", "--prompt-tokens", "2", "--repetitions", "1", *flags, "--json")
+    assert json.loads(measured.stdout.splitlines()[-1])["codec"] in ("t2", "b3")
+    if "--weights" not in flags:
+        done = bitnet("run", dense, "-p", "a", "--weights", "int8", *flags)
+        assert (done.stderr, done.exit_code) == ("error: --ternary and --weights int8 exclude each other (see 'bitnet run --help')\n", 2)
+    assert bitnet("run", "-p", "a", "-n", "1", *flags).exit_code == 0

@@ -12,20 +12,24 @@ import peft_adapters as made
 import pytest
 from packed_models import IDS
 
-from bitnet.convert import convert
+from bitnet.convert import Ternarization, convert
 from bitnet.convert.adapters import delta, together
 from bitnet.convert.source import read
 from bitnet.errors import UnsupportedModelError, UsageError
 from bitnet.models import canonical, open_checkpoint
-from bitnet.models.peft import LowRank, read_adapter
+from bitnet.models.low_rank import LowRank
+from bitnet.models.peft import read_adapter
 from bitnet.weights import load_engine
 
 
-def source(folder: Path, family: str = "bitnet", rank: int = 8, size: float = 1.0, name: str = "style", **changes: Any) -> Path:
+def source(
+    folder: Path, family: str = "bitnet", rank: int = 8, size: float = 1.0, name: str = "style",
+    alphas: dict[str, float] | None = None, **changes: Any,
+) -> Path:  # fmt: skip
     base = packed_models.write(folder / "source", family, **changes)
     config = canonical(open_checkpoint(base)).config
     tensors = {n: v * np.float32(size) for n, v in made.matrices(config, rank).items()}
-    made.write(base / name, made.config_of(rank), tensors)
+    made.write(base / name, made.config_of(rank, alpha_pattern=alphas or {}), tensors)
     return base
 
 
@@ -61,6 +65,29 @@ def test_llama_in_gguf_agrees_to_float_noise(tmp_path: Path) -> None:
     # rope's pairs lie in another order, so do the sums of attention; an activation may then round to the next int8 (test_pairs.py)
     assert np.linalg.norm(before - after) <= 2e-2 * np.linalg.norm(before)
     assert np.linalg.norm(before - adapted(base, None)) > 0.2 * np.linalg.norm(before)
+
+
+@pytest.mark.parametrize("alphas", [{}, {"down_proj": 3.0, "layers.0.*q_proj": 7.5}])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "bitnet"])
+def test_llama_cpps_file_of_the_adapter(tmp_path: Path, family: str, alphas: dict[str, float]) -> None:
+    """The same function beside the GGUF and beside the source: rows of B turned as the base's, the scale where the file has it."""
+    base = source(tmp_path, family, rank=4, alphas=alphas)
+    report = convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")
+    lora = tmp_path / "out-style-LoRA.gguf"
+    assert any(f"for llama.cpp (--lora) as {lora}, read back and compared" in note for note in report.notes)
+    peft, other = adapted(base, base / "style"), adapted(base, lora)
+    if alphas:  # scale (B (A x)) and (scale B) (A x) differ by roundings, which int8 activations make larger
+        assert np.linalg.norm(peft - other) <= 2e-2 * np.linalg.norm(peft)
+    else:
+        assert np.array_equal(peft, other)
+    assert np.array_equal(adapted(tmp_path / "out.gguf", lora), adapted(tmp_path / "out.gguf", tmp_path / "style")) or alphas
+    assert np.linalg.norm(peft - adapted(base, None)) > 0.2 * np.linalg.norm(peft)
+    one = read_adapter(base / "style", canonical(open_checkpoint(base)).config).parts
+    two = read_adapter(lora, canonical(open_checkpoint(base)).config).parts
+    assert one.keys() == two.keys() and all(np.allclose(one[n].delta(), two[n].delta(), atol=1e-6) for n in one)
+    lora.write_text("x")
+    with pytest.raises(UsageError, match=r"out-style-LoRA.gguf: is in the way of the source's adapter .* for llama.cpp; move it"):
+        convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")
 
 
 def test_what_lies_in_the_way_and_what_is_not_run(tmp_path: Path) -> None:
@@ -115,6 +142,23 @@ def test_merging_into_plain_weights(tmp_path: Path) -> None:
     assert np.linalg.norm(merged - unmerged) < 0.05 * np.linalg.norm(alone - unmerged)
     ternary = convert(base, tmp_path / "ternary", quantization="ternary", merge_adapter=base / "style")
     assert together(ternary.merged, "in all").survived > 0.2 and together(ternary.merged, "in all").changed > 0
+
+
+@pytest.mark.parametrize("how", [Ternarization("gptq"), Ternarization(alpha="auto")], ids=["gptq", "auto"])
+def test_merging_before_calibration(tmp_path: Path, how: Ternarization) -> None:
+    """The merged weights are what is calibrated: as if they had been written first."""
+    if how.method == "gptq":
+        pytest.importorskip("torch", reason="torch is not installed (extra [train])")
+    base = source(tmp_path, "llama", rank=4, trits=False)
+    text = np.array([IDS, IDS[::-1]], np.int32)
+    report = convert(base, tmp_path / "one", quantization="ternary", ternarization=how, calibration=text, merge_adapter=base / "style")
+    assert report.verified and 0.2 < together(report.merged, "in all").survived < 2 and len(report.merged) == 7
+    stored = {"bf16": "hf-dense-bf16", "f16": "hf-dense-f16"}[read(open_checkpoint(base)).weights["layers.0.q"].scheme]
+    convert(base, tmp_path / "merged", format=stored, merge_adapter=base / "style")
+    convert(tmp_path / "merged", tmp_path / "two", quantization="ternary", ternarization=how, calibration=text)
+    one, two = read(open_checkpoint(tmp_path / "one")), read(open_checkpoint(tmp_path / "two"))
+    for name, weight in one.weights.items():
+        assert np.array_equal(weight.values(0, weight.shape[0]), two.weights[name].values(0, weight.shape[0])), name
 
 
 def test_a_delta_has_the_same_bits_however_rows_are_cut() -> None:

@@ -216,8 +216,8 @@ def types_of(model: Any, types: Sequence[str], embedding: str, head: str) -> dic
     return chosen if c.tie_word_embeddings else chosen | {"output.weight": head}
 
 
-def logits(path: Path, ids: Sequence[int]) -> np.ndarray:
-    """llama.cpp's, float32 [tokens, vocab]: one thread, one batch, weights not repacked, no flash attention."""
+def logits(path: Path, ids: Sequence[int], adapter: Path | None = None) -> np.ndarray:
+    """llama.cpp's, float32 [tokens, vocab]: one thread, one batch, weights not repacked, no flash attention. adapter: a GGUF of LoRA."""
     _quiet()
     options = llama_cpp.llama_model_default_params()
     options.n_gpu_layers, options.use_extra_bufts = 0, False
@@ -229,6 +229,12 @@ def logits(path: Path, ids: Sequence[int]) -> np.ndarray:
     context_options.n_threads = context_options.n_threads_batch = 1
     context_options.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
     context = llama_cpp.llama_init_from_model(model, context_options)
+    if adapter is not None:
+        low_rank = llama_cpp.llama_adapter_lora_init(model, str(adapter).encode())
+        if not low_rank:
+            raise RuntimeError(f"llama.cpp would not load {adapter}")
+        one = (llama_cpp.llama_adapter_lora_p_ctypes * 1)(low_rank), (ctypes.c_float * 1)(1.0)
+        llama_cpp.llama_set_adapters_lora(context, one[0], 1, one[1])
     batch = llama_cpp.llama_batch_init(len(ids), 0, 1)
     batch.n_tokens = len(ids)
     for i, token in enumerate(ids):

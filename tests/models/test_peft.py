@@ -101,9 +101,9 @@ def test_alpha_by_pattern_and_ranks_by_pattern_and_rslora(tmp_path: Path) -> Non
     engine, theirs = engine_of(folder), random_models.reload(folder)
     tensors = made.matrices(engine.config, 4, ["v_proj"], seed=1) | made.matrices(engine.config, 7, ["q_proj"], seed=2)
     tensors |= made.matrices(engine.config, 4, ["up_proj"], seed=3)
-    alphas = {"layers.0.self_attn.q_proj": 10, "^up_proj": 1000, "^model.layers.1.mlp.up_proj": 20, r"self_attn\.v_proj": 5.5}
+    alphas = {"layers.0.self_attn.q_proj": 10, "^up_proj": 1000, "^model.layers.1.mlp.up_proj": 20, r"self_attn\.(k|v)_pro.": 5.5}
     written = made.config_of(
-        4, ["v_proj", "q_proj", "up_proj"], use_rslora=True, lora_alpha=6, alpha_pattern=alphas, rank_pattern={"q_proj": 7}
+        4, ["v_proj", "q_proj", "up_proj"], use_rslora=True, lora_alpha=6, alpha_pattern=alphas, rank_pattern={r"layers\.\d+\..*q_proj": 7}
     )
     adapter = adapter_of(engine, made.write(tmp_path / "adapter", written, tensors))
 
@@ -194,7 +194,8 @@ REFUSED: list[tuple[dict[str, Any], Any, str]] = [
     ({"peft_type": "IA3"}, None, "peft_type is 'IA3'; this build runs LORA"),
     ({"init_lora_weights": "pissa"}, None, "init_lora_weights is 'pissa', which changes the base's own weights"),
     ({"init_lora_weights": []}, None, r"init_lora_weights is \[\], which changes"),
-    ({"alpha_pattern": {"(a+)+b": 1}}, None, r"alpha_pattern has the regular expression '\(a\+\)\+b'; this build reads plain names"),
+    ({"alpha_pattern": {"(?=x)q_proj": 1}}, None, r"alpha_pattern: '\(\?=x\)q_proj' has a group that looks around"),
+    ({"rank_pattern": {".*q_proj": 9}}, None, r"layers.0.q has rank 8, but adapter_config.json says r = 9"),
     ({"alpha_pattern": [1]}, None, r"alpha_pattern is \[1\]; expected names with numbers"),
     ({"lora_alpha": "x"}, None, "lora_alpha is 'x'; expected a number above 0"),
     ({"r": 9}, None, r"layers.0.q has rank 8, but adapter_config.json says r = 9"),
@@ -242,8 +243,8 @@ def test_an_adapter_that_peft_itself_wrote(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder = random_models.save(random_models.llama(seed=9), tmp_path / "base")
     lora = peft.LoraConfig(
-        r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"], rank_pattern={"down_proj": 3},
-        alpha_pattern={"layers.1.mlp.down_proj": 5}, layers_to_transform=[1, 2], init_lora_weights=False, task_type="CAUSAL_LM",
+        r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"], rank_pattern={r"(up|down)_proj": 3}, layers_to_transform=[1, 2],
+        alpha_pattern={r"layers\.[01]\..*down_proj": 5, ".*proj": 7}, init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     random_models.torch.manual_seed(0)
     adapted = peft.get_peft_model(random_models.reload(folder), lora).eval()

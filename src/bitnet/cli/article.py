@@ -8,14 +8,13 @@ import click
 
 from bitnet import __version__
 from bitnet.cli.errors import Guarded
-from bitnet.cli.options import EMBEDDED_MODEL, conversion_options, engine_options, generation_options, output_options, ternary_options
+from bitnet.cli.options import EMBEDDED_MODEL, conversion_options, engine_options, generation_options, output_options
 from bitnet.machine import require_numpy
 
 
 @click.command("bitnet-cli", cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", "source", default=EMBEDDED_MODEL, show_default=True, metavar="MODEL", help="Embedded name, folder or file.")
 @click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own.")
-@ternary_options
 @generation_options
 @engine_options
 @output_options

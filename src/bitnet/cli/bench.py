@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, threads_option
+from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, ternary_options, threads_option
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
@@ -38,6 +38,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
     type=click.Choice(["stored", *SHAPE_WEIGHTS]),
     help="The linear layers. A model's: stored (default), f16, int8, int4, fp4, binary, ternary. A shape's: ternary (default); bf16 too.",
 )
+@ternary_options
 @click.option(
     "--head",
     type=click.Choice(["stored", *SHAPE_HEADS]),
@@ -211,14 +212,17 @@ def build(
         raise click.UsageError(f"--weights {weights} is for a --shape; a MODEL takes {', '.join(MODEL_WEIGHTS)}")
     if head is not None and head not in MODEL_HEADS:
         raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes {', '.join(MODEL_HEADS)}")
+    from bitnet.models import canonical
     from bitnet.transformer import resolve
     from bitnet.tuning import Settings, settle
-    from bitnet.weights import load_engine
+    from bitnet.weights import as_stored_if_ternary, load_engine
 
     path = resolve(EMBEDDED_MODEL if model is None else model)
-    as_stored = weights in (None, "stored")  # what tuning measured
+    checkpoint = open_checkpoint(path)
+    weights = as_stored_if_ternary(weights or "stored", checkpoint, canonical(checkpoint))
+    as_stored = weights == "stored"  # what tuning measured
     use = settle(path, codec, head, threads) if as_stored else Settings(codec, head or "stored", threads)
-    return load_engine(open_checkpoint(path), threads=use.threads, head=use.head, codec=use.codec, weights=weights or "stored"), use
+    return load_engine(checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights), use
 
 
 def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
@@ -72,14 +73,31 @@ def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s
+def ternary_options(function: F) -> F:
+    """The article's --quantization ternary and --ternary, of commands that have --weights: the same as --weights ternary."""
+
+    @functools.wraps(function)
+    def with_weights(*args: Any, quantization: str | None, ternary: bool, weights: str | None, **rest: Any) -> Any:
+        if ternary or quantization:
+            if weights not in (None, "stored", "ternary"):
+                raise click.UsageError(f"--ternary and --weights {weights} exclude each other")
+            weights = "ternary"
+        return function(*args, weights=weights, **rest)
+
+    return _all(
+        click.option("--quantization", type=click.Choice(["ternary"]), help="The same as --weights ternary."),
+        click.option("--ternary", is_flag=True, help="The same; what is ternary already stays what it is."),
+    )(cast(F, with_weights))
+
+
+def engine_options(function: F) -> F:
+    """As keyword arguments: threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s."""
+    return _all(*_engine)(ternary_options(function))
+
+
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
-)
-ternary_options = _all(  # the article's; what runs is ternary anyway
-    click.option("--quantization", type=click.Choice(["ternary"]), default="ternary", expose_value=False, help="Ternary is what there is."),
-    click.option("--ternary", is_flag=True, expose_value=False, help="The same as --quantization ternary."),
 )
 conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.convert_model
     click.option(

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.chat import find_template
-from bitnet.convert import adapters, gguf, hf, tokenizer
+from bitnet.convert import adapters, gguf, hf, tokenizer, weights_alone
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.choice import with_latent_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
@@ -28,12 +28,14 @@ from bitnet.convert.report import Layer, measure
 from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
+from bitnet.convert.weights_alone import tensors_alone
 from bitnet.errors import UsageError
 from bitnet.files import PathLike, gguf_write, read_file, safetensors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
+from bitnet.files.tensor import Tensor
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
-from bitnet.models.peft import LowRank
+from bitnet.models.low_rank import LowRank
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 
@@ -95,6 +97,11 @@ def convert(
     how = ternarization or Ternarization()
     if how.calibrated and calibration is None:
         raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
+    alone = tensors_alone(source) if quantization == "ternary" and merge_adapter is None else None
+    if alone is not None:
+        return _convert_alone(
+            alone, Path(source), target, choose(format, target, quantization, 0), how, allow_requantize, verify_written, progress
+        )
     notes: list[str] = []
     checkpoint = open_checkpoint(source, i2_s)
     if quantization not in (None, "fp16"):
@@ -114,8 +121,9 @@ def convert(
         and not all(w.scheme == form.weights for w in model.weights.values() if w.kind in LINEARS)
     ):
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
-    check_target(target, checkpoint, form)
+    check_target(target, [checkpoint.path, *{Path(tensor.path) for tensor in checkpoint.tensors.values()}], form)
     kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
+    for_llama_cpp = adapters.gguf_places(checkpoint.path, target) if merge_adapter is None and form.container == "gguf" else {}
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
     weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
     survived: list[adapters.Merged] = []
@@ -124,7 +132,7 @@ def convert(
         survived = adapters.survival(before, wanted, parts)
         if adapters.beside(checkpoint.path):
             notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
-    elif kept and any(wanted[name] is not weight for name, weight in model.weights.items()):
+    elif (kept or for_llama_cpp) and any(wanted[name] is not weight for name, weight in model.weights.items()):
         notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
     texts = _texts(checkpoint, model, form, tokenizer_json, notes)
     if form.container == "gguf":
@@ -144,6 +152,8 @@ def convert(
         name = str(target) if form.container == "hf" else None
         for path, place in kept.items():
             notes.append(adapters.keep(path, root / place, name, model.config, verify_written))
+        for path, to in for_llama_cpp.items():
+            notes.extend(filter(None, [adapters.write_gguf(path, to, gguf.architecture(model.config, form), model.config)]))
 
     if form.folder:
         with new_folder(target) as folder:
@@ -161,8 +171,32 @@ def convert(
             file.flush()
             checked(Path(file.name))
         keep_adapters(target.absolute().parent)
-    layers = measure(model, weights, choices, form)
+    layers = measure(model.weights, weights, choices, form)
     return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
+
+
+def _convert_alone(
+    tensors: Mapping[str, Tensor],
+    source: Path,
+    target: Path,
+    form: Format,
+    how: Ternarization,
+    requantize: bool,
+    check: bool,
+    progress: Progress,
+) -> Report:
+    """Of a file without a configuration (weights_alone.py)."""
+    before, weights, choices, losses = weights_alone.made_ternary(tensors, form, how, requantize, str(source))
+    head, order = weights_alone.items(tensors, weights, form)
+    nbytes = len(head) + sum(item.nbytes for item in order)
+    check_target(target, [source], form)
+    require_disk(target, nbytes)
+    with new_file(target) as file:
+        _write(file, head, ((item.chunks(), 0) for item in order), nbytes, progress)
+        if check:
+            weights_alone.verify(Path(file.name), tensors, weights, progress)
+    layers, notes = measure(before, weights, choices, form), [weights_alone.note(str(source), target)]
+    return Report(str(source), str(target), form.name, nbytes, len(order), check, losses, notes, [], "ternary", layers)
 
 
 def _fitted(

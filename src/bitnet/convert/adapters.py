@@ -3,6 +3,7 @@
 An adapter names the modules and keeps the row order of Hugging Face, whatever its base is stored in (models/peft.py), so its tensors
 stay what they are byte by byte; base_model_name_or_path follows the base into a folder that `transformers` loads. What was copied is
 read back for the written model and compared: the same A, B and scale beside weights that were verified are the same function.
+Beside a GGUF llama.cpp's own file of the adapter is written, too: names, and rows of llama's queries and keys, as the base has them there.
 
 Merging adds scale * B A to the weights. A ternary matrix returns to its own grid: T = clip(round(W / s), -1, 1) with the scales s that it
 has. So a change of less than s / 2 leaves no trace there, which is why it is measured: of the delta D and the change R that remains,
@@ -12,6 +13,7 @@ has. So a change of less than s / 2 leaves no trace there, which is why it is me
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,11 +25,13 @@ from bitnet.convert.quantize import rounded
 from bitnet.convert.source import F32, I8, Model, Weight, from_codes
 from bitnet.convert.verify import NotTheSameError
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
-from bitnet.files import json_object, read_file, shown, system_errors
+from bitnet.files import gguf_write, json_object, read_file, shown, system_errors
 from bitnet.files.replacing import new_file
 from bitnet.files.tensor import MAX_CONFIG_BYTES
-from bitnet.models import ModelConfig
-from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, LowRank, is_adapter, read_adapter
+from bitnet.models import ModelConfig, lora_gguf
+from bitnet.models.gguf import names as gguf_names
+from bitnet.models.low_rank import LowRank
+from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter
 
 _DENSE = ("f32", "f64", "f16", "bf16")
 
@@ -81,6 +85,56 @@ def places(source: Path, target: Path, folder: bool) -> dict[Path, Path]:
     return found
 
 
+def gguf_places(source: Path, target: Path) -> dict[Path, Path]:
+    """Where each adapter goes for llama.cpp: TARGET-NAME-LoRA.gguf beside TARGET.gguf. Raises UsageError where another file lies."""
+    found = {
+        path: target.absolute().with_name("-".join(filter(None, (target.stem, name, "LoRA.gguf")))) for name, path in beside(source).items()
+    }
+    for path, to in found.items():
+        if os.path.lexists(to) and (to.is_symlink() or not lora_gguf.is_lora(to)):
+            raise UsageError(
+                f"{shown(to)}: is in the way of the source's adapter {shown(path)} for llama.cpp; move it, or name another target"
+            )
+    return found
+
+
+def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> str | None:
+    """Writes an adapter as llama.cpp reads it, reads it back, and says so; None for one that this build cannot run.
+
+    The file has one alpha, so where A and B have not all the same one B takes the scale in, in float32.
+    """
+    try:
+        parts = read_adapter(path, config).parts
+    except BitNetError:
+        return None
+    alphas = {np.float32(low.scale * low.rank) for low in parts.values()}
+    alpha = alphas.pop() if len(alphas) == 1 else np.float32(0)
+    if not all(alpha / np.float32(low.rank) == np.float32(low.scale) for low in parts.values()):
+        alpha = np.float32(0)
+        parts = {n: LowRank("f32", low.dense()[0], low.dense()[1] * np.float32(low.scale), 1.0) for n, low in parts.items()}
+    names, items = gguf_names(config), []
+    for ours, low in parts.items():
+        turns = lora_gguf.by_pairs(config, ours.rsplit(".", 1)[-1])
+        b = lora_gguf.turned(low.b, config.head_dim, by_pairs=True) if turns else low.b
+        for side, values in (("lora_a", low.a), ("lora_b", b)):
+            chunks = [np.ascontiguousarray(values)]
+            items.append(gguf_write.Item(f"{names[ours]}.{side}", low.scheme, values.shape, lambda chunks=chunks: chunks))  # type: ignore[misc]
+    keys = {lora_gguf.TYPE: "adapter", "general.architecture": architecture, "general.name": path.absolute().name, lora_gguf.KIND: "lora"}
+    head, order = gguf_write.layout(items, keys | {lora_gguf.ALPHA: float(alpha)})
+    with new_file(to) as file:
+        file.write(head)
+        for item, fill in order:
+            for chunk in item.chunks():
+                file.write(chunk.data)
+            file.write(bytes(fill))
+        file.flush()
+        other = lora_gguf.read(file.name, config)
+        if parts.keys() != other.keys() or not all(_equal(parts[name], other[name]) for name in parts):
+            raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(path)}")
+    how = "" if alpha else ", B times its scale, for the file has one alpha and these matrices have several"
+    return f"adapter {shown(path)}: for llama.cpp (--lora) as {shown(to)}, read back and compared{how}"
+
+
 def keep(path: Path, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
     """Copies an adapter, reads it back, and says so. `base`: the name that its configuration shall have of the model, None for as it is."""
     found = json_object(read_file(path / CONFIG_FILE, MAX_CONFIG_BYTES), f"{shown(path)}/{CONFIG_FILE}")
@@ -107,7 +161,12 @@ def keep(path: Path, to: Path, base: str | None, config: ModelConfig, check: boo
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:
-    return one.scheme == other.scheme and one.scale == other.scale and np.array_equal(one.a, other.a) and np.array_equal(one.b, other.b)
+    return (
+        one.scheme == other.scheme
+        and np.float32(one.scale) == np.float32(other.scale)
+        and np.array_equal(one.a, other.a)
+        and np.array_equal(one.b, other.b)
+    )
 
 
 def _same(one: Path, other: Path) -> bool:

@@ -39,8 +39,8 @@ def choose(
     text: calibration text, int32 [sequences, tokens], or None.
     """
     wanted, choices = dict(model.weights), dict[str, Choice]()
-    if scheme in (None, "fp16"):
-        return wanted, choices
+    if scheme in (None, "fp16"):  # fp16 is made where weights are fitted to the format
+        return wanted, {name: Choice("fp16") for name, weight in wanted.items() if scheme and is_quantized(weight)}
     feedback = ErrorFeedback() if how.method == "gptq" and scheme == "ternary" else None
     product: Product = plain_product if feedback is None else feedback.product
 
@@ -48,7 +48,7 @@ def choose(
         name, alpha = weight.name, how.alpha_of(weight.name)
         if weight.codes is not None or alpha == "keep":
             return weight
-        stored, unit, head = _scale_dtype(weight, form), how.unit(weight.kind), model.config.head_dim if weight.kind in "qkv" else 0
+        stored, unit, head = scale_dtype(weight, form), how.unit(weight.kind), model.config.head_dim if weight.kind in "qkv" else 0
         taken: Alpha | None = None
         if scheme == "binary":
             made, rule = binary(weight, _binary_unit(weight, form), stored), "binary"
@@ -128,7 +128,7 @@ def _binary_unit(weight: Weight, form: Format) -> str | int:
     return form.block or ("row" if weight.kind in TABLES or form.dense else "tensor")
 
 
-def _scale_dtype(weight: Weight, form: Format) -> str:
+def scale_dtype(weight: Weight, form: Format) -> str:
     """How the scales of a weight that becomes ternary will be stored, so that they are rounded once, here."""
     if form.dense:
         return form.weights

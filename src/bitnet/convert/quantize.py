@@ -38,7 +38,7 @@ TABLES = ("embedding", "head")
 ALPHAS = {"embedding": 0.05, "head": 0.05, "q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
 GROUP = 32  # of int8, int4 and fp4
 _SMALLEST = 1e-5  # a scale, so that weights of nothing but zeros have one
-_MODULES = {
+MODULES = {
     "embedding": "embed_tokens", "head": "lm_head", **{part: f"self_attn.{part}_proj" for part in "qkvo"},
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
 }  # fmt: skip
@@ -86,7 +86,7 @@ class Ternarization:
 def _names(name: str) -> tuple[str, ...]:
     """The names by which a pattern may call a layer: "layers.0.q", "q", and Hugging Face's, with its module and without."""
     kind = name.rsplit(".", 1)[-1]
-    module = _MODULES[kind]
+    module = MODULES[kind]
     return (name, kind, f"model.{name.removesuffix(kind)}{module}", module, module.rsplit(".", 1)[-1])
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from bitnet.convert.choice import Choice
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import TABLES
-from bitnet.convert.source import Model, Weight
+from bitnet.convert.source import Weight
 from bitnet.files import PathLike
 from bitnet.files.ggml import TYPES
 from bitnet.files.gguf_write import IDS
@@ -53,11 +53,11 @@ class Layer:
         return math.prod(self.shape)
 
 
-def measure(model: Model, written: Mapping[str, Weight], choices: Mapping[str, Choice], form: Format) -> list[Layer]:
+def measure(plain: Mapping[str, Weight], written: Mapping[str, Weight], choices: Mapping[str, Choice], form: Format) -> list[Layer]:
     """Reads every weight that was chosen, as it was and as it is written."""
     layers = []
     for name, choice in choices.items():
-        before, after = model.weights[name], written[name]
+        before, after = plain[name], written[name]
         zeros, change, total = 0, 0.0, 0.0
         for first, last in before.spans():
             was, is_ = before.values(first, last), after.values(first, last)
@@ -125,6 +125,8 @@ def verdict(layers: list[Layer], scheme: str, before: float | None = None, after
     heal = "train it further as a ternary model (bitnet train), which heals what conversion breaks"
     if scheme in ("int4", "fp4"):
         heal = "take int8"
+    elif scheme in ("int8", "fp16"):
+        heal = "keep it as it is, or take bf16 (--format hf-dense-bf16, gguf-bf16)"
     elif scheme == "binary":
         heal = "take int4, or train a binary or ternary model (bitnet train)"
     elif scheme == "ternary":

@@ -11,7 +11,6 @@ from pathlib import Path
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import shown, system_errors
-from bitnet.models import Checkpoint
 from bitnet.models.peft import is_adapter
 
 # what a model's folder holds of the model; other files of a folder that is replaced stay in it
@@ -21,8 +20,11 @@ _MODEL_FILES = re.compile(
 )
 
 
-def check_target(target: Path, checkpoint: Checkpoint, form: Format) -> None:
-    """Raises UsageError for a target that is the source, a link, of another kind than the format's, or a folder of other things."""
+def check_target(target: Path, sources: list[Path], form: Format) -> None:
+    """Raises UsageError for a target that is the source, a link, of another kind than the format's, or a folder of other things.
+
+    sources: the model's path first, and its files.
+    """
     where = shown(target)
     with system_errors(target, "written"):
         parent = target.absolute().parent
@@ -32,7 +34,7 @@ def check_target(target: Path, checkpoint: Checkpoint, form: Format) -> None:
             raise UsageError(f"{where}: is a symbolic link to {shown(os.readlink(target))}; name the file itself, or remove the link")
         if not target.exists():
             return
-        for source in {Path(tensor.path) for tensor in checkpoint.tensors.values()} | {checkpoint.path}:
+        for source in sources:
             if os.path.samefile(source, target):
                 raise UsageError(f"{where}: is the source itself, by this name or by a link to it; name another target")
         if target.is_dir() != form.folder:
@@ -42,7 +44,7 @@ def check_target(target: Path, checkpoint: Checkpoint, form: Format) -> None:
             if not target.is_file():
                 raise UsageError(f"{where}: is a pipe or device; expected a file to write")
             return
-        if target.resolve() in checkpoint.path.resolve().parents:
+        if target.resolve() in sources[0].resolve().parents:
             raise UsageError(f"{where}: holds the source, and would be replaced; name another target")
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():

@@ -70,9 +70,14 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     if tokenizer is not None:
         check_json_object(tokenizer, tokenizer_where)
     settings, settings_where = _find_json("tokenizer_config", metadata, path, folder, MAX_CONFIG_BYTES)
+    said = json_object(config, where)
+    if "quantization_config" in metadata and "config" not in metadata:  # of weights that were written without the rest
+        said["quantization_config"] = json_object(
+            metadata["quantization_config"].encode(), f'{shown(path)}: metadata "quantization_config"'
+        )
     return Checkpoint(
         path,
-        json_object(config, where),
+        said,
         tensors,
         tokenizer,
         json_object(generation, generation_where) if generation is not None else {},

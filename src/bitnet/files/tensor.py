@@ -316,6 +316,8 @@ def _pair_integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def _linear_class(metadata: Mapping[str, str], folder: Path, path: str) -> str:
     if "config" in metadata:
         raw, where = metadata["config"].encode(), f'{path}: metadata "config"'
+    elif "quantization_config" in metadata:  # of weights that were written without the rest of a config
+        raw, where = b'{"quantization_config": ' + metadata["quantization_config"].encode() + b"}", f"{path}: metadata"
     elif os.path.lexists(folder / "config.json"):
         raw, where = read_file(folder / "config.json", MAX_CONFIG_BYTES), shown(folder / "config.json")
     else:

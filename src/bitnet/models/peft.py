@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import PathLike, json_object, read_file, safetensors, shown
 from bitnet.files.tensor import MAX_CONFIG_BYTES, Tensor
+from bitnet.models import lora_gguf
 from bitnet.models.config import LINEARS, ModelConfig, decoder_names, weight_shapes
 from bitnet.models.fields import integer, number
+from bitnet.models.low_rank import LowRank, stored_pair
+from bitnet.models.patterns import suffix_pattern
 
 CONFIG_FILE, WEIGHTS_FILE = "adapter_config.json", "adapter_model.safetensors"
 # of LoraConfig: what is read here, what only training uses, and where the model comes from
@@ -35,43 +35,13 @@ _KNOWN = {
 }  # fmt: skip
 _KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave the base's weights as they are
 _NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-_PLAIN_PATTERN = re.compile(r"\^?(?:\w|\\?\.)+\$?")  # others could take for ever to match
+_MOST_PATTERNS = 1000
 
 
 @dataclass(frozen=True)
-class LowRank:
-    """What stands beside one matrix."""
-
-    scheme: str  # "f32", "f16" or "bf16", whose bits come as uint16
-    a: NDArray[Any]  # [rank, in]
-    b: NDArray[Any]  # [out, rank]
-    scale: float
-
-    @property
-    def rank(self) -> int:
-        return int(self.a.shape[0])
-
-    def dense(self) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """A and B in float32."""
-        return widened(self.scheme, self.a), widened(self.scheme, self.b)
-
-    def delta(self) -> NDArray[np.float32]:
-        """What it adds to the matrix, float32 [out, in]: scale * B A."""
-        a, b = self.dense()
-        return np.asarray((b @ a) * np.float32(self.scale), np.float32)
-
-
-@dataclass(frozen=True)
-class PeftAdapter:
+class StoredAdapter:
     path: Path
-    config: dict[str, Any]
     parts: dict[str, LowRank]  # by the canonical name of the matrix: "layers.3.q"; rows in Hugging Face's order
-
-
-def widened(scheme: str, values: NDArray[Any]) -> NDArray[np.float32]:
-    """Stored values in float32."""
-    bits = (values.astype(np.uint32) << np.uint32(16)).view(np.float32) if scheme == "bf16" else values
-    return np.asarray(bits, np.float32)
 
 
 def is_adapter(path: PathLike) -> bool:
@@ -79,13 +49,15 @@ def is_adapter(path: PathLike) -> bool:
     return os.path.isfile(os.path.join(path, CONFIG_FILE))
 
 
-def read_adapter(path: PathLike, config: ModelConfig) -> PeftAdapter:
-    """The adapter in the folder `path`, for a base of this configuration.
+def read_adapter(path: PathLike, config: ModelConfig) -> StoredAdapter:
+    """The adapter in the folder `path`, or in llama.cpp's GGUF of that name (lora_gguf.py), for a base of this configuration.
 
     Raises `UnsupportedModelError` for what is no plain LoRA on q, k, v, o, gate, up and down, `FormatError` for damaged files and for
     shapes or modules that the base does not have.
     """
     folder, where = Path(path), shown(path)
+    if folder.is_file():
+        return StoredAdapter(folder, lora_gguf.read(folder, config))
     if not is_adapter(folder):
         raise FormatError(f"{where}: holds no {CONFIG_FILE}; expected an adapter's folder as PEFT saves it")
     found = json_object(read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES), f"{where}/{CONFIG_FILE}")
@@ -96,9 +68,17 @@ def read_adapter(path: PathLike, config: ModelConfig) -> PeftAdapter:
         )
     sides = _sides(safetensors.read_stored(folder / WEIGHTS_FILE).tensors, config, where)
     shapes = weight_shapes(config)
-    parts = {name: _part(name, pair, found, shapes[name.rsplit(".", 1)[-1]], config) for name, pair in sides.items()}
+    theirs = {ours: module for module, ours in modules(config).items()}
+    ranks, alphas = _Setting(found, "rank_pattern", "r", where), _Setting(found, "alpha_pattern", "lora_alpha", where)
+    parts = {}
+    for name, pair in sides.items():
+        rank, alpha = int(ranks.of(theirs[name])), alphas.of(theirs[name])
+        scheme, a, b = stored_pair(name, pair["A"], pair["B"], shapes[name.rsplit(".", 1)[-1]], where)
+        if len(a) != rank:
+            raise FormatError(f"{where}: {name} has rank {len(a)}, but {CONFIG_FILE} says r = {rank}; the two files are not of one adapter")
+        parts[name] = LowRank(scheme, a, b, alpha / (math.sqrt(rank) if found.get("use_rslora") else rank))
     _check_targets(found, set(parts), config, where)  # last: of an adapter for another model the sizes say more
-    return PeftAdapter(folder, found, parts)
+    return StoredAdapter(folder, parts)
 
 
 def modules(config: ModelConfig) -> dict[str, str]:
@@ -141,6 +121,9 @@ def _sides(tensors: Mapping[str, Tensor], config: ModelConfig, where: str) -> di
         sides.setdefault(known[match["module"]], {})[match["side"]] = tensor
     if not sides:
         raise FormatError(f"{where}: {WEIGHTS_FILE} holds no tensor; expected lora_A and lora_B of one linear layer or more")
+    alone = next((next(iter(pair.values())) for pair in sides.values() if len(pair) != 2), None)
+    if alone is not None:
+        raise FormatError(f"{alone.where}: stands alone; expected lora_A and lora_B of the layer")
     return {name: sides[name] for name in known.values() if name in sides}  # in the model's order
 
 
@@ -165,44 +148,19 @@ def _check_targets(found: Mapping[str, Any], have: set[str], config: ModelConfig
             )
 
 
-def _part(name: str, pair: Mapping[str, Tensor], found: Mapping[str, Any], shape: tuple[int, ...], config: ModelConfig) -> LowRank:
-    if len(pair) != 2:
-        raise FormatError(f"{next(iter(pair.values())).where}: stands alone; expected lora_A and lora_B of the layer")
-    a, b = pair["A"], pair["B"]
-    where = shown(Path(a.path).parent)
-    rank = a.shape[0] if len(a.shape) == 2 else 0
-    if rank < 1 or a.shape != (rank, shape[1]) or b.shape != (shape[0], rank):
-        raise FormatError(
-            f"{where}: {name} has A {list(a.shape)} and B {list(b.shape)}, but that matrix of the base is {list(shape)}: expected "
-            f"[rank, {shape[1]}] and [{shape[0]}, rank]; the adapter is for a model of other sizes"
-        )
-    if not found.get("rank_pattern") and rank != integer(dict(found), "r", where, default=8):
-        raise FormatError(
-            f"{where}: {name} has rank {rank}, but {CONFIG_FILE} says r = {found.get('r', 8)}; the two files are not of one adapter"
-        )
-    for tensor in (a, b):
-        if tensor.scheme not in ("f32", "f16", "bf16"):
-            raise UnsupportedModelError(f"{tensor.where}: is stored as {tensor.dtype}; expected F32, F16 or BF16")
-        if not np.isfinite(tensor.dense()).all():
-            raise FormatError(f"{tensor.where}: holds NaN or infinity; the file is damaged or training diverged")
-    alpha = _alpha(found, next(theirs for theirs, ours in modules(config).items() if ours == name), where)
-    scale = alpha / (math.sqrt(rank) if found.get("use_rslora") else rank)
-    if a.scheme == b.scheme:
-        return LowRank(a.scheme, a.raw(), b.raw(), scale)
-    return LowRank("f32", a.dense(), b.dense(), scale)
+class _Setting:
+    """A number of all modules, and of those that a pattern fits, which PEFT looks up in this order: the first that fits the name's end."""
 
+    def __init__(self, found: dict[str, Any], patterns_key: str, key: str, where: str) -> None:
+        patterns = found.get(patterns_key) or {}
+        if not isinstance(patterns, dict) or len(patterns) > _MOST_PATTERNS:
+            raise FormatError(f"{where}: {patterns_key} is {shown(repr(patterns)[:80])}; expected names with numbers")
+        whole = key == "r"
+        self._plain = integer(found, key, where, default=8) if whole else number(found, key, where, default=8.0)
+        self._patterns = [
+            (suffix_pattern(p, f"{where}: {patterns_key}: {shown(repr(p)[:80])}"), (integer if whole else number)(patterns, p, where))
+            for p in patterns
+        ]
 
-def _alpha(found: Mapping[str, Any], module: str, where: str) -> float:
-    """lora_alpha, or that of the first pattern that the module's name ends with; of regular expressions only plain names are read."""
-    patterns = found.get("alpha_pattern") or {}
-    if not isinstance(patterns, dict):
-        raise FormatError(f"{where}: alpha_pattern is {shown(repr(patterns)[:80])}; expected names with numbers")
-    for pattern in patterns:
-        if not _PLAIN_PATTERN.fullmatch(pattern):
-            raise UnsupportedModelError(
-                f"{where}: alpha_pattern has the regular expression {shown(repr(pattern))}; this build reads plain names of modules"
-            )
-        plain = pattern.replace("\\", "").rstrip("$")
-        if module == plain.lstrip("^") or (not plain.startswith("^") and module.endswith(f".{plain}")):
-            return number(patterns, pattern, where)
-    return number(dict(found), "lora_alpha", where, default=8.0)
+    def of(self, module: str) -> float:
+        return next((value for fits, value in self._patterns if fits(module)), self._plain)

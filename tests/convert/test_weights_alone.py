@@ -1,0 +1,82 @@
+"""A .safetensors that has no config.json: made ternary by the names of its matrices, and run once the configuration lies beside it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import packed_models
+import pytest
+from packed_models import logits
+
+from bitnet.convert import NotTheSameError, Report, Ternarization, convert
+from bitnet.convert.quantize import ALPHAS
+from bitnet.convert.report import Layer
+from bitnet.convert.source import read
+from bitnet.errors import BitNetError, UsageError
+from bitnet.models import open_checkpoint
+from bitnet.packing import pack_hf
+from bitnet.ternary import ternarize
+
+
+def by_name(report: Report) -> list[Layer]:
+    return sorted(report.layers, key=lambda layer: layer.name)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Holds A.safetensors, nothing else; its configuration lies in `source` in it."""
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    shutil.copy(source / "model.safetensors", tmp_path / "A.safetensors")
+    return tmp_path
+
+
+@pytest.mark.parametrize("form", ["safetensors", "safetensors-bitlinear"])
+def test_the_same_as_with_its_configuration(folder: Path, form: str) -> None:
+    how = Ternarization(alphas=(("layers.1.o", "keep"), ("q_proj", 0.4)))
+    report = convert(
+        folder / "A.safetensors", folder / "B.safetensors", format=form, quantization="ternary", ternarization=how, allow_requantize=True
+    )
+    whole = convert(
+        folder / "source", folder / "C.safetensors", format=form, quantization="ternary", ternarization=how, allow_requantize=True
+    )
+    assert report.verified and by_name(report) == by_name(whole) and any("has no config.json" in note for note in report.notes)
+    with pytest.raises(BitNetError, match=r"B.safetensors: has no config; expected .*config.json"):
+        open_checkpoint(folder / "B.safetensors")
+    for name in ("config.json", "tokenizer.json"):
+        shutil.copy(folder / "source" / name, folder / name)
+    one, other = (read(open_checkpoint(folder / f"{name}.safetensors")).weights for name in "BC")
+    before = read(open_checkpoint(folder / "source")).weights
+    for name, weight in other.items():
+        assert np.array_equal(one[name].values(0, one[name].shape[0]), weight.values(0, weight.shape[0])), name
+        if weight.codes is not None:
+            alpha = 0.4 if weight.kind == "q" else ALPHAS[weight.kind]
+            assert np.array_equal(weight.codes(0, weight.shape[0]), ternarize(before[name].values(0, weight.shape[0]), alpha))
+    assert np.array_equal(logits(folder / "B.safetensors"), logits(folder / "C.safetensors"))
+
+
+def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = folder / "A.safetensors"
+    with pytest.raises(UsageError, match=r"A.safetensors: has no config.json, which gguf-tq2_0 needs; put it there"):
+        convert(source, folder / "B.gguf", quantization="ternary")
+    with pytest.raises(UsageError, match="without it the model cannot run over calibration text"):
+        convert(
+            source,
+            folder / "B.bin",
+            quantization="ternary",
+            ternarization=Ternarization(alpha="auto"),
+            calibration=np.zeros((1, 2), np.int32),
+        )
+    with pytest.raises(UsageError, match="is the source itself"):
+        convert(source, source, quantization="ternary")
+    for other in ({}, {"quantization": "int8"}):
+        with pytest.raises(BitNetError, match="has no config; expected"):
+            convert(source, folder / "B.bin", **other)  # type: ignore[arg-type]
+    packed_models.safetensors.write(folder / "D.safetensors", {"q_proj.weight": np.zeros((4, 4), np.float32)})
+    with pytest.raises(BitNetError, match="has no config; expected"):  # no layer, so no name that is known
+        convert(folder / "D.safetensors", folder / "B.bin", quantization="ternary")
+    monkeypatch.setattr("bitnet.convert.hf.pack_hf", lambda codes: pack_hf(-codes))
+    with pytest.raises(NotTheSameError, match="differs from what was to be written"):
+        convert(source, folder / "B.bin", quantization="ternary")
+    assert not (folder / "B.bin").exists() and not list(folder.glob(".*"))
