@@ -23,8 +23,9 @@ LAYERS = {
     "shapes": {"engine", "models", "weights"},
     "tuning": {"_native", "engine", "machine", "weights"},
     "sampling": set(),
+    "speculation": set(),
     "tokenizer": set(),
-    "generation": {"engine", "sampling", "tokenizer"},
+    "generation": {"engine", "sampling", "speculation", "tokenizer"},
     "chat": {"tokenizer"},
     "convert": {"chat", "files", "models", "packing", "ternary", "tokenizer", "tokenizer_gguf"},
     "hub": {"machine"},
@@ -38,6 +39,7 @@ LAYERS = {
         "machine",
         "models",
         "sampling",
+        "speculation",
         "tokenizer",
         "tokenizer_gguf",
         "train",  # for another device than the CPU, and then only
