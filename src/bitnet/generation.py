@@ -96,7 +96,7 @@ class GenerationStream(Iterator[str]):
         self._prompt_ids = prompt_ids
         self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
         self._sampler = sampler or Sampler(sampling)
-        self._costs, self._speculation = costs, None if costs is None else Speculation(costs, tokenizer.eos_ids)
+        self._speculation = None if costs is None else Speculation(costs, tokenizer.eos_ids)
         self._stop_filter = StopFilter(stops)
         self._load_s = load_s
         self._text: list[str] = []
@@ -115,7 +115,9 @@ class GenerationStream(Iterator[str]):
     @property
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
-        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._speculation and self._speculation.speculated)
+        return Generation(
+            "".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._speculation and self._speculation.speculated
+        )
 
     def _run(self) -> Iterator[str]:
         """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""
@@ -165,8 +167,6 @@ class GenerationStream(Iterator[str]):
                 while True:
                     token = self._sampler.pick(logits[right], history)
                     last = right == len(guesses) or token != guesses[right]
-                    if last and speculation:
-                        speculation.record(len(guesses), right, forward_s)
                     self._decode_s += time.perf_counter() - start
                     self._decode_steps += 1
                     yield token
@@ -175,6 +175,8 @@ class GenerationStream(Iterator[str]):
                     start = time.perf_counter()
                     right += 1
             finally:
+                if speculation:
+                    speculation.record(len(guesses), right, forward_s)
                 if guesses:
                     cache.truncate(len(cache) - len(guesses) + right)
 

@@ -5,8 +5,8 @@ arXiv:2211.17192, where a smaller model guesses; that the text itself can: Yang 
 Every token is still picked by the sampler, from the logits that all tokens before it give and with its own draw; a guess only says whose
 logits are computed along. Those are the same bits in any batch, so the text is the same token for token, whatever is guessed.
 
-How many guesses a forward takes is what pays by two measurements: how often guesses were right after a match of that length, also of those that
-were never checked, and what forwards of each size took.
+How many guesses a forward takes is what pays by two measurements: how often guesses were right after a match of that length, those that
+were never checked included, and what forwards of each size took. Where that misleads, an account of what was lost ends it.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ _KIND = [bisect_right(_LENGTHS, length) for length in range(_LONGEST + 1)]  # ma
 _MEMORY = 24  # guesses that a rate of success remembers
 _SHORTEST = 2  # tokens that a match begins with
 _CHAIN = 8  # earlier places where they stand, which are compared
-_CREDIT = 1.0, 8.0  # forwards of one token that guessing may lose at first, and of its gains at most
-_INTEREST = 0.01, 0.1  # that it may lose again for each token decoded without guesses, and for each that would have been guessed
+_CREDIT = 2.0, 8.0  # forwards of one token that guessing may lose at first, and of its gains at most
+_INTEREST = 0.01, 0.03  # that it may lose again for each token decoded without guesses, and for each that would have been guessed
 
 
 @dataclass(frozen=True)

@@ -150,8 +150,8 @@ class TernaryTransformer:
         """Continues `prompt`: a text, or the messages of a conversation ({"role": ..., "content": ...}) in the model's own chat template.
 
         The same seed gives the same text, for any number of threads; temperature 0 is greedy. `adapter`: the name of one of `adapters`, or
-        None for the model alone. `speculate`: guess tokens by what followed the same ones before, and check several in one forward, where
-        that is measured to pay. The text is the same. "auto" does so on the CPU, where it is the same to the bit; True on other devices too.
+        None for the model alone. `speculate`: guess tokens by what followed the same ones before, and check several in one forward where
+        that is measured to pay; the text is the same. "auto": on the CPU, where logits are the same to the bit; True: on any device.
 
         Ends with finish_reason "stop" at the end of the text or before a `stop` string, with "length" after `max_new_tokens` or at the
         end of the context. Raises `UsageError` for an empty prompt, one that fills the context, and values out of range.

@@ -1,4 +1,4 @@
-"""What speculation gains: a text that a model would write after a prompt is replayed, token after token, with guesses and without, in turns.
+"""What speculation gains: a text that a model would write after a prompt is replayed with guesses and without, in turns.
 
 Random weights repeat nothing by themselves, and other models write other texts. So whatever the logits say, the sampler picks the replayed
 text's next token. All else is a generation as it always is: every forward is computed, every token picked, every guess made and checked.
@@ -130,3 +130,14 @@ def measure(
         replay.name, len(prompt), len(ids), median(a for a, _ in rates), median(b for _, b in rates), median(speedups), speedups[0],
         (len(ids) - 1) / max(1, did.forwards), did.drafted, did.accepted / did.drafted if did.drafted else None, speedups,
     )  # fmt: skip
+
+
+def row(gain: Gain | None = None) -> str:
+    """One line of the table; without a measurement, its heads."""
+    if gain is None:
+        return f"  {'text':<10} {'prompt':>6} {'tokens':>6} {'alone':>9} {'tokens/s':>9} {'gain':>7} {'first':>7} {'a forward':>9} {'right':>6}"
+    right = "-" if gain.acceptance is None else f"{gain.acceptance:.0%}"
+    return (
+        f"  {gain.name:<10} {gain.prompt_tokens:>6} {gain.tokens:>6} {gain.decode_tok_s_alone:>9,.1f} {gain.decode_tok_s:>9,.1f} "
+        f"{gain.speedup:>5.2f} x {gain.first_speedup:>5.2f} x {gain.tokens_a_forward:>9.2f} {right:>6}"
+    )
