@@ -8,9 +8,11 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
 from bitnet.sampling import Sampler, Sampling
+from bitnet.speculation import Costs, Speculated, Speculation
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
+    from bitnet.engine import Sequence as Cache
     from bitnet.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens per forward call
@@ -37,6 +39,7 @@ class Generation:
     token_ids: list[int] = field(repr=False)  # without the end-of-text token
     finish_reason: FinishReason | None
     timings: Timings = field(repr=False)
+    speculated: Speculated | None = field(default=None, repr=False)  # None where nothing was to be guessed
 
 
 class StopFilter:
@@ -85,11 +88,15 @@ class GenerationStream(Iterator[str]):
         stops: Sequence[str],
         load_s: float,
         adapter: Adapter | None = None,
+        costs: Costs | None = None,
+        sampler: Sampler | None = None,
     ):
+        """`costs`: of the model's forwards, to speculate by; None: token after token. `sampler`: instead of a `Sampler` of `sampling`."""
         self._engine, self._tokenizer, self._adapter = engine, tokenizer, adapter
         self._prompt_ids = prompt_ids
         self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
-        self._sampler = Sampler(sampling)
+        self._sampler = sampler or Sampler(sampling)
+        self._speculation = None if costs is None else Speculation(costs, tokenizer.eos_ids)
         self._stop_filter = StopFilter(stops)
         self._load_s = load_s
         self._text: list[str] = []
@@ -108,7 +115,9 @@ class GenerationStream(Iterator[str]):
     @property
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
-        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings())
+        return Generation(
+            "".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._speculation and self._speculation.speculated
+        )
 
     def _run(self) -> Iterator[str]:
         """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""
@@ -120,6 +129,7 @@ class GenerationStream(Iterator[str]):
             logits = self._engine.forward([(cache, self._prompt_ids[at : at + PREFILL_CHUNK])])
         token = self._sampler.pick(logits[0], history)
         self._prefill_s = time.perf_counter() - start
+        following = self._following(cache, history)
         while True:
             if token in self._tokenizer.eos_ids:
                 self._finish_reason = "stop"
@@ -135,17 +145,40 @@ class GenerationStream(Iterator[str]):
             if len(self._ids) == self._max_new_tokens:
                 self._finish_reason = "length"
                 break
-            start = time.perf_counter()
-            logits = self._engine.forward([(cache, [token])])
-            token = self._sampler.pick(logits[0], history)
-            self._decode_s += time.perf_counter() - start
-            self._decode_steps += 1
+            token = next(following)
         tail = self._stop_filter.push(decoder.flush())
         if self._stop_filter.stopped:
             self._finish_reason = "stop"
         tail += self._stop_filter.flush()
         if tail:
             yield tail
+
+    def _following(self, cache: Cache, history: list[int]) -> Iterator[int]:
+        """The tokens after `history`, to which whoever takes one appends it."""
+        speculation = self._speculation
+        while True:
+            start = time.perf_counter()
+            guesses = speculation.draft(history, self._max_new_tokens - len(self._ids) - 1) if speculation else []
+            fed = time.perf_counter()
+            logits = self._engine.forward([(cache, [history[-1], *guesses])], all_logits=True)
+            forward_s = time.perf_counter() - fed
+            right = 0  # guesses so far
+            try:
+                while True:
+                    token = self._sampler.pick(logits[right], history)
+                    last = right == len(guesses) or token != guesses[right]
+                    self._decode_s += time.perf_counter() - start
+                    self._decode_steps += 1
+                    yield token
+                    if last:
+                        break
+                    start = time.perf_counter()
+                    right += 1
+            finally:
+                if speculation:
+                    speculation.record(len(guesses), right, forward_s)
+                if guesses:
+                    cache.truncate(len(cache) - len(guesses) + right)
 
     def _timings(self) -> Timings:
         decode = self._decode_steps / self._decode_s if self._decode_s > 0 else None

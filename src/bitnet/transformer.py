@@ -22,6 +22,7 @@ from bitnet.generation import Generation, GenerationStream
 from bitnet.hub import fetch, is_hub_name
 from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
+from bitnet.speculation import Costs
 from bitnet.tokenizer import Tokenizer, eos_token_ids
 from bitnet.tokenizer_gguf import tokenizer_from_gguf
 
@@ -44,6 +45,7 @@ class TernaryTransformer:
     """
 
     head_tuned: Choice | None = None
+    _same_bits = True  # in a token's logits, alone or beside others: not on devices of torch
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0, chat_template: ChatTemplate | None = None):
         self.engine = engine
@@ -51,6 +53,7 @@ class TernaryTransformer:
         self.load_s = load_s
         self.chat_template = chat_template
         self.adapters: dict[str, Adapter] = {}
+        self._costs = Costs()
 
     @classmethod
     def from_pretrained(
@@ -120,6 +123,7 @@ class TernaryTransformer:
         )  # fmt: skip
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
+        model._same_bits = elsewhere is None
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
         return model
 
@@ -142,11 +146,13 @@ class TernaryTransformer:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         adapter: str | None = DEFAULT_ADAPTER,
+        speculate: bool | str = "auto",
     ) -> Generation:
         """Continues `prompt`: a text, or the messages of a conversation ({"role": ..., "content": ...}) in the model's own chat template.
 
         The same seed gives the same text, for any number of threads; temperature 0 is greedy. `adapter`: the name of one of `adapters`, or
-        None for the model alone.
+        None for the model alone. `speculate`: guess tokens by what followed the same ones before, and check several in one forward where
+        that is measured to pay; the text is the same. "auto": on the CPU, where logits are the same to the bit; True: on any device.
 
         Ends with finish_reason "stop" at the end of the text or before a `stop` string, with "length" after `max_new_tokens` or at the
         end of the context. Raises `UsageError` for an empty prompt, one that fills the context, and values out of range.
@@ -162,6 +168,7 @@ class TernaryTransformer:
             seed=seed,
             stop=stop,
             adapter=adapter,
+            speculate=speculate,
         )
         for _ in stream:
             pass
@@ -180,6 +187,7 @@ class TernaryTransformer:
         seed: int | None = None,
         stop: str | Sequence[str] | None = None,
         adapter: str | None = DEFAULT_ADAPTER,
+        speculate: bool | str = "auto",
     ) -> GenerationStream:
         """As `generate`, but gives the text in pieces as it comes: `for piece in model.stream(...)`. Arguments are checked at once.
 
@@ -200,6 +208,7 @@ class TernaryTransformer:
             stops=stops,
             load_s=self.load_s,
             adapter=self._adapter(adapter),
+            costs=self._costs if self._speculates(speculate) else None,
         )
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, adapter: str | None = DEFAULT_ADAPTER) -> NDArray[np.float32]:
@@ -217,6 +226,11 @@ class TernaryTransformer:
         ids = self._checked(token_ids)
         cache = self.engine.sequence(self._adapter(adapter))
         return (self.engine.forward([(cache, ids[at : at + LOGITS_CHUNK])], all_logits=True) for at in range(0, len(ids), LOGITS_CHUNK))
+
+    def _speculates(self, speculate: bool | str) -> bool:
+        if not (isinstance(speculate, bool) or speculate == "auto"):
+            raise UsageError(f"speculate is {speculate!r}; expected True, False or 'auto'")
+        return speculate if isinstance(speculate, bool) else self._same_bits
 
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is None or (name == DEFAULT_ADAPTER and name not in self.adapters):

@@ -59,13 +59,15 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
 @adapter_option
 @click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
+@click.option("--speculate", is_flag=True, help="Replay a summary, an edit and a story, with guesses from the text before and without.")
+@click.option("--replay", multiple=True, metavar="FILE", help="With --speculate: instead, a prompt, a line =====, and a text. Repeatable.")
 @click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
 @json_option
 @debug_option
 def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
-    compare: str | None, picture: str | None, tune: bool, as_json: bool,
+    compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -85,6 +87,10 @@ def command(
         raise click.UsageError("--picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary")
     if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1 or beside):
         raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, --adapter, --lora or --tune")
+    if speculate and (tune or compare is not None or depth or batch != 1 or beside):
+        raise click.UsageError("--speculate takes no --depth, --batch, --adapter, --lora, --compare or --tune")
+    if replay and not speculate:
+        raise click.UsageError("--replay is for --speculate")
     check_options(threads=threads)
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
@@ -97,6 +103,8 @@ def command(
         found = tuned(model or EMBEDDED_MODEL)
     elif compare is not None and shape is not None:
         found = compared(shape, compare, head, threads, prompt_tokens, new_tokens, repetitions, picture)
+    elif speculate:
+        found = speculated(model, shape, weights, head, codec, threads, repetitions, replay)
     else:
         found = benched(model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
     if as_json:
@@ -129,6 +137,37 @@ def compared(
         draw(found, Path(picture))
         click.echo(f"picture: {picture}")
     return asdict(found)
+
+
+def speculated(
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None, rounds: int,
+    files: tuple[str, ...],
+) -> dict[str, Any]:  # fmt: skip
+    """Measures what speculation gains, prints the table, and gives the JSON object."""
+    from bitnet.bench.speculate import builtin, measure, read, row
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.models import canonical, open_checkpoint
+    from bitnet.transformer import load_tokenizer, resolve
+
+    replays = [read(file) for file in files] or builtin()
+    engine, _ = build(model, shape, weights, head, codec, threads)
+    source = EMBEDDED_MODEL if model is None else model  # whose tokens a shape takes
+    checkpoint = open_checkpoint(resolve(source))
+    tokenizer = load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size)
+    click.echo(
+        f"{shape or source}, head {engine.head}, {engine.isa}, {engine.codec}, {engine.threads} threads; tokens of {source}; "
+        f"medians of {rounds} rounds, in turns\n{row()}"
+    )
+    found = []
+    with DelayedBar("speculate") as bar:
+        for number, replay in enumerate(replays):
+            gain = measure(engine, tokenizer, replay, rounds, lambda done, all_, n=number: bar(n * all_ + done, len(replays) * all_))
+            click.echo(row(gain))
+            found.append(asdict(gain))
+    return {
+        "model": None if shape else source, "shape": shape, "head": engine.head, "isa": engine.isa, "codec": engine.codec,
+        "threads": engine.threads, "replays": found,
+    }  # fmt: skip
 
 
 def benched(

@@ -61,6 +61,12 @@ _sampling = [
     click.option("--repetition-penalty", type=float, default=1.0, show_default=True, metavar="R", help="Above 1: avoid seen tokens."),
     click.option("--seed", type=int, metavar="N", help="Same seed, same text. Default: a fresh one."),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this text. Repeatable."),
+    click.option(
+        "--speculate/--no-speculate",
+        default=None,
+        callback=lambda _context, _option, given: "auto" if given is None else given,
+        help="Guess tokens from the text so far and check several at once: the same text, sooner. Default: on the CPU, where it pays.",
+    ),
 ]
 
 
