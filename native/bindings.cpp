@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <chrono>
@@ -92,7 +93,8 @@ struct PyAdapter {
 
 // A matrix while its rows come in, by the threads of the model that it is for.
 struct PyMatrix {
-  PyMatrix(PyModel& m, Scheme scheme, int rows, int cols, int n_groups) : pool(m.model.pool), w(empty_linear(scheme, rows, cols, n_groups, &m.model.arena)) {
+  PyMatrix(PyModel& m, Scheme scheme, int rows, int cols, int n_groups, const std::string& name)
+      : pool(m.model.pool), w(empty_linear(scheme, rows, cols, n_groups, &m.model.arena, m.model.may_lie(name))) {
     nb::gil_scoped_release release;
     prefault(pool, w);
   }
@@ -242,9 +244,9 @@ NB_MODULE(_native, m) {
       .def_prop_ro("nbytes", [](PyAdapter& self) { return self.adapter.bytes(); });
 
   nb::class_<PyMatrix>(m, "Matrix")
-      .def("__init__", [](PyMatrix* self, PyModel& model, const std::string& scheme, int rows, int cols, int n_groups) {
-             new (self) PyMatrix(model, scheme_named(scheme), rows, cols, n_groups);
-           }, nb::keep_alive<1, 2>(), "model"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a = 1)
+      .def("__init__", [](PyMatrix* self, PyModel& model, const std::string& scheme, int rows, int cols, int n_groups, const std::string& name) {
+             new (self) PyMatrix(model, scheme_named(scheme), rows, cols, n_groups, name);
+           }, nb::keep_alive<1, 2>(), "model"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a = 1, "name"_a = "")
       .def("set_scales", &PyMatrix::set_scales, "first_row"_a, "scales"_a)
       .def("fill_codes", &PyMatrix::fill_codes, "first_row"_a, "codes"_a)
       .def("fill_banded", &PyMatrix::fill_banded, "bytes"_a)
@@ -279,7 +281,7 @@ NB_MODULE(_native, m) {
              self.model.set_linear(name, std::exchange(matrix.w, Linear{}));
            }, "name"_a, "matrix"_a)
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
-             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed, &self.model.arena));
+             self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed, &self.model.arena, self.model.may_lie(name)));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
@@ -300,6 +302,22 @@ NB_MODULE(_native, m) {
         return d;
       })
       .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
+      .def_prop_ro("can_skip_zeros", [](PyModel& self) { return self.model.can_skip_zeros(); })
+      .def_prop_rw("skips_zeros", [](PyModel& self) { return self.model.skips_zeros(); },
+                   [](PyModel& self, bool on) {
+                     nb::gil_scoped_release release;
+                     self.model.skip_zeros(on);
+                   })
+      .def_prop_ro("lines", [](PyModel& self) {  // since reset_profile, of passes that skip: rows of up_proj, those read, columns of down_proj, those read
+        const Profile& p = self.model.profile;
+        return nb::make_tuple(p.up_rows, p.up_rows_read, p.down_columns, p.down_columns_read);
+      })
+      .def("count_zeros", [](PyModel& self, bool on) { self.model.zeros.assign(on ? self.model.config.n_layers : 0, Zeros{}); }, "on"_a)
+      .def_prop_ro("zeros", [](PyModel& self) {  // [(gates, inputs of down_proj, of how many)] by layer, since count_zeros
+        std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+        for (const Zeros& z : self.model.zeros) found.emplace_back(z.gates, z.inputs, z.values);
+        return found;
+      })
       .def_prop_ro("weight_bytes", [](PyModel& self) { return self.model.weight_bytes(); })
       .def_prop_ro("weight_bytes_per_token", [](PyModel& self) { return self.model.weight_bytes_per_token(); })
       .def_prop_ro("threads", [](PyModel& self) { return self.model.pool.size(); })

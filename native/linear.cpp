@@ -16,7 +16,7 @@ constexpr int kMaxCols = 65536;  // the bound of the int32 accumulators, see ker
 // Groups' lie apart: read with the codes they were slower (docs/log.md).
 bool room_for_scales(const Linear& w) { return w.n_groups == 1 && !w.ternary(); }
 
-Linear shaped(Scheme scheme, int rows, int cols, int n_groups, Arena* arena) {
+Linear shaped(Scheme scheme, int rows, int cols, int n_groups, Arena* arena, Lie may_lie = Lie::panels) {
   if (rows < 1 || cols < 1 || cols > kMaxCols) throw std::invalid_argument("a matrix needs 1 or more rows and 1 to 65536 columns");
   Linear w;
   w.scheme = scheme, w.rows = rows, w.cols = cols;
@@ -36,7 +36,9 @@ Linear shaped(Scheme scheme, int rows, int cols, int n_groups, Arena* arena) {
     w.padded_cols = round_up(cols, 4);
     w.code_bytes = w.panel_bytes = int64_t{w.padded_cols} * kPanelRows * (scheme == Scheme::f32 ? 4 : 2);
   }
-  w.panels = Buffer<uint8_t>(size_t(w.n_panels()) * w.panel_bytes + kSlack, arena);
+  int64_t room = w.n_panels() * w.panel_bytes;
+  if (w.ternary() && may_lie != Lie::panels) room = std::max(room, (may_lie == Lie::rows ? rows : cols) * w.line_bytes(may_lie));
+  w.panels = Buffer<uint8_t>(size_t(room) + kSlack, arena);
   return w;
 }
 
@@ -63,8 +65,8 @@ void copy_scales(const Kernels& k, const Linear& w, int panel, float* out) {
 }
 
 // The same weights from two-bit codes to base-3.
-Linear repack_base3(const Kernels& k, const Linear& two_bit, Arena* arena) {
-  Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups, arena);
+Linear repack_base3(const Kernels& k, const Linear& two_bit, Arena* arena, Lie may_lie = Lie::panels) {
+  Linear w = shaped(Scheme::ternary_base3, two_bit.rows, two_bit.cols, two_bit.n_groups, arena, may_lie);
   const int most_tiles = std::max(two_bit.group_vectors * 4, w.group_vectors * 5);
   Buffer<uint8_t> tiles(size_t(most_tiles) * 64);
   const int64_t last = two_bit.code_bytes / 64 - int64_t{two_bit.n_groups - 1} * two_bit.group_vectors;
@@ -158,11 +160,14 @@ Linear repack_dense(Scheme scheme, const void* values, int rows, int cols, Arena
   return w;
 }
 
-Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena) { return shaped(scheme, rows, cols, n_groups, arena); }
+Linear empty_linear(Scheme scheme, int rows, int cols, int n_groups, Arena* arena, Lie may_lie) {
+  return shaped(scheme, rows, cols, n_groups, arena, may_lie);
+}
 
-Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed, Arena* arena) {
-  if (scheme == Scheme::ternary_base3) return repack_base3(k, random_linear(k, Scheme::ternary, rows, cols, n_groups, seed, nullptr), arena);
-  Linear w = shaped(scheme, rows, cols, n_groups, arena);
+Linear random_linear(const Kernels& k, Scheme scheme, int rows, int cols, int n_groups, uint64_t seed, Arena* arena, Lie may_lie) {
+  if (scheme == Scheme::ternary_base3)
+    return repack_base3(k, random_linear(k, Scheme::ternary, rows, cols, n_groups, seed, nullptr), arena, may_lie);
+  Linear w = shaped(scheme, rows, cols, n_groups, arena, may_lie);
   uint64_t state = seed * 2 + 1;
   auto next = [&state] { return (state = state * 6364136223846793005u + 1442695040888963407u) >> 32; };
   float scale = 1.0f / std::sqrt(float(cols));

@@ -7,6 +7,9 @@
 #include <utility>
 #include <vector>
 
+#include "repack.h"
+#include "zero_skip.h"
+
 namespace bitnet {
 namespace {
 
@@ -44,6 +47,7 @@ class ManyTokens {
       k_.begin_gemm(bits, x_.n_tokens);
     }
     const bool one_run = x_.n_runs == 1 && !x_.grouped;
+    if (w_.lie != Lie::panels) return lines(first, end);
     for (int panel = first; panel < end; panel += 2) {
       const int n_panels = std::min(2, end - panel);
       if (!one_run) several_runs(panel, n_panels);
@@ -52,6 +56,7 @@ class ManyTokens {
     }
     if (k_.end_gemm) k_.end_gemm();
   }
+  static constexpr int kTogether = 4;  // panels that columns unpack at once
 
  private:
   // A run reads on to a multiple of 16 inputs, the last one of 64 where it can: there x is zero.
@@ -94,6 +99,20 @@ class ManyTokens {
   void one_run_many_blocks(int panel, int n_panels) {
     int64_t panel_bytes;
     const uint8_t* codes = unpacked(panel, n_panels, &panel_bytes);
+    many_blocks(codes, panel_bytes, panel, n_panels);
+  }
+  // Rows or columns, which have one run and no groups.
+  void lines(int first, int end) {
+    const int64_t panel_bytes = int64_t{16} * round_up(w_.padded_cols, 64);
+    uint8_t* codes = scratch(kTogether * panel_bytes + 2 * kSlack);
+    for (int panel = first; panel < end; panel += kTogether) {
+      const int n_panels = std::min(kTogether, end - panel);
+      unpack_lines(k_, w_, panel, n_panels, codes, panel_bytes);
+      for (int p = 0; p < n_panels; p += 2) many_blocks(codes + p * panel_bytes, panel_bytes, panel + p, std::min(2, n_panels - p));
+    }
+    if (k_.end_gemm) k_.end_gemm();
+  }
+  void many_blocks(const uint8_t* codes, int64_t panel_bytes, int panel, int n_panels) {
     for (int t0 = 0; t0 < x_.n_tokens; t0 += kGemmTokens) {
       const int n = std::min(kGemmTokens, x_.n_tokens - t0);
       f_.gemm(codes, panel_bytes, n_panels, inputs(0), x_.q + t0 * x_.stride, x_.stride, n, true, true, dots_);
@@ -228,7 +247,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   int n = 0;  // panels of all matrices, one after another
   int64_t bytes = 0;
   for (const Product& p : products) {
-    if (p.w->scheme != w0.scheme || p.w->group != w0.group) {  // they need different preparations of x
+    if (p.w->scheme != w0.scheme || p.w->group != w0.group || p.w->lie != w0.lie || (p.w->lie != Lie::panels && products.size() > 1)) {  // they need different preparations of x
       for (const Product& each : products) matmul(k, pool, {each}, x, std::exchange(beside, nullptr));
       return;
     }
@@ -238,11 +257,18 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   const float* dense = nullptr;
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
+  const bool lines = w0.lie != Lie::panels;
   const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
+  if (lines && !many) {  // one after another: as many as the batch has
+    if (beside) pool.run(beside->pieces(), [&](int i, int) { beside->multiply_a(i); });
+    for (const Product& p : products) multiply_lines(k, pool, *p.w, x, nullptr, p.y);
+    return;
+  }
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
   const bool streams = (!many && w0.integer()) || n_tokens <= kLongStreamTokens;
   const int fair = n / (8 * pool.size());  // small matrices in smaller pieces, or one thread would wait for the other's
   const int piece = streams ? std::max(2, std::min(fair, int(kPieceBytes / std::max<int64_t>(1, bytes / n))) & ~1) : 2;
+  const int unit = lines ? ManyTokens::kTogether : 1;  // panels that stay together
   // As many tokens at once as stay in the cache.
   const int token_bytes = w0.integer() ? round_up(x.cols(), 64) : 4 * w0.padded_cols;
   const int block = !streams ? std::max<int>(kGemmTokens, int(kCachedBytes / token_bytes) / (3 * kGemmTokens) * 3 * kGemmTokens) : n_tokens;
@@ -250,10 +276,10 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
     const int tokens = std::min(block, n_tokens - t0);
     const QuantizedRows rows = w0.integer() ? x.rows(t0, tokens) : QuantizedRows{};
     const int aside = beside && t0 == 0 ? beside->pieces() : 0;  // first, for they are long
-    pool.run_ranges(aside + n, piece, [&](int first, int end, int) {
+    pool.run_ranges(aside + (n + unit - 1) / unit, lines ? 1 : piece, [&](int first, int end, int) {
       for (; first < std::min(end, aside); first++) beside->multiply_a(first);
       if (first == end) return;
-      first -= aside, end -= aside;
+      first = (first - aside) * unit, end = std::min(n, (end - aside) * unit);
       for (const Product& p : products) {
         const int here = std::min(end, p.w->n_panels());
         if (first < here) {

@@ -3,6 +3,8 @@
 #include <cstring>
 #include <stdexcept>
 
+#include "repack.h"
+
 namespace bitnet {
 
 Model::Model(const Config& c, const std::vector<bool>& windowed, int n_threads, const Kernels* k)
@@ -71,6 +73,21 @@ void Model::set_vector(const std::string& name, const float* values, int n) {
     throw std::invalid_argument(name + " has " + std::to_string(n) + " elements, expected " + std::to_string(slot->second.n));
   *slot->second.to = Buffer<float>(n);
   std::memcpy(slot->second.to->data(), values, n * sizeof(float));
+}
+
+bool Model::can_skip_zeros() const {
+  bool can = config.activation == Activation::relu2 && !config.activation_group;
+  for (const Layer& l : layers) can = can && may_lie_in_lines(l.up) && may_lie_in_lines(l.down);
+  return can;
+}
+
+void Model::skip_zeros(bool on) {
+  const std::lock_guard<std::mutex> alone(busy);
+  if (on && !can_skip_zeros()) throw std::invalid_argument("this model has no zeros to skip");
+  for (Layer& l : layers) {
+    lay(*kernels, pool, l.up, on ? Lie::rows : Lie::panels);
+    lay(*kernels, pool, l.down, on ? Lie::columns : Lie::panels);
+  }
 }
 
 void Model::check_complete() const {

@@ -7,6 +7,7 @@
 
 #include "config.h"
 #include "matmul.h"
+#include "zero_skip.h"
 
 namespace bitnet {
 
@@ -28,11 +29,21 @@ struct Workspace {
   Buffer<float> scores;         // attention's
   Activations in;
   LowRankUpdates updates;
+  Marks marks;                  // what zero skipping reads
 };
 
 // Where the time of all forward passes went, in seconds.
 struct Profile {
   double matmul_s = 0, attention_s = 0, total_s = 0;
+  // Lines of up_proj and down_proj that the passes which skip would have read without it, and those that they read.
+  int64_t up_rows = 0, up_rows_read = 0, down_columns = 0, down_columns_read = 0;
+};
+
+// How much of a layer's feed-forward is zero, over the tokens of all passes while it is counted.
+struct Zeros {
+  int64_t gates = 0;   // activations of the gate that are exactly zero
+  int64_t inputs = 0;  // of down_proj that are, as it reads them: rounded to int8 where it has integer weights
+  int64_t values = 0;  // of how many each
 };
 
 struct Model {
@@ -50,6 +61,7 @@ struct Model {
   std::vector<Layer> layers;
   Workspace workspace;
   Profile profile;
+  std::vector<Zeros> zeros;  // [n_layers] while they are counted, else empty
   std::mutex busy;
 
   // Names: embedding, head, and layers.N.{q,k,v,o,gate,up,down}; for vectors final_norm, rope_inverse, rope_inverse_local,
@@ -57,6 +69,16 @@ struct Model {
   // stay unset. A wrong name or shape throws std::invalid_argument.
   void set_linear(const std::string& name, Linear w);
   void set_vector(const std::string& name, const float* values, int n);
+  // Whether all feed-forwards can skip zeros: relu^2, ternary with one scale a row, one step per token.
+  bool can_skip_zeros() const;
+  // How else the matrix of this name may come to lie, if the model should skip zeros.
+  Lie may_lie(const std::string& name) const {
+    if (config.activation != Activation::relu2) return Lie::panels;
+    return name.ends_with(".up") ? Lie::rows : name.ends_with(".down") ? Lie::columns : Lie::panels;
+  }
+  // Lays up_proj and down_proj so that passes of few tokens skip zeros, or back. Throws std::invalid_argument.
+  void skip_zeros(bool on);
+  bool skips_zeros() const { return layers[0].up.lie == Lie::rows; }
   void check_complete() const;  // throws std::invalid_argument that names what is missing
 
   const Linear& output() const { return head.rows ? head : embedding; }

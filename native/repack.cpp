@@ -7,48 +7,14 @@
 #include <cstring>
 #include <stdexcept>
 #include <string>
+#include <vector>
+
+#include "words.h"
 
 namespace bitnet {
 namespace {
 
-typedef uint32_t Words __attribute__((vector_size(16), may_alias));
-typedef uint16_t Halves __attribute__((vector_size(16), may_alias));
-typedef uint8_t Bytes __attribute__((vector_size(16), may_alias));
-typedef int8_t SignedBytes __attribute__((vector_size(16), may_alias));
-typedef uint64_t Pairs __attribute__((vector_size(16), may_alias));
-
 constexpr int kBlock = 1280;  // columns unpacked at once, 20 KB: a multiple of 256, the longest block of a file, of 32 and of 20
-
-template <typename V>
-V load(const void* p) {
-  V v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
-template <typename V>
-void store(void* p, V v) { std::memcpy(p, &v, sizeof v); }
-
-inline Words low(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 4, 1, 5); }
-inline Words high(Words a, Words b) { return __builtin_shufflevector(a, b, 2, 6, 3, 7); }
-inline Halves low(Halves a, Halves b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
-inline Halves high(Halves a, Halves b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
-inline Bytes low(Bytes a, Bytes b) { return __builtin_shufflevector(a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23); }
-inline Bytes high(Bytes a, Bytes b) { return __builtin_shufflevector(a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31); }
-inline Words low_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 0, 2); }
-inline Words high_pair(Words a, Words b) { return (Words)__builtin_shufflevector((Pairs)a, (Pairs)b, 1, 3); }
-
-// The words of four rows: out[s] holds word s of each.
-inline void transpose_words(const uint8_t* from, int64_t stride, Words out[4]) {
-  const Words a = load<Words>(from), b = load<Words>(from + stride), c = load<Words>(from + 2 * stride), d = load<Words>(from + 3 * stride);
-  const Words ab0 = low(a, b), ab1 = high(a, b), cd0 = low(c, d), cd1 = high(c, d);
-  out[0] = low_pair(ab0, cd0), out[1] = high_pair(ab0, cd0), out[2] = low_pair(ab1, cd1), out[3] = high_pair(ab1, cd1);
-}
-
-inline Bytes join_base3(const Words t[5]) {  // kernels.h
-  const Bytes high = (Bytes)t[2] + 3 * (Bytes)t[3] + 9 * (Bytes)t[4];  // below 27
-  const SignedBytes h = (SignedBytes)high;
-  return 9 * high + (Bytes)t[0] + 3 * (Bytes)t[1] - (Bytes)(h >= 7) - (Bytes)(h >= 14) - (Bytes)(h >= 21);  // true is -1
-}
 
 // Codes [16, kBlock], for fp4 E2M1 numbers, n columns from the first of a vector on, into the vectors of a panel from `to` on.
 template <int kTiles, int kBits>
@@ -344,6 +310,130 @@ void prefault(ThreadPool& pool, Linear& w) {
     const size_t from = std::max(begin, (first + i) * kHugePage), to = std::min(end, (first + i + 1) * kHugePage);
     for (size_t at = from; at < to; at += 4096) *reinterpret_cast<volatile uint8_t*>(at) = 0;
   });
+}
+
+namespace {
+// Words of rows into tiles, or of tiles into rows: 16 rows, `stride` apart, and inputs / 4 tiles of 16 x 4; inputs is a multiple of 16.
+void rows_to_tiles(const uint8_t* rows, int64_t stride, int64_t inputs, uint8_t* tiles) {
+  Words t[4];
+  for (int64_t c = 0; c < inputs; c += 16)
+    for (int g = 0; g < 4; g++) {
+      transpose_words(rows + 4 * g * stride + c, stride, t);
+      for (int s = 0; s < 4; s++) store(tiles + 16 * c + 64 * s + 16 * g, t[s]);
+    }
+}
+void tiles_to_rows(const uint8_t* tiles, int64_t inputs, uint8_t* rows, int64_t stride) {
+  Words t[4];
+  for (int64_t c = 0; c < inputs; c += 16)
+    for (int g = 0; g < 4; g++) {
+      transpose_words(tiles + 16 * c + 16 * g, 64, t);
+      for (int s = 0; s < 4; s++) store(rows + (4 * g + s) * stride + c, t[s]);
+    }
+}
+
+// Packed bytes of 16 codes of each of D digits, which lie `stride` apart.
+template <int D>
+Bytes join(const uint8_t* codes, int64_t stride) {
+  Words t[D];
+  for (int s = 0; s < D; s++) t[s] = load<Words>(codes + s * stride);
+  if constexpr (D == 5) return join_base3(t);
+  else return (Bytes)(t[0] | t[1] << 2 | t[2] << 4 | t[3] << 6);
+}
+
+// Codes as unpack_lines gives them, with zeros after the inputs, to where `w` keeps them.
+template <int D>
+void pack_lines(Linear& w, int panel, int n_panels, const uint8_t* codes, int64_t panel_bytes) {
+  const int64_t line_bytes = w.line_bytes(), padded = panel_bytes / 16;
+  if (w.lie == Lie::panels) {
+    for (int p = 0; p < n_panels; p++)
+      for (int64_t b = 0; b < w.code_bytes; b += 64)
+        for (int g = 0; g < 64; g += 16) {
+          alignas(16) uint8_t tiles[D * 16] = {};
+          for (int s = 0; s < D; s++)
+            if (const int64_t at = D * b + 64 * s; at < panel_bytes) std::memcpy(tiles + 16 * s, codes + p * panel_bytes + at + g, 16);
+          store(w.panels.data() + (panel + p) * w.panel_bytes + b + g, join<D>(tiles, 16));
+        }
+  } else if (w.lie == Lie::rows) {
+    std::vector<uint8_t> rows(kPanelRows * D * line_bytes);
+    for (int p = 0; p < n_panels; p++) {
+      const int64_t inputs = std::min(padded, D * line_bytes);
+      tiles_to_rows(codes + p * panel_bytes, inputs, rows.data(), D * line_bytes);
+      for (int r = 0; r < std::min(kPanelRows, w.rows - (panel + p) * kPanelRows); r++)
+        for (int64_t b = 0; b < line_bytes; b += 16)
+          store(w.panels.data() + ((panel + p) * kPanelRows + r) * line_bytes + b, join<D>(&rows[(r * line_bytes + b / 64 * 64) * D + b % 64], 64));
+    }
+  } else {  // all panels of a vector, which starts at `panel`
+    alignas(16) uint8_t none[64] = {}, zipped[64];
+    for (int c = 0; c < w.cols; c += 4)
+      for (int i = 0; i < 4; i++) {
+        for (int g = 0; g < 64; g += 16) {
+          alignas(16) uint8_t tiles[D * 16];
+          for (int s = 0; s < D; s++) std::memcpy(tiles + 16 * s, (4 * s + i < n_panels ? codes + (4 * s + i) * panel_bytes + 16 * c : none) + g, 16);
+          store(zipped + g, join<D>(tiles, 16));
+        }
+        for (int col = 0; col < std::min(4, w.cols - c); col++) {
+          uint8_t* to = w.panels.data() + (c + col) * line_bytes + int64_t{panel} / (4 * D) * 64 + 4 * i;
+          for (int l = 0; l < 4; l++)
+            for (int r = 0; r < 4; r++) to[16 * l + r] = zipped[16 * l + 4 * r + col];
+        }
+      }
+  }
+}
+}  // namespace
+
+void unpack_lines(const Kernels& k, const Linear& w, int panel, int n_panels, uint8_t* codes, int64_t panel_bytes) {
+  const bool base3 = w.scheme == Scheme::ternary_base3;
+  const Unpack unpack = base3 ? k.unpack_b3 : k.unpack_t2;
+  const int digits = layout(w.scheme).tiles;
+  const int64_t line_bytes = w.line_bytes();
+  if (w.lie == Lie::columns) {
+    for (int p = 0; p < n_panels; p += 4)
+      (base3 ? k.unpack_columns_b3 : k.unpack_columns_t2)(w.panels.data() + int64_t{panel + p} / (4 * digits) * 64, line_bytes, w.cols, (panel + p) / 4 % digits,
+                                                         codes + p * panel_bytes, panel_bytes);
+    return;
+  }
+  static thread_local Buffer<uint8_t> scratch;
+  const int64_t stride = digits * line_bytes + 64;  // an odd number of cache lines
+  uint8_t* rows = scratch.reserve(kPanelRows * stride);
+  for (int p = 0; p < n_panels; p++) {
+    for (int r = 0; r < kPanelRows; r++) {
+      const int row = (panel + p) * kPanelRows + r;
+      if (row < w.rows) unpack(w.panels.data() + row * line_bytes, line_bytes / 64, kPanelRows * line_bytes, rows + r * stride);
+      else std::memset(rows + r * stride, 0, stride);
+    }
+    rows_to_tiles(rows, stride, std::min(digits * line_bytes, panel_bytes / 16), codes + p * panel_bytes);
+  }
+}
+
+bool may_lie_in_lines(const Linear& w) { return w.ternary() && w.n_groups == 1; }
+
+void lay(const Kernels& k, ThreadPool& pool, Linear& w, Lie lie) {
+  if (w.lie == lie) return;
+  if (!may_lie_in_lines(w)) throw std::invalid_argument("only ternary weights with one scale a row can lie in lines");
+  Linear to = empty_linear(w.scheme, w.rows, w.cols, 1, nullptr, lie);
+  to.lie = lie;
+  if (to.laid_bytes() > int64_t(w.panels.size()) - kSlack) throw std::invalid_argument("the matrix has no room to lie otherwise");
+  const int together = 4 * layout(w.scheme).tiles, n = (w.n_panels() + together - 1) / together;
+  const int64_t panel_bytes = int64_t{16} * round_up(w.padded_cols, 64);
+  pool.run(n, [&](int i, int) {
+    static thread_local Buffer<uint8_t> scratch;
+    const int panel = i * together, n_panels = std::min(together, w.n_panels() - panel);
+    uint8_t* codes = scratch.reserve(together * panel_bytes + 2 * kSlack);
+    std::memset(codes, 0, together * panel_bytes);
+    if (w.lie == Lie::panels)
+      for (int p = 0; p < n_panels; p++)
+        (w.scheme == Scheme::ternary_base3 ? k.unpack_b3 : k.unpack_t2)(w.panels.data() + (panel + p) * w.panel_bytes, w.code_bytes / 64, 4096, codes + p * panel_bytes);
+    else unpack_lines(k, w, panel, n_panels, codes, panel_bytes);
+    if (w.lie == Lie::columns)  // what follows the last column
+      for (int p = 0; p < n_panels; p++)
+        for (int c = w.cols; c % 4; c++)
+          for (int r = 0; r < kPanelRows; r++) codes[p * panel_bytes + 16 * (c / 4 * 4) + 4 * r + c % 4] = 0;
+    if (w.scheme == Scheme::ternary_base3) pack_lines<5>(to, panel, n_panels, codes, panel_bytes);
+    else pack_lines<4>(to, panel, n_panels, codes, panel_bytes);
+  });
+  std::memset(w.panels.data(), 0, w.panels.size());
+  std::memcpy(w.panels.data(), to.panels.data(), to.laid_bytes());
+  w.lie = lie;
 }
 
 void set_scales(Linear& w, int first_row, int n_rows, const float* scales) {

@@ -40,4 +40,13 @@ bool fill_two_bit(ThreadPool& pool, Linear& w, int first_row, int n_rows, const 
 // int4, fp4 or int8 one, as ternary.py's quantize_* have it. False where a value, or a scale of int4 or fp4 in f16, is not finite.
 bool fill_values(ThreadPool& pool, Linear& w, int first_row, int n_rows, DenseType type, const void* values);
 
+// Codes of panels [panel, panel + n_panels) as gemm_* wants them, [n_panels][inputs / 4][16][4], panel_bytes apart; panel_bytes is at least
+// 16 * round_up(cols, 64). Columns give whole runs of four panels from a multiple of four on, as far as their lines go.
+void unpack_lines(const Kernels& k, const Linear& w, int panel, int n_panels, uint8_t* codes, int64_t panel_bytes);
+
+// Whether a matrix may lie in lines: ternary, one scale a row.
+bool may_lie_in_lines(const Linear& w);
+// The same weights in the same memory, lying otherwise. Throws std::invalid_argument where there is no room, or no such lines.
+void lay(const Kernels& k, ThreadPool& pool, Linear& w, Lie lie);
+
 }  // namespace bitnet

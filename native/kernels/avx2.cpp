@@ -36,6 +36,22 @@ static inline __m256i broadcast4(const int8_t* x) { return _mm256_set1_epi32(*(c
 #include "integer_ops.h"
 
 namespace {
+BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
+#ifdef __AVXVNNI__
+  return (IntPart)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)codes, (__m256i)x);
+#else
+  return sum + (IntPart)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), _mm256_set1_epi16(1));
+#endif
+}
+BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b); }
+BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b); }
+BITNET_INLINE Words low_words(Words a, Words b) { return (Words)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }
+BITNET_INLINE Words high_words(Words a, Words b) { return (Words)_mm256_unpackhi_epi16((__m256i)a, (__m256i)b); }
+}  // namespace
+
+#include "line_ops.h"
+
+namespace {
 static inline __m256i and_shifted(__m256i packed, int by, int mask) { return _mm256_and_si256(_mm256_srli_epi16(packed, by), _mm256_set1_epi8((char)mask)); }
 static inline __m256i table(const uint8_t entries[16], __m256i indices) {
   return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128((const __m128i*)entries)), indices);
@@ -200,8 +216,8 @@ constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through mult
 
 namespace bitnet {
 #ifdef __AVXVNNI__
-const Kernels kAvxVnni = BITNET_KERNELS("avxvnni", unpack_b3, gemm, gemm, gemm, gemm);
+const Kernels kAvxVnni = BITNET_KERNELS("avxvnni", Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
 #else
-const Kernels kAvx2 = BITNET_KERNELS("avx2", unpack_b3, gemm<60>, gemm<8>, gemm<5>, no_gemm);
+const Kernels kAvx2 = BITNET_KERNELS("avx2", Base3Digits, unpack_b3, gemm<60>, gemm<8>, gemm<5>, no_gemm);
 #endif
 }

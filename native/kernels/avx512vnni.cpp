@@ -49,6 +49,16 @@ struct Sums {
 #include "integer_ops.h"
 
 namespace {
+BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) { return (IntPart)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x); }
+BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b); }
+BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b); }
+BITNET_INLINE Words low_words(Words a, Words b) { return (Words)_mm512_unpacklo_epi16((__m512i)a, (__m512i)b); }
+BITNET_INLINE Words high_words(Words a, Words b) { return (Words)_mm512_unpackhi_epi16((__m512i)a, (__m512i)b); }
+}  // namespace
+
+#include "line_ops.h"
+
+namespace {
 // Up to four tokens: the codes stay where they are in their bytes, and the factors 1, 4, 16, 64 leave with the sums.
 struct TwoBit {
   template <int T>
@@ -212,6 +222,18 @@ struct Base3 {
     }
   }
 };
+struct TableDigits {
+  static constexpr int kDigits = 5;
+  Digits tables;
+  BITNET_INLINE void all(const TableDigits& d, Words packed, Words* out) {
+    const __m512i high = d.tables.high((__m512i)packed);
+    for (int s = 0; s < 5; s++) out[s] = (Words)d.tables(s, (__m512i)packed, high);
+  }
+  template <int s>
+  BITNET_INLINE Words digit(const TableDigits& d, Words packed) {
+    return (Words)d.tables(s, (__m512i)packed, d.tables.high((__m512i)packed));
+  }
+};
 static void unpack_b3_by_tables(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes) {
   const Digits digits;
   for (int64_t v = 0; v < n_vectors; v++) {
@@ -258,8 +280,8 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 
 namespace bitnet {
 #ifdef __AVX512VBMI__
-const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", unpack_b3_by_tables, gemm, gemm, gemm, gemm);
+const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", TableDigits, unpack_b3_by_tables, gemm, gemm, gemm, gemm);
 #else
-const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", unpack_b3, gemm, gemm, gemm, gemm);
+const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
 #endif
 }

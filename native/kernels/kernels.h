@@ -86,6 +86,16 @@ using GemmInteger = void (*)(const uint8_t* codes, int64_t panel_bytes, int n_pa
 // ahead: how many bytes after each vector what is unpacked next lies.
 using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, int64_t ahead, uint8_t* codes /* [tiles, 64] */);
 
+// Lines: rows or columns of a ternary matrix that lie one by one, in line_bytes each, a multiple of 64, two-bit or base-3. In vector v of a
+// row digit s of byte b is input 64 (D v + s) + b, where D is how many digits a byte has; in one of a column digit s of byte 16 l + 4 i + k
+// is row 64 (D v + s) + 16 i + 4 l + k, so that four columns zipped byte by byte are tiles. which[i + ahead] is a line too, to be fetched.
+using DotLines = void (*)(const uint8_t* rows, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x,
+                          int32_t* out /* [n]: sums of code * x */);
+// sums [rows in line_bytes] += codes of column * x of column, over the n columns
+using AddLines = void (*)(const uint8_t* columns, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x, int32_t* sums);
+// Digit `digit` of a vector of n columns as tiles: those of 4 panels, panel_bytes apart. Up to the next multiple of 4 any codes follow.
+using UnpackColumns = void (*)(const uint8_t* columns, int64_t line_bytes, int n, int digit, uint8_t* codes, int64_t panel_bytes);
+
 struct Kernels {
   const char* name;
   MultiplyInteger multiply_t2, multiply_b3, multiply_b1, multiply_i4, multiply_fp4, multiply_i8;
@@ -101,6 +111,9 @@ struct Kernels {
   // y [n_tokens, rows] of the panels for tokens t0.., where there is one run, given its dots [n_panels, kGemmTokens, 16]
   void (*write_run)(const IntegerMatrix& w, const QuantizedRows& x, int panel, int n_panels, int t0, int n_tokens, const int32_t* dots, float* y);
   int32_t (*sum_i8)(const int8_t* q, int n);
+  DotLines dot_lines_t2, dot_lines_b3;
+  AddLines add_lines_t2, add_lines_b3;
+  UnpackColumns unpack_columns_t2, unpack_columns_b3;
   MultiplyDense multiply_f16, multiply_bf16, multiply_f32;
   AddDense add_f16, add_bf16, add_f32;
   DotRows rows_f16, rows_bf16, rows_f32;

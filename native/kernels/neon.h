@@ -31,6 +31,23 @@ constexpr int kSums = 6;  // of four registers each
 #include "integer_ops.h"
 
 namespace {
+BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
+#ifdef __ARM_FEATURE_DOTPROD
+  return (IntPart)vdotq_s32((int32x4_t)sum, (int8x16_t)codes, (int8x16_t)x);
+#else  // the sums of pairs are at most 2 * 2 * 128
+  const int16x8_t low = vmull_s8(vget_low_s8((int8x16_t)codes), vget_low_s8((int8x16_t)x)), high = vmull_high_s8((int8x16_t)codes, (int8x16_t)x);
+  return (IntPart)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
+#endif
+}
+BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b); }
+BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b); }
+BITNET_INLINE Words low_words(Words a, Words b) { return (Words)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }
+BITNET_INLINE Words high_words(Words a, Words b) { return (Words)vzip2q_u16((uint16x8_t)a, (uint16x8_t)b); }
+}  // namespace
+
+#include "line_ops.h"
+
+namespace {
 // A codec of Arm: how a register of packed bytes (4 rows, see kernels.h) becomes tiles of signed bytes.
 //   tiles              in a vector
 //   top                |weight| of a tile's bytes is at most this

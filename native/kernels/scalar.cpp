@@ -69,6 +69,26 @@ constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through mult
 #include "integer_ops.h"
 
 namespace {
+BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
+  int8_t bytes[2][16];
+  store_words((uint8_t*)bytes[0], codes), store_words((uint8_t*)bytes[1], x);
+  for (int i = 0; i < 16; i++) sum[i / 4] += bytes[0][i] * bytes[1][i];
+  return sum;
+}
+typedef uint8_t SixteenBytes __attribute__((vector_size(16)));
+BITNET_INLINE Words low_bytes(Words a, Words b) {
+  return (Words)__builtin_shufflevector((SixteenBytes)a, (SixteenBytes)b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+BITNET_INLINE Words high_bytes(Words a, Words b) {
+  return (Words)__builtin_shufflevector((SixteenBytes)a, (SixteenBytes)b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+BITNET_INLINE Words low_words(Words a, Words b) { return __builtin_shufflevector(a, b, 0, 8, 1, 9, 2, 10, 3, 11); }
+BITNET_INLINE Words high_words(Words a, Words b) { return __builtin_shufflevector(a, b, 4, 12, 5, 13, 6, 14, 7, 15); }
+}  // namespace
+
+#include "line_ops.h"
+
+namespace {
 BITNET_INLINE Words fp4_codes(Words numbers) {
   for (int i = 0; i < kPartBytes / 2; i++) numbers[i] = (uint16_t)(bitnet::kFp4Codes[numbers[i] & 15] | bitnet::kFp4Codes[numbers[i] >> 8] << 8);
   return numbers;
@@ -106,5 +126,5 @@ using Int8 = Bytes<1, whole>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kScalar = BITNET_KERNELS("scalar", unpack_b3, no_gemm, no_gemm, no_gemm, no_gemm);
+const Kernels kScalar = BITNET_KERNELS("scalar", Base3Digits, unpack_b3, no_gemm, no_gemm, no_gemm, no_gemm);
 }

@@ -1,0 +1,133 @@
+#include "zero_skip.h"
+
+#include <algorithm>
+#include <bit>
+#include <cstring>
+
+namespace bitnet {
+namespace {
+constexpr int kFetchedBytes = 6144;     // of lines that are fetched while others are used
+constexpr int kPieceBytes = 16384;      // of lines that a thread takes at a time, about
+constexpr int kMostAhead = 96;          // lines: 6144 bytes of the shortest
+
+// The numbers of a token's lines within words [first, end) of its marks, and then of up to `more` that follow.
+int list_lines(const uint64_t* bits, int first, int end, int words, int n_lines, int more, int32_t* out) {
+  int n = 0, known = 0;
+  auto take = [&](int word) {
+    uint64_t left = bits ? bits[word] : ~uint64_t{0} >> (word + 1 == words && n_lines % 64 ? 64 - n_lines % 64 : 0);
+    for (; left; left &= left - 1) out[known++] = 64 * word + std::countr_zero(left);
+  };
+  for (int word = first; word < end; word++) take(word);
+  n = known;
+  for (int word = end; word < words && known < n + more; word++) take(word);
+  if (known == 0) out[known++] = 0;
+  for (const int32_t last = out[known - 1]; known < n + more;) out[known++] = last;
+  return n;
+}
+
+// Sums of one thread.
+struct Partial {
+  std::vector<int32_t> sums;  // [n_tokens, rows in a column]
+  bool used = false;
+};
+}  // namespace
+
+template <typename Flag>
+void Marks::set(int n_tokens, int n, const Flag& flag) {
+  n_ = n, words_ = (n + 63) / 64, any_ = 0;
+  bits_.resize(size_t(n_tokens) * words_);
+  for (int t = 0; t < n_tokens; t++)
+    for (int w = 0; w < words_; w++) {
+      alignas(64) uint8_t flags[64] = {};
+      const int here = std::min(64, n - 64 * w);
+      for (int i = 0; i < here; i++) flags[i] = flag(t, 64 * w + i);
+      uint64_t bits = 0;
+      for (int b = 0; b < 8; b++) {
+        uint64_t eight;
+        std::memcpy(&eight, flags + 8 * b, 8);
+        bits |= (eight * 0x0102040810204080) >> 56 << 8 * b;  // byte i to bit i
+      }
+      bits_[size_t(t) * words_ + w] = bits;
+    }
+  for (int w = 0; w < words_; w++) {
+    uint64_t bits = 0;
+    for (int t = 0; t < n_tokens; t++) bits |= bits_[size_t(t) * words_ + w];
+    any_ += std::popcount(bits);
+  }
+}
+void Marks::set_gates(const float* gate, int n_tokens, int n) {
+  set(n_tokens, n, [&](int t, int i) {
+    const float g = gate[int64_t{t} * n + i], y = g > 0 ? g : 0.0f;
+    return y * y != 0;  // which it may be for the smallest of them
+  });
+}
+void Marks::set_activations(const int8_t* q, int64_t stride, int n_tokens, int n) {
+  set(n_tokens, n, [&](int t, int i) { return q[t * stride + i] != 0; });
+}
+
+void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y) {
+  x.quantize(k, pool, w);
+  const int n_tokens = x.n_tokens(), n_lines = w.n_lines(), words = (n_lines + 63) / 64;
+  const QuantizedRows rows = x.rows(0, n_tokens);
+  const IntegerMatrix m = w.view();
+  const bool base3 = w.scheme == Scheme::ternary_base3, by_rows = w.lie == Lie::rows;
+  const int64_t line_bytes = w.line_bytes(), column_rows = line_bytes * layout(w.scheme).tiles;
+  if (marks && marks->read() == n_lines) marks = nullptr;
+  const double share = marks ? double(marks->any()) / n_lines : 1;
+  const int ahead = std::clamp(int(kFetchedBytes / line_bytes), 1, kMostAhead);
+  const int piece = std::clamp(int(kPieceBytes / (line_bytes * 64 * std::max(share, 0.05))), 1, 64);
+  const bool worth_sharing = share * n_lines * line_bytes * n_tokens >= 32768;
+  auto scale_of = [&](int row) { return m.scales[row / kPanelRows * m.panel_scales + row % kPanelRows]; };
+
+  // Kept by threads: [pieces of lines], and for columns the sums
+  static thread_local std::vector<Partial> partials;
+  if (!by_rows) {
+    partials.resize(pool.size());
+    for (Partial& p : partials) p.used = false;
+  }
+  std::vector<Partial>& sums = partials;  // the caller's, not each thread's own
+  if (by_rows && marks) std::memset(y, 0, size_t(n_tokens) * w.rows * sizeof(float));
+  pool.run_ranges(words, piece, [&](int first, int end, int thread) {
+    static thread_local std::vector<int32_t> list, dots;
+    list.resize(size_t(end - first + 2) * 64 + 2 * kMostAhead), dots.resize(size_t(end - first) * 64);
+    if (!by_rows && !sums[thread].used) sums[thread].sums.assign(size_t(n_tokens) * column_rows, 0), sums[thread].used = true;
+    for (int t = 0; t < n_tokens; t++) {
+      const int n = list_lines(marks ? marks->of(t) : nullptr, first, end, words, n_lines, ahead, list.data());
+      const int8_t* q = rows.q + t * rows.stride;
+      if (!by_rows) {
+        (base3 ? k.add_lines_b3 : k.add_lines_t2)(w.panels.data(), line_bytes, list.data(), n, ahead, q, &sums[thread].sums[size_t(t) * column_rows]);
+        continue;
+      }
+      (base3 ? k.dot_lines_b3 : k.dot_lines_t2)(w.panels.data(), line_bytes, list.data(), n, ahead, q, dots.data());
+      const int32_t correction = m.bias * rows.run_sums[t];
+      const float step = rows.steps[t];
+      float* to = y + int64_t{t} * w.rows;
+      for (int i = 0; i < n; i++) {
+        const float value = float(dots[i] - correction) * scale_of(list[i]) * step;
+        to[list[i]] = w.bias.size() ? value + w.bias[list[i]] : value;
+      }
+    }
+  }, worth_sharing);
+  if (by_rows) return;
+  for (int t = 0; t < n_tokens; t++) {
+    int32_t* total = nullptr;
+    for (Partial& p : sums)
+      if (p.used) {
+        int32_t* part = &p.sums[size_t(t) * column_rows];
+        if (total)
+          for (int r = 0; r < w.rows; r++) total[r] += part[r];
+        else total = part;
+      }
+    const int32_t correction = m.bias * rows.run_sums[t];
+    const float step = rows.steps[t];
+    float* to = y + int64_t{t} * w.rows;
+    for (int row0 = 0; row0 < w.rows; row0 += kPanelRows) {
+      const float* scales = m.scales + row0 / kPanelRows * m.panel_scales;
+      for (int r = 0; r < std::min(kPanelRows, w.rows - row0); r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
+    }
+    if (w.bias.size())
+      for (int r = 0; r < w.rows; r++) to[r] += w.bias[r];
+  }
+}
+
+}  // namespace bitnet
