@@ -5,8 +5,8 @@ round(x / scale), scale = |x|max / 127 or / 7, symmetric. So a token is quantize
 every later token sees the same, however the batch was cut. Groups of tokens (KIVI, arXiv:2402.02750, cuts keys so) would have to wait for
 their last token; what they are for, channels of keys that are large for all tokens, the rotation evens out instead.
 
-The rotation (QuaRot, arXiv:2404.00456): keys, after rope, are multiplied by an orthonormal Hadamard matrix in blocks, and so are the queries
-that meet them. Their products stay, but a few large channels become a little of all.
+The rotation (QuaRot, arXiv:2404.00456): keys, after rope, are multiplied by an orthonormal Hadamard matrix in blocks, and so are the
+queries that meet them. Their products stay, but a few large channels become a little of all.
 
 Attention reads the codes. Scores: queries in int8, one step per head; the integer product of each group times its scale, summed over the
 groups in order, times step * attention_scale. Values: in each run of 64 positions the weights p * scale become fixed-point numbers of 15
@@ -79,7 +79,9 @@ def kv_format(
         if bits is not None and (isinstance(bits, bool) or bits not in BITS):
             raise UsageError(f"{name} is {bits!r}; expected 16, 8 or 4")
     if isinstance(kv_group_size, bool) or not isinstance(kv_group_size, (int, np.integer)) or kv_group_size < 1:
-        raise UsageError(f"kv_group_size is {kv_group_size!r}; expected a whole number >= 1, a multiple of 16 that divides the model's heads")
+        raise UsageError(
+            f"kv_group_size is {kv_group_size!r}; expected a whole number >= 1, a multiple of 16 that divides the model's heads"
+        )
     keys, values = (kv_bits if bits is None else bits for bits in (kv_bits_k, kv_bits_v))
     return KvFormat(int(keys), int(values), int(kv_group_size), rotate)
 
@@ -109,7 +111,7 @@ def quantize_kv(x: F32, bits: int, group: int = 0) -> tuple[I8, F32]:
 
 
 def kv_scores(codes: I8, scales: F32, queries: F32, attention_scale: float) -> F32:
-    """Quantized keys [positions, head_dim] and queries float32 [queries, head_dim], rotated both or neither -> float32 [queries, positions]."""
+    """Quantized keys [positions, head_dim], queries float32 [queries, head_dim], both rotated or not -> float32 [queries, positions]."""
     q, steps = quantize_activations(queries)
     size = codes.shape[1] // scales.shape[1]
     total = np.zeros((len(q), len(codes)), np.float32)

@@ -10,6 +10,16 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.transformer.EMBEDDED_MODEL, which would import numpy
 
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 model_argument = click.argument("model", metavar="[MODEL]", default=EMBEDDED_MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line of stdout.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -19,11 +29,17 @@ adapter_option = click.option("--adapter", metavar="FOLDER", help="A low-rank ad
 
 _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
 
+kv_options = _all(  # kv_bits, kv_bits_k, kv_bits_v, kv_group_size
+    click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache: 16, 8 or 4."),
+    click.option("--kv-bits-k", type=int, metavar="BITS", help="Of keys alone. Default: --kv-bits."),
+    click.option("--kv-bits-v", type=int, metavar="BITS", help="Of values alone. Default: --kv-bits."),
+    click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
+)
+
 _engine = [
     threads_option,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
-    click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
-    click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
+    kv_options,
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
     click.option(
         "--head",
@@ -63,16 +79,7 @@ _sampling = [
 ]
 
 
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
-engine_options = _all(*_engine)  # threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s
+engine_options = _all(*_engine)  # threads, device, those of kv_options, zero_skip, head, weights, activation_group, adapter, i2_s
 hub_options = _all(  # revision, file
     click.option("--revision", metavar="REV", help="Of a model from the Hub: its branch, tag or commit. Default: main."),
     click.option("--file", metavar="FILE", help="Of a model from the Hub: this .gguf or .safetensors."),
