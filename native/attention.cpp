@@ -37,6 +37,8 @@ std::vector<int> runs_of(const std::vector<Token>& tokens, int most, int block) 
   return starts;
 }
 
+uint16_t* as_f16(uint8_t* bytes) { return reinterpret_cast<uint16_t*>(bytes); }
+
 // to [8][to_stride] = from [8][from_stride], transposed: three times, rows i and i + 4 give their elements by turns to rows 2i and 2i + 1.
 void transpose8(const uint16_t* from, int from_stride, uint16_t* to, int to_stride) {
   typedef uint16_t Row __attribute__((vector_size(16), aligned(2), may_alias));
@@ -68,14 +70,18 @@ void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, co
     for (int run = begin; run < end; run++) {
       const int first = starts[run], n = starts[run + 1] - first;
       KvCache& cache = *tokens[first].cache;
+      const KvFormat& format = cache.format();
       const int page = tokens[first].position / KvCache::kPagePositions, slot = tokens[first].position % KvCache::kPagePositions;
       for (int h = 0; h < c.n_kv_heads; h++) {
         for (int i = 0; i < n; i++) {
           const int64_t at = int64_t{first + i} * kv_width + h * c.head_dim;
-          to_halves(values + at, cache.values(page, layer, h) + (slot + i) * dim);
-          to_halves(keys + at, &halves[size_t(i) * dim]);
+          if (format.value_bits == 16) to_halves(values + at, as_f16(cache.values(page, layer, h)) + (slot + i) * dim);
+          else store_value(k, cache, page, slot + i, layer, h, values + at, c.head_dim);
+          if (format.key_bits == 16) to_halves(keys + at, &halves[size_t(i) * dim]);
+          else store_key(k, cache, page, slot + i, layer, h, keys + at, c.head_dim);
         }
-        uint16_t* block = cache.keys(page, layer, h) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;  // [dim, 16 positions]
+        if (format.key_bits < 16) continue;
+        uint16_t* block = as_f16(cache.keys(page, layer, h)) + slot / kKeyBlock * kKeyBlock * dim + slot % kKeyBlock;  // [dim, 16 positions]
         if (n == kKeyBlock) {
           for (int d = 0; d < dim; d += 8)
             for (int i = 0; i < n; i += 8) transpose8(&halves[size_t(i) * dim + d], dim, block + d * kKeyBlock + i, kKeyBlock);
@@ -89,7 +95,7 @@ void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, co
 }
 
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
-            Buffer<float>& scratch, float* out) {
+            AttentionScratch& scratch, float* out) {
   constexpr int kPage = KvCache::kPagePositions, kTokens = 12;
   const int dim = tokens[0].cache->padded_dim(), group = c.n_heads / c.n_kv_heads, n_tokens = int(tokens.size());
   // Up to twelve tokens of one sequence that follow one another go together: each key and value is read once for all their heads.
@@ -100,14 +106,17 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
   // Too few items to share out evenly: the heads of one key/value head in two halves.
   const int halves = group % 2 == 0 && blocks * c.n_kv_heads % pool.size() && blocks * c.n_kv_heads < 8 * pool.size() ? 2 : 1;
   const int heads = group / halves, n_items = blocks * c.n_kv_heads * halves;
-  const int64_t stride = (longest + 63) / 16 * 16, per_thread = ((stride + 2 * dim + 1) * kTokens * heads + 15) / 16 * 16;
-  scratch.reserve(size_t(per_thread) * pool.size());  // per thread and query: scores, query, result, total
+  const int64_t stride = (longest + 63 + 63) / 16 * 16, per_thread = ((stride + 2 * dim + 1) * kTokens * heads + 15) / 16 * 16;
+  scratch.floats.reserve(size_t(per_thread) * pool.size());  // per thread and query: scores, query, result, total
+  scratch.quantized.resize(pool.size());
   pool.run(n_items, [&](int item, int thread) {
     const int block = blocks - 1 - item / (c.n_kv_heads * halves);  // the longest first
     const int first = starts[block], n = starts[block + 1] - first, n_queries = n * heads;
     const int kv = item / halves % c.n_kv_heads, first_head = kv * group + item % halves * heads;
     KvCache& cache = *tokens[first].cache;
-    float* scores = scratch.data() + per_thread * thread;
+    const KvFormat& format = cache.format();
+    QuantizedAttention& quantized = scratch.quantized[thread];
+    float* scores = scratch.floats.data() + per_thread * thread;
     float *queries = scores + stride * n_queries, *sums = queries + int64_t{n_queries} * dim, *totals = sums + int64_t{n_queries} * dim;
     auto at = [&](int i) { return (size_t(first + i / heads) * c.n_heads + first_head + i % heads) * c.head_dim; };  // query i in q and out
     for (int i = 0; i < n_queries; i++) {
@@ -115,28 +124,42 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
       std::fill_n(queries + i * dim + c.head_dim, dim - c.head_dim, 0.0f);
     }
     std::fill_n(sums, int64_t{n_queries} * dim, 0.0f);
-    // Positions that query i sees, [begin(i), end(i)); all queries together see [from, to), from being the start of a block.
+    // Positions that query i sees, [begin(i), end(i)); all queries together see [from, to), from being the start of a block, or of a run.
     auto end = [&](int i) { return tokens[first + i / heads].position + 1; };
     auto begin = [&](int i) { return window ? std::max(0, end(i) - window) : 0; };
-    const int from = begin(0) / kKeyBlock * kKeyBlock, to = end(n_queries - 1);
+    constexpr int kRun = QuantizedAttention::kRun;
+    const int from = format.value_bits == 16 ? begin(0) / kKeyBlock * kKeyBlock : begin(0) / kRun * kRun, to = end(n_queries - 1);
+    if (format.key_bits < 16) quantized.set_queries(k, cache, queries, n_queries, c.attention_scale);
     for (int j = from, next; j < to; j = next) {
       next = std::min((j / kPage + 1) * kPage, to);
-      k.scores_f16(queries, n_queries, cache.keys(j / kPage, layer, kv) + j % kPage * dim, (next - j + kKeyBlock - 1) / kKeyBlock, dim,
-                   c.attention_scale, scores + j - from, stride);
+      const int n_blocks = (next - j + kKeyBlock - 1) / kKeyBlock;
+      if (format.key_bits < 16) quantized.scores(k, cache, j / kPage, layer, kv, j % kPage / kKeyBlock, n_blocks, scores + j - from, stride);
+      else k.scores_f16(queries, n_queries, as_f16(cache.keys(j / kPage, layer, kv)) + j % kPage * dim, n_blocks, dim, c.attention_scale, scores + j - from, stride);
     }
     for (int i = 0; i < n_queries; i++) totals[i] = k.softmax(scores + i * stride + begin(i) - from, end(i) - begin(i));
-    // Adds the values of [low, high) to the sums of `count` queries from i on.
-    auto weigh = [&](int i, int count, int low, int high) {
-      for (int j = low, next; j < high; j = next) {
-        next = std::min((j / kPage + 1) * kPage, high);
-        k.weigh_f16(scores + i * stride + j - from, stride, count, cache.values(j / kPage, layer, kv) + j % kPage * dim, next - j, dim, sums + i * dim);
+    if (format.value_bits < 16) {  // in integers, a weight of zero hides what a query may not see
+      for (int i = 0; i < n_queries; i++) {
+        float* weights = scores + i * stride - from;
+        std::fill(weights + from, weights + begin(i), 0.0f), std::fill(weights + end(i), weights + from + round_up(to - from, kKeyBlock), 0.0f);
       }
-    };
-    // What all of them see they read together; before and after that each reads its own, so that none meets what it may not see.
-    const int all_from = begin(n_queries - 1), all_to = std::max(all_from, end(0));
-    for (int i = 0; i < n_queries; i++) weigh(i, 1, begin(i), std::min(all_from, end(i)));
-    weigh(0, n_queries, all_from, all_to);
-    for (int i = 0; i < n_queries; i++) weigh(i, 1, std::max(all_to, begin(i)), end(i));
+      for (int j = from, next; j < to; j = next) {
+        next = std::min((j / kPage + 1) * kPage, to);
+        quantized.weigh(k, cache, j / kPage, layer, kv, j % kPage, next - j, scores + j - from, stride, n_queries, sums);
+      }
+    } else {
+      // Adds the values of [low, high) to the sums of `count` queries from i on.
+      auto weigh = [&](int i, int count, int low, int high) {
+        for (int j = low, next; j < high; j = next) {
+          next = std::min((j / kPage + 1) * kPage, high);
+          k.weigh_f16(scores + i * stride + j - from, stride, count, as_f16(cache.values(j / kPage, layer, kv)) + j % kPage * dim, next - j, dim, sums + i * dim);
+        }
+      };
+      // What all of them see they read together; before and after that each reads its own, so that none meets what it may not see.
+      const int all_from = begin(n_queries - 1), all_to = std::max(all_from, end(0));
+      for (int i = 0; i < n_queries; i++) weigh(i, 1, begin(i), std::min(all_from, end(i)));
+      weigh(0, n_queries, all_from, all_to);
+      for (int i = 0; i < n_queries; i++) weigh(i, 1, std::max(all_to, begin(i)), end(i));
+    }
     for (int i = 0; i < n_queries; i++) {
       const float inverse = 1.0f / totals[i];
       for (int d = 0; d < c.head_dim; d++) out[at(i) + d] = sums[i * dim + d] * inverse;

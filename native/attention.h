@@ -4,8 +4,7 @@
 
 #include "config.h"
 #include "kernels/kernels.h"
-#include "kernels/kernels.h"
-#include "kv_cache.h"
+#include "quantized_kv.h"
 #include "threads.h"
 
 namespace bitnet {
@@ -27,9 +26,14 @@ struct Rotation {
 void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* keys,
               const float* values);
 
+struct AttentionScratch {
+  Buffer<float> floats;
+  std::vector<QuantizedAttention> quantized;  // of each thread
+};
+
 // q, out [n_tokens, n_heads * head_dim]. Every token sees its cache up to its own position, in the order of positions; with a
 // window of more than 0, only that many positions, its own included. scratch: memory to work in.
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
-            Buffer<float>& scratch, float* out);
+            AttentionScratch& scratch, float* out);
 
 }  // namespace bitnet

@@ -2,6 +2,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -75,7 +76,7 @@ struct PyModel {
   bool complete = false;
 };
 struct PyCache {
-  PyCache(const Config& c, const Adapter* a) : cache(c), config(c), adapter(a) {}
+  PyCache(const Config& c, const KvFormat& format, const Adapter* a) : cache(c, format), config(c), adapter(a) {}
   KvCache cache;
   Config config;
   const Adapter* adapter;  // by which its keys and values are made; or null
@@ -180,6 +181,31 @@ Linear make_integer(const std::string& scheme, Matrix<int8_t> codes, Matrix<floa
   return repack_integer(s, codes.data(), scales.data(), to_int(codes.shape(0)), to_int(codes.shape(1)), to_int(scales.shape(1)));
 }
 
+// For tests: rows [n, head_dim] as keys and values of one head, then work(..., page, positions in it, stride, out) for every page.
+template <typename Work>
+nb::object through_cache(const std::string& isa, const KvFormat& format, const Matrix<float>& rows, const Matrix<float>& queries, Work&& work, bool scores) {
+  const Kernels& k = *kernels_named(isa);
+  const int n = to_int(rows.shape(0)), dim = to_int(rows.shape(1)), n_queries = to_int(queries.shape(0));
+  if (dim % 16 || format.key_bits == 16 || (scores ? queries.shape(1) != rows.shape(1) : queries.shape(1) % 16 || queries.shape(1) < rows.shape(0)))
+    throw std::invalid_argument("quantized heads of a multiple of 16; weights of as many positions, padded to a multiple of 16");
+  Config c;
+  c.n_layers = c.n_heads = c.n_kv_heads = 1, c.head_dim = dim;
+  KvCache cache(c, format);
+  cache.reserve(n);
+  for (int i = 0; i < n; i++) {
+    const int page = i / KvCache::kPagePositions, slot = i % KvCache::kPagePositions;
+    store_key(k, cache, page, slot, 0, 0, rows.data() + int64_t{i} * dim, dim), store_value(k, cache, page, slot, 0, 0, rows.data() + int64_t{i} * dim, dim);
+  }
+  const size_t width = scores ? (n + 15) / 16 * 16 : dim;
+  float* out = nullptr;
+  nb::object result = new_array<float>({size_t(n_queries), width}, &out);
+  std::fill_n(out, n_queries * width, 0.0f);
+  QuantizedAttention attention;
+  for (int at = 0; at < n; at += KvCache::kPagePositions)
+    work(attention, k, cache, at / KvCache::kPagePositions, std::min(n - at, KvCache::kPagePositions), int64_t(width), out);
+  return result;
+}
+
 nb::object run_forward(PyModel& m, const std::vector<std::pair<PyCache*, Vector<int32_t>>>& batch, bool all_logits) {
   if (!m.complete) m.model.check_complete(), m.complete = true;
   const Config& c = m.model.config;
@@ -223,8 +249,20 @@ NB_MODULE(_native, m) {
   using namespace bitnet;
   m.doc() = "The native core. Use bitnet.engine.";
 
+  nb::class_<KvCache::Page>(m, "Page").def_prop_ro("nbytes", [](const KvCache::Page& page) { return page.size(); });
+  m.attr("PAGE_TOKENS") = KvCache::kPagePositions;
+
   nb::class_<PyCache>(m, "Cache")
       .def("__len__", [](PyCache& c) { return c.cache.length(); })
+      .def_prop_ro("page_bytes", [](PyCache& c) { return c.cache.page_bytes(); })
+      .def_prop_ro("bytes_per_token", [](PyCache& c) { return c.cache.bytes_per_token(); })
+      .def("pages", [](PyCache& c) { return c.cache.pages(); })
+      .def("share", [](PyCache& c, std::vector<std::shared_ptr<KvCache::Page>> pages, int n) {
+        if (n < 0 || size_t(n) > pages.size() * KvCache::kPagePositions) throw std::invalid_argument("the pages hold fewer tokens");
+        for (const auto& page : pages)
+          if (!page || page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
+        c.cache.share(std::move(pages), n);
+      }, "pages"_a, "n"_a)
       .def("truncate", [](PyCache& c, int n) {
         if (n < 0 || n > c.cache.length()) throw std::invalid_argument("a cache can only become shorter");
         c.cache.truncate(n);
@@ -286,10 +324,10 @@ NB_MODULE(_native, m) {
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
       .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
-      .def("cache", [](PyModel& self, const PyAdapter* adapter) {
+      .def("cache", [](PyModel& self, const PyAdapter* adapter, int key_bits, int value_bits, int group, bool rotate) {
              if (adapter && !same_sizes(adapter->adapter.config(), self.model.config)) throw std::invalid_argument("an adapter of another model");
-             return new PyCache(self.model.config, adapter ? &adapter->adapter : nullptr);  // Python owns it
-           }, "adapter"_a = nb::none(), nb::keep_alive<0, 2>())
+             return new PyCache(self.model.config, {key_bits, value_bits, group, rotate}, adapter ? &adapter->adapter : nullptr);  // Python owns it
+           }, "adapter"_a = nb::none(), "key_bits"_a = 16, "value_bits"_a = 16, "group"_a = 0, "rotate"_a = true, nb::keep_alive<0, 2>())
       .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
       .def_prop_rw("activation_group", [](PyModel& self) { return self.model.config.activation_group; },
                    [](PyModel& self, int group) {
@@ -399,6 +437,27 @@ NB_MODULE(_native, m) {
     for (size_t t = 0; t < x.shape(0); t++) step[t] = k->quantize(x.data() + t * x.shape(1), to_int(x.shape(1)), q + t * x.shape(1), &sum);
     return nb::make_tuple(codes, steps);
   }, "isa"_a, "x"_a);
+  // One head's keys or values through a quantized cache: [queries, keys] scores, or [queries, head_dim] sums of values.
+  m.def("kv_scores", [](const std::string& isa, int bits, int group, Matrix<float> keys, Matrix<float> queries, float scale) {
+    return through_cache(isa, {bits, bits, group, false}, keys, queries, [&](QuantizedAttention& a, const Kernels& k, KvCache& cache, int page, int n, int64_t stride, float* out) {
+      if (page == 0) a.set_queries(k, cache, queries.data(), to_int(queries.shape(0)), scale);
+      a.scores(k, cache, page, 0, 0, 0, (n + 15) / 16, out + page * KvCache::kPagePositions, stride);
+    }, true);
+  }, "isa"_a, "bits"_a, "group"_a, "keys"_a, "queries"_a, "scale"_a);
+  m.def("kv_weigh", [](const std::string& isa, int bits, int group, Matrix<float> values, Matrix<float> weights) {
+    return through_cache(isa, {bits, bits, group, false}, values, weights, [&](QuantizedAttention& a, const Kernels& k, KvCache& cache, int page, int n, int64_t, float* out) {
+      const int pages_at = page * KvCache::kPagePositions;
+      a.weigh(k, cache, page, 0, 0, 0, n, weights.data() + pages_at, to_int(weights.shape(1)), to_int(weights.shape(0)), out);
+    }, false);
+  }, "isa"_a, "bits"_a, "group"_a, "values"_a, "weights"_a);
+  m.def("hadamard", [](const std::string& isa, Matrix<float> x, int block) {
+    if (block < 1 || (block & (block - 1)) || x.shape(1) % block) throw std::invalid_argument("a block must be a power of two that divides a row");
+    float* y = nullptr;
+    nb::object result = new_array<float>({x.shape(0), x.shape(1)}, &y);
+    std::copy_n(x.data(), x.size(), y);
+    kernels_named(isa)->hadamard(y, to_int(x.size()), block);
+    return result;
+  }, "isa"_a, "x"_a, "block"_a);
   m.def("self_test", [] {
     IsaReport reports[kMaxIsas];
     nb::dict result;

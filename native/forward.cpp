@@ -32,7 +32,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
   std::vector<int> wanted;  // rows whose logits are asked for
   std::vector<LowRankUpdates::Tokens> adapted;
   for (const Span& span : batch) {
-    span.cache->reserve(span.cache->length() + span.n_tokens);
+    span.cache->reserve(span.n_tokens);
     if (span.adapter && !adapted.empty() && adapted.back().adapter == span.adapter && adapted.back().first + adapted.back().n == int(tokens.size()))
       adapted.back().n += span.n_tokens;
     else if (span.adapter) adapted.push_back({span.adapter, int(tokens.size()), span.n_tokens});
@@ -141,11 +141,15 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       const Rotation& rotation = rotations[layer.windowed][t];
       rotation.apply(k, queries, c.n_heads, c.rope_interleaved);
       rotation.apply(k, key, c.n_kv_heads, c.rope_interleaved);
+      if (tokens[t].cache->rotated()) {
+        const int block = c.head_dim & -c.head_dim;  // the largest power of two that divides a head
+        k.hadamard(queries, q_width, block), k.hadamard(key, kv_width, block);
+      }
     });
     store_kv(k, pool, c, l, tokens, keys, values);
     {
       const Stopwatch watch(profile.attention_s);
-      attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q, m.scores, mixed);
+      attend(k, pool, c, l, layer.windowed ? c.sliding_window : 0, tokens, q, m.attention, mixed);
     }
     write_rows(mixed, q_width, layer.o, [&](int t) {
       float* row = mixed + int64_t{t} * q_width;

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "attention.h"
 #include "config.h"
 #include "matmul.h"
 #include "zero_skip.h"
@@ -26,7 +27,7 @@ struct Workspace {
   Buffer<float> q, mixed;       // [n, n_heads * head_dim]: queries; attention's result
   Buffer<float> keys, values;   // [n, n_kv_heads * head_dim]
   Buffer<float> gate, up;       // [n, ffn_size]
-  Buffer<float> scores;         // attention's
+  AttentionScratch attention;
   Activations in;
   LowRankUpdates updates;
   Marks marks;                  // what zero skipping reads

@@ -205,10 +205,10 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({"kv_bits": 4}, "a 4-bit KV cache is not yet in this build; use kv_bits=16"),
-        ({"kv_bits": 8}, "a 8-bit KV cache is not yet in this build; use kv_bits=16"),
-        ({"kv_bits": 3}, "kv_bits is 3; expected 16 (4 and 8 are not yet in this build)"),
-        ({"kv_group_size": 0}, "kv_group_size is 0; expected a whole number >= 1"),
+        ({"kv_bits": 5}, "kv_bits is 5; expected 16, 8 or 4"),
+        ({"kv_bits_k": 3}, "kv_bits_k is 3; expected 16, 8 or 4"),
+        ({"kv_bits_v": True}, "kv_bits_v is True; expected 16, 8 or 4"),
+        ({"kv_group_size": 0}, "kv_group_size is 0; expected a whole number >= 1, a multiple of 16 that divides the model's heads"),
         ({"device": "gpu"}, "device is 'gpu'; expected 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         ({"device": "cuda", "threads": 1}, "threads is for device='cpu'; leave it out with device='cuda'"),
         ({"device": "mps", "codec": "t2"}, "codec is for device='cpu'; leave it out with device='mps'"),

@@ -250,6 +250,20 @@ const char* first_difference(const Kernels& k) {
     memcpy(f1, f, sizeof f1), memcpy(f2, f, sizeof f2);
     k.rotate(f1, 2, 37, g, g + 40), kScalar.rotate(f2, 2, 37, g, g + 40);
     if (memcmp(f1, f2, kInputs * sizeof(float))) return "rotate";
+    for (int block : {4, 16, 32}) {  // 160 = 40 x 4 = 5 x 32
+      k.hadamard(f1, kInputs, block), kScalar.hadamard(f2, kInputs, block);
+      if (memcmp(f1, f2, kInputs * sizeof(float))) return "hadamard";
+    }
+    for (int i = 0; i < kInputs; i++) f1[i] = g[i] * g[i] * 1e-3f;  // weights and scales are not negative
+    kScalar.store_f16(f1, kInputs, h1);
+    for (int n = 16; n <= 64; n += 16) {
+      float step1[2], step2[2];
+      int32_t sum1[2], sum2[2];
+      memset(q1, 0, sizeof q1), memset(q2, 0, sizeof q2);
+      k.split_weights(f1, h1 + 64, n, q1, q1 + 64, step1, step1 + 1, sum1, sum1 + 1);
+      kScalar.split_weights(f1, h1 + 64, n, q2, q2 + 64, step2, step2 + 1, sum2, sum2 + 1);
+      if (memcmp(q1, q2, sizeof q1) || memcmp(step1, step2, sizeof step1) || memcmp(sum1, sum2, sizeof sum1)) return "split_weights";
+    }
     constexpr int kQueries[] = {1, 2, 4, 7, 13};
     for (int queries : kQueries) {
       k.scores_f16(f, queries, halves, 9, 16, 0.125f, s1, 144), kScalar.scores_f16(f, queries, halves, 9, 16, 0.125f, s2, 144);

@@ -291,6 +291,56 @@ static void rotate(float* x, int n_heads, int half, const float* cosine, const f
   }
 }
 
+// (a, b) -> (a + b, a - b) of lanes that are Bit apart.
+template <int Bit>
+BITNET_INLINE v16 butterfly(v16 x) {
+  alignas(64) static constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  const i16x upper = (load_int(kLaneNumbers) & Bit) > splat_int(0);
+  return swap_lanes<Bit>(x) + select(upper, -x, x);
+}
+static void hadamard(float* x, int n, int block) {
+  const float scale = 1.0f / __builtin_sqrtf((float)block);
+  for (float *at = x, *end = x + n; at != end; at += block) {
+    int width = 1;
+    if (block >= 16) {
+      for (int i = 0; i < block; i += 16) store(at + i, butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(at + i))))));
+      width = 16;
+    }
+    for (; width < block; width *= 2)
+      for (int i = 0; i < block; i += 2 * width)
+        if (width >= 16) {
+          for (int j = i; j < i + width; j += 16) {
+            const v16 a = load(at + j), b = load(at + j + width);
+            store(at + j, a + b), store(at + j + width, a - b);
+          }
+        } else {
+          for (int j = i; j < i + width; j++) {
+            const float a = at[j], b = at[j + width];
+            at[j] = a + b, at[j + width] = a - b;
+          }
+        }
+    int i = 0;
+    for (; i + 16 <= block; i += 16) store(at + i, load(at + i) * scale);
+    for (; i < block; i++) at[i] *= scale;
+  }
+}
+static void split_weights(const float* p, const uint16_t* scales, int n, int8_t* high, int8_t* low, float* high_step, float* low_step, int32_t* high_sum,
+                          int32_t* low_sum) {
+  v16 w[4], most = splat(1e-30f);
+  const int n_vectors = n / 16;
+  for (int i = 0; i < n_vectors; i++) w[i] = load(p + 16 * i) * load_f16(scales + 16 * i), most = vmax(w[i], most);
+  const float top = max_lanes(most), inverse = 16256.0f / top;
+  i16x high_sums = splat_int(0), low_sums = splat_int(0);
+  for (int i = 0; i < n_vectors; i++) {
+    const i16x whole = as_int(w[i] * inverse + 12582912.0f) - 0x4b400000, upper = (whole + 64) >> 7, lower = whole - (upper << 7);
+    store_bytes(high + 16 * i, upper), store_bytes(low + 16 * i, lower);
+    high_sums += upper, low_sums += lower;
+  }
+  *low_step = top / 16256.0f, *high_step = 128.0f * *low_step;
+  *high_sum = *low_sum = 0;
+  for (int l = 0; l < 16; l++) *high_sum += high_sums[l], *low_sum += low_sums[l];
+}
+
 // Q queries and B blocks at once: Q B sums that do not wait for one another. A score is one chain, dimension after dimension.
 template <int Q, int B>
 BITNET_INLINE void scores_some(const float* q, const uint16_t* k, int head_dim, float scale, float* out, int64_t stride) {

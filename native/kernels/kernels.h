@@ -23,6 +23,7 @@ namespace bitnet {
 // Where a panel holds no weight its bytes are 0. So are the codes, except fp4's: they add nothing, whatever they are multiplied by.
 constexpr int kPanelRows = 16;
 constexpr int kKeyBlock = 16;  // positions whose keys lie together
+constexpr int kMostHeadDim = 1024;  // of quantized keys and values, padded
 constexpr int kGemmTokens = 32;  // at most, in a product for many tokens
 constexpr int kGemmRuns = 4;     // whose sums are scaled together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
@@ -129,6 +130,8 @@ struct Kernels {
   void (*add)(float* x, const float* y, int n);
   // Rotates every head's halves: (a, b) -> (a cos - b sin, b cos + a sin)
   void (*rotate)(float* x /* [n_heads, 2, half] */, int n_heads, int half, const float* cosine, const float* sine);
+  // Each run of `block` elements, a power of two that divides n, by the Hadamard matrix over the root of block: lanes 1 apart, then 2, 4, ...
+  void (*hadamard)(float* x, int n, int block);
   void (*store_f16)(const float* x, int n, uint16_t* out);  // n a multiple of 16, here and below
   void (*load_f16)(const uint16_t* x, int n, float* out);
   // Attention of some queries, which share their keys and values, over one page of cached positions; head_dim is a multiple of
@@ -140,6 +143,10 @@ struct Kernels {
   // out += p v, position after position, fused
   void (*weigh_f16)(const float* p /* [n_queries, stride] */, int64_t stride, int n_queries, const uint16_t* v /* [n, head_dim] */, int n,
                     int head_dim, float* out /* [n_queries, head_dim] */);
+  // Attention's weights of up to 64 positions with quantized values, n a multiple of 16: p * scale >= 0 in steps of the largest / 16256, a
+  // fixed-point number of 15 bits, as 128 high + low in int8 for an integer product; and the sums of the two parts.
+  void (*split_weights)(const float* p, const uint16_t* scales, int n, int8_t* high, int8_t* low, float* high_step, float* low_step,
+                        int32_t* high_sum, int32_t* low_sum);
   uint64_t (*read_bytes)(const void* p, int64_t bytes);  // touches every byte, multiple of 64: the memory's limit
 };
 

@@ -43,6 +43,7 @@ BITNET_OP(i16x, int32_t, IntPart, +)
 BITNET_OP(i16x, int32_t, IntPart, -)
 BITNET_OP(i16x, int32_t, IntPart, &)
 BITNET_OP(i16x, int32_t, IntPart, <<)
+BITNET_OP(i16x, int32_t, IntPart, >>)
 #undef BITNET_OP
 BITNET_INLINE v16 operator-(v16 x) {
   return for_parts<v16>([&](int p) __attribute__((always_inline)) { return -x.part[p]; });
@@ -93,6 +94,18 @@ BITNET_INLINE v16 as_float(i16x x) {
 }
 BITNET_INLINE i16x as_int(v16 x) {
   return for_parts<i16x>([&](int p) __attribute__((always_inline)) { return IntPart(x.part[p]); });
+}
+// Lane l gets lane l ^ Bit, a power of two below 16.
+template <int Bit>
+BITNET_INLINE v16 swap_lanes(v16 x) {
+  if constexpr (Bit >= kLanes) return for_parts<v16>([&](int p) __attribute__((always_inline)) { return x.part[p ^ (Bit / kLanes)]; });
+  else
+    return for_parts<v16>([&](int p) __attribute__((always_inline)) {
+      FloatPart y = x.part[p];
+      if constexpr (kLanes == 16) return __builtin_shufflevector(y, y, 0 ^ Bit, 1 ^ Bit, 2 ^ Bit, 3 ^ Bit, 4 ^ Bit, 5 ^ Bit, 6 ^ Bit, 7 ^ Bit, 8 ^ Bit, 9 ^ Bit, 10 ^ Bit, 11 ^ Bit, 12 ^ Bit, 13 ^ Bit, 14 ^ Bit, 15 ^ Bit);
+      else if constexpr (kLanes == 8) return __builtin_shufflevector(y, y, 0 ^ Bit, 1 ^ Bit, 2 ^ Bit, 3 ^ Bit, 4 ^ Bit, 5 ^ Bit, 6 ^ Bit, 7 ^ Bit);
+      else return __builtin_shufflevector(y, y, 0 ^ Bit, 1 ^ Bit, 2 ^ Bit, 3 ^ Bit);
+    });
 }
 // From a narrower type, 16 in memory.
 template <class Narrow>

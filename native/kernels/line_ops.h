@@ -134,5 +134,5 @@ static void unpack_columns(const uint8_t* lines, int64_t line_bytes, int n, int 
         unpack_columns<Base3Line>, multiply_dense<DenseF16>,                                                                         \
         multiply_dense<DenseBf16>, multiply_dense<DenseF32>, add_dense<DenseF16>, add_dense<DenseBf16>, add_dense<DenseF32>,         \
         dot_rows<DenseF16>, dot_rows<DenseBf16>, dot_rows<DenseF32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,          \
-        gate_with<gelu_tanh>, add, rotate, to_f16, from_f16, scores_f16, softmax, weigh_f16, read_bytes                              \
+        gate_with<gelu_tanh>, add, rotate, hadamard, to_f16, from_f16, scores_f16, softmax, weigh_f16, split_weights, read_bytes     \
   }

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from bitnet import _native
 from bitnet.errors import BitNetError, FormatError, UsageError
+from bitnet.kv import KvFormat
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
 from bitnet.models.low_rank import LowRank, widened
@@ -57,6 +58,11 @@ class Sequence:
         """Tokens held."""
         return len(self._cache)
 
+    @property
+    def bytes_per_token(self) -> int:
+        """Memory of one token's keys and values; it is taken in pages of 256 tokens."""
+        return int(self._cache.bytes_per_token)
+
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens."""
         self._cache.truncate(n)
@@ -75,6 +81,7 @@ class Engine:
         self.threads: int = native.threads
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
         self.weight_bytes: int = native.weight_bytes  # of all weights in memory
+        self._kv = KvFormat()
 
     @property
     def activation_group(self) -> int:
@@ -104,11 +111,28 @@ class Engine:
         """Seconds since `reset_profile`, over all forwards: "matmul_s", "attention_s", "total_s"."""
         return dict(self._native.profile)
 
-    def sequence(self, adapter: Adapter | None = None) -> Sequence:
-        """A fresh sequence without tokens, which runs with this adapter of the same engine, or with the model alone."""
+    @property
+    def kv(self) -> KvFormat:
+        """How fresh sequences keep their keys and values. Setting it raises `UsageError` for a format that does not fit the heads."""
+        return self._kv
+
+    @kv.setter
+    def kv(self, kv: KvFormat) -> None:
+        kv.group(self.config.head_dim)
+        self._kv = kv
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Memory of one token's keys and values in all layers, as `kv` keeps them."""
+        return self._kv.bytes_per_token(self.config.n_layers, self.config.n_kv_heads, self.config.head_dim)
+
+    def sequence(self, adapter: Adapter | None = None, kv: KvFormat | None = None) -> Sequence:
+        """A fresh sequence without tokens, with this adapter of the engine or the model alone. kv: a format instead of the engine's."""
         if adapter is not None and adapter.config != self.config:
             raise UsageError("the adapter was made for another model; make it with this engine's adapter()")
-        return Sequence(self._native.cache(None if adapter is None else adapter._native), adapter)
+        kv = self._kv if kv is None else kv
+        form = {"key_bits": kv.key_bits, "value_bits": kv.value_bits, "group": kv.group(self.config.head_dim), "rotate": kv.rotate}
+        return Sequence(self._native.cache(None if adapter is None else adapter._native, **form), adapter)
 
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.

@@ -57,13 +57,20 @@ def shape_bytes(shape: str, head: str = "f16", weights: str = "ternary") -> int:
 
 
 def random_engine(
-    shape: str, *, threads: int | None = None, head: str = "int8", weights: str = "ternary", codec: str = "auto", seed: int = 1
+    shape: str,
+    *,
+    threads: int | None = None,
+    head: str = "int8",
+    weights: str = "ternary",
+    codec: str = "auto",
+    seed: int = 1,
+    context: int = 0,
 ) -> Engine:
     """A model of one of `SHAPES` with random weights, made in memory: for speed, not for text.
 
     `head`: scheme of the embedding and head, "f16", "int8", "int4" or "ternary" (two-bit, in groups as the layers are).
     `weights`: scheme of the layers, one of `WEIGHTS`, with the scales and the steps of activations that it has in a loaded model.
-    `codec`: of ternary layers, "t2", "b3" or "auto".
+    `codec`: of ternary layers, "t2", "b3" or "auto". `context`: tokens that it must hold, if those are more.
     """
     if shape not in SHAPES:
         raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
@@ -77,7 +84,7 @@ def random_engine(
     s = SHAPES[shape]
     config = ModelConfig(
         architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
-        n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, ffn_size=s.ffn, max_context=s.context,
+        n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, ffn_size=s.ffn, max_context=max(s.context, context),
         norm_eps=1e-5, rope=Rope(500_000.0), activation="relu2" if s.bitnet else "silu", sub_norms=s.bitnet, tied=s.tied,
         attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
     )  # fmt: skip

@@ -104,9 +104,14 @@ def quantize_int4(weights: F32, group: int = 32) -> tuple[I8, F32]:
 
     One scale per `group` of inputs, of which the last may be shorter, rounded to f16: 4.5 bits a weight in groups of 32.
     """
-    x, scale = _scaled_groups(weights, group, 7)
-    codes = np.clip(np.rint(x), -7, 7).astype(np.int8)
-    return codes.reshape(len(x), -1)[:, : np.shape(weights)[1]], scale
+    return quantize_groups(weights, group, 7)
+
+
+def quantize_groups(x: F32, group: int, top: int) -> tuple[I8, F32]:
+    """x float32 [rows, n] -> (codes int8 [rows, n] in [-top, top], scales float32 [rows, ceil(n / group)], rounded to f16), symmetric."""
+    scaled, scale = _scaled_groups(x, group, top)
+    codes = np.clip(np.rint(scaled), -top, top).astype(np.int8)
+    return codes.reshape(len(scaled), -1)[:, : np.shape(x)[1]], scale
 
 
 def quantize_fp4(weights: F32, group: int = 32) -> tuple[I8, F32]:

@@ -20,6 +20,7 @@ from bitnet.chat import ChatTemplate, Message, encode_chat, find_template, missi
 from bitnet.errors import FormatError, UsageError
 from bitnet.generation import Generation, GenerationStream
 from bitnet.hub import fetch, is_hub_name
+from bitnet.kv import kv_format
 from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
 from bitnet.speculation import Costs
@@ -62,6 +63,8 @@ class TernaryTransformer:
         *,
         kv_bits: int = 16,
         kv_group_size: int = 64,
+        kv_bits_k: int | None = None,
+        kv_bits_v: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
         zero_skip: bool | str = "auto",
@@ -78,7 +81,8 @@ class TernaryTransformer:
     ) -> TernaryTransformer:
         """Loads a model: the embedded one by its name, a folder in Hugging Face layout, one file, or "org/name" from the Hub.
 
-        - kv_bits: bits per value of the KV cache (16 in this build); kv_group_size: values that share a scale in a quantized cache
+        - kv_bits: bits per value of the KV cache: 16, 8 or 4 (kv_bits_k, kv_bits_v: of keys and values apart); kv_group_size: values of a
+          head that share a scale in a quantized cache, a multiple of 16 that divides the head
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
         - zero_skip: "auto", True or False (this build runs dense; True warns)
@@ -101,16 +105,20 @@ class TernaryTransformer:
         from bitnet.tuning import Settings, settle
         from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
 
-        check_options(kv_bits=kv_bits, kv_group_size=kv_group_size, device=device, threads=threads, zero_skip=zero_skip)
+        check_options(device=device, threads=threads, zero_skip=zero_skip)
+        kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
         check_weights(weights, activation_group, head or "stored")
         check_codec(codec)
         if device != "cpu" and (threads is not None or codec != "auto"):
             raise UsageError(f"{'threads' if threads is not None else 'codec'} is for device='cpu'; leave it out with device={device!r}")
+        if device != "cpu" and kv.quantized:
+            raise UsageError(f"kv_bits below 16 are for device='cpu'; leave them out with device={device!r}")
         elsewhere = None if device == "cpu" else model_on(device)
         path = resolve(source, revision, file)
         start = time.perf_counter()
         checkpoint = open_checkpoint(path, i2_s)
         found = canonical(checkpoint)
+        kv.group(found.config.head_dim)
         weights = as_stored_if_ternary(weights, checkpoint, found)
         as_tuned = weights == "stored" and activation_group is None and elsewhere is None  # what was measured
         use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)
@@ -121,6 +129,7 @@ class TernaryTransformer:
             checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, activation_group=activation_group,
             model=found, model_elsewhere=elsewhere,
         )  # fmt: skip
+        engine.kv = kv
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model._same_bits = elsewhere is None
@@ -286,18 +295,11 @@ class TernaryTransformer:
 
 def check_options(
     *,
-    kv_bits: int = 16,
-    kv_group_size: int = 64,
     device: str = "cpu",
     threads: int | None = None,
     zero_skip: bool | str = "auto",
 ) -> None:
     """Raises `UsageError` for an option that is wrong or that this build does not have; warns about one that has no effect."""
-    if kv_bits in (4, 8):
-        raise UsageError(f"a {kv_bits}-bit KV cache is not yet in this build; use kv_bits=16")
-    if isinstance(kv_bits, bool) or kv_bits != 16:
-        raise UsageError(f"kv_bits is {kv_bits!r}; expected 16 (4 and 8 are not yet in this build)")
-    _integer("kv_group_size", kv_group_size, at_least=1)
     if not (isinstance(device, str) and re.fullmatch(r"cpu|mps|cuda(:\d{1,3})?", device)):
         raise UsageError(f"device is {device!r}; expected 'cpu', 'cuda', 'cuda:N' or 'mps'")
     if not (isinstance(zero_skip, bool) or zero_skip == "auto"):

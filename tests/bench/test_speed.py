@@ -12,6 +12,7 @@ from bitnet.bench import tune
 from bitnet.bench.speed import TOKEN_SEED, kv_bytes_per_token, measure
 from bitnet.bench.tune import Candidate, fastest, thread_counts
 from bitnet.engine import Engine
+from bitnet.kv import KvFormat
 from bitnet.models import open_checkpoint
 from bitnet.transformer import EMBEDDED_MODEL, resolve
 from bitnet.tuning import Choice
@@ -39,13 +40,16 @@ def test_decoding_goes_on_after_the_first_tokens_up_to_the_depth(engine: Engine,
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_bytes_of_keys_and_values(engine: Engine) -> None:
-    config = replace(engine.config, n_layers=3, n_kv_heads=2, head_dim=8, windowed=(), sliding_window=0)
-    one = 2 * 2 * 2 * 8  # keys and values, two bytes, heads, values a head
-    assert kv_bytes_per_token(config, 0, 1) == 3 * one
-    assert kv_bytes_per_token(config, 10, 2) == 3 * one * 11.5
-    config = replace(config, windowed=(True, False, True), sliding_window=4)
-    assert kv_bytes_per_token(config, 2, 3) == one * ((3 + 4 + 5) + 2 * (3 + 4 + 4)) / 3
+@pytest.mark.parametrize(("kv", "one"), [(KvFormat(), 2 * 2 * 16), (KvFormat(4, 4), 2 * (8 + 2)), (KvFormat(8, 4), 16 + 2 + 8 + 2)])
+def test_bytes_of_keys_and_values(engine: Engine, monkeypatch: pytest.MonkeyPatch, kv: KvFormat, one: int) -> None:
+    # one: of a head of 16 values, with the scale of a quantized one
+    config = replace(engine.config, n_layers=3, n_kv_heads=2, head_dim=16, windowed=(), sliding_window=0)
+    monkeypatch.setattr(engine, "config", config)
+    monkeypatch.setattr(engine, "_kv", kv)
+    assert kv_bytes_per_token(engine, 0, 1) == 3 * 2 * one
+    assert kv_bytes_per_token(engine, 10, 2) == 3 * 2 * one * 11.5
+    monkeypatch.setattr(engine, "config", replace(config, windowed=(True, False, True), sliding_window=4))
+    assert kv_bytes_per_token(engine, 2, 3) == 2 * one * ((3 + 4 + 5) + 2 * (3 + 4 + 4)) / 3
 
 
 def test_every_number_of_threads_that_may_be_best_is_tried() -> None:

@@ -67,7 +67,7 @@ def test_stop_is_repeatable(bitnet: Bitnet, model_folder: Path) -> None:
         (("-p", "a", "--seed", "-4"), "error: seed is -4; expected an integer >= 0, or none for a fresh one", 2),
         (("-p", "a", "-n", "0"), "error: max_new_tokens is 0; expected a whole number >= 1", 2),
         (("-p", "a", "--threads", "0"), "error: threads is 0; expected a whole number >= 1", 2),
-        (("-p", "a", "--kv-bits", "4"), "error: a 4-bit KV cache is not yet in this build; use kv_bits=16", 2),
+        (("-p", "a", "--kv-bits", "5"), "error: kv_bits is 5; expected 16, 8 or 4", 2),
         (("-p", "a", "--stop", ""), "error: stop has an empty string; every stop string needs at least one character", 2),
         (
             ("-p", "a" * 70000),

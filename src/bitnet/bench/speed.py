@@ -21,7 +21,6 @@ from bitnet.generation import PREFILL_CHUNK
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine, Sequence
-    from bitnet.models import ModelConfig
 
 ROOFLINE_BYTES = 2 << 30  # far above any cache
 ROOFLINE_PASSES = 5
@@ -36,6 +35,7 @@ class Speed:
     decode_tok_s: float
     time_to_first_token_s: float  # of the whole batch's prompts
     outside_matmul_share: float  # of the decoding time: attention, norms, the loop around them
+    attention_ms: float  # of a decoding step
     token_ids: list[int]  # decoded for the first sequence
 
 
@@ -75,8 +75,11 @@ def measure(
         decode_s.append(seconds)
         if progress:
             progress(repetitions + done + 1, 2 * repetitions)
-    outside = 1 - engine.profile()["matmul_s"] / sum(decode_s)
-    return Speed(batch * prompt_tokens / median(prefill_s), batch * new_tokens / median(decode_s), median(prefill_s), outside, decoded)
+    profile = engine.profile()
+    outside, attention_ms = 1 - profile["matmul_s"] / sum(decode_s), 1000 * profile["attention_s"] / (repetitions * new_tokens)
+    return Speed(
+        batch * prompt_tokens / median(prefill_s), batch * new_tokens / median(decode_s), median(prefill_s), outside, attention_ms, decoded
+    )
 
 
 def prefill(engine: Engine, sequences: list[Sequence], prompts: np.ndarray) -> float:
@@ -125,19 +128,11 @@ def read_bandwidths(threads: int) -> list[float]:
     return list(_native.read_bandwidths(ROOFLINE_BYTES, threads, ROOFLINE_PASSES))
 
 
-def cache_bytes(config: ModelConfig, tokens: int) -> int:
-    """Memory of f16 keys and values for `tokens` tokens."""
-    return config.n_layers * layer_cache_bytes(config) * tokens
-
-
-def layer_cache_bytes(config: ModelConfig) -> int:
-    """One token's f16 keys and values in one layer."""
-    return 2 * 2 * config.n_kv_heads * config.head_dim
-
-
-def kv_bytes_per_token(config: ModelConfig, depth: int, new_tokens: int) -> float:
+def kv_bytes_per_token(engine: Engine, depth: int, new_tokens: int) -> float:
     """Bytes of keys and values that decoding one token reads, its own included: the mean over `new_tokens` after `depth`."""
+    config = engine.config
     lengths = range(depth + 1, depth + new_tokens + 1)
     windowed = sum(config.windowed or ())
     whole, within = sum(lengths), sum(min(length, config.sliding_window) for length in lengths)
-    return layer_cache_bytes(config) * ((config.n_layers - windowed) * whole + windowed * within) / new_tokens
+    layer = engine.kv_bytes_per_token / config.n_layers
+    return layer * ((config.n_layers - windowed) * whole + windowed * within) / new_tokens

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, ternary_options, threads_option
+from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, kv_options, ternary_options, threads_option
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
     from bitnet.evaluate.accuracy import HeadCost
+    from bitnet.kv import KvFormat
     from bitnet.tuning import Settings
 
 SHAPE_NAMES = ("bitnet-2b-4t", "bonsai-1.7b", "bonsai-8b", "llama3-8b", "article-12x512")  # bitnet.shapes.SHAPES
@@ -57,6 +58,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
     help="Instead of one measurement of a --shape, a table of several, in turns: fp16,int8,int4,fp4,binary,ternary or some of them.",
 )
 @click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
+@kv_options
 @adapter_option
 @click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--speculate", is_flag=True, help="Replay a summary, an edit and a story, with guesses from the text before and without.")
@@ -67,7 +69,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
-    compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool,
+    compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool, **cache: Any,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -75,6 +77,7 @@ def command(
     tokens). Decoding reads all weights for every token, so the bandwidth of plain reading, measured in the same run, limits it.
     """
     from bitnet import machine
+    from bitnet.kv import KvFormat, kv_format
     from bitnet.transformer import check_options
 
     if model is not None and shape is not None:
@@ -92,6 +95,11 @@ def command(
     if replay and not speculate:
         raise click.UsageError("--replay is for --speculate")
     check_options(threads=threads)
+    kv = kv_format(**cache)
+    if kv != KvFormat() and (tune or compare is not None or speculate):
+        raise click.UsageError(
+            "--kv-bits and --kv-group-size are for one measurement; leave them out with --compare, --speculate and --tune"
+        )
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
@@ -106,7 +114,9 @@ def command(
     elif speculate:
         found = speculated(model, shape, weights, head, codec, threads, repetitions, replay)
     else:
-        found = benched(model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora)
+        found = benched(
+            model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora, kv
+        )
     if as_json:
         click.echo(json.dumps(found))
 
@@ -150,7 +160,7 @@ def speculated(
     from bitnet.transformer import load_tokenizer, resolve
 
     replays = [read(file) for file in files] or builtin()
-    engine, _ = build(model, shape, weights, head, codec, threads)
+    engine, _ = build(model, shape, weights, head, codec, threads, 4096)
     source = EMBEDDED_MODEL if model is None else model  # whose tokens a shape takes
     checkpoint = open_checkpoint(resolve(source))
     tokenizer = load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size)
@@ -173,6 +183,7 @@ def speculated(
 def benched(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
+    kv: KvFormat,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
@@ -180,7 +191,8 @@ def benched(
     from bitnet.cli.progress import DelayedBar
 
     start = time.perf_counter()
-    engine, use = build(model, shape, weights, head, codec, threads)
+    engine, use = build(model, shape, weights, head, codec, threads, max(prompt_tokens or 0, depth + new_tokens))
+    engine.kv = kv
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
@@ -217,7 +229,10 @@ def benched(
         "batch": batch,
         "roofline_gb_s": roofline_gb_s,
         "depth": depth,
-        "kv_bytes_per_token": kv_bytes_per_token(engine.config, depth, new_tokens),
+        "kv_bytes_per_token": kv_bytes_per_token(engine, depth, new_tokens),
+        "kv_cache": kv.name,
+        "kv_memory_bytes_per_token": engine.kv_bytes_per_token,
+        "attention_ms": speed.attention_ms,
         "outside_matmul_share": speed.outside_matmul_share,
         "head_cost": None,
         "adapter": None,
@@ -231,9 +246,9 @@ def benched(
 
 
 def build(
-    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None, tokens: int
 ) -> tuple[Engine, Settings | None]:
-    """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
+    """The model's engine, or one with random weights that holds so many tokens. Refuses, with numbers, what does not fit into memory."""
     from bitnet import machine
     from bitnet.models import open_checkpoint
     from bitnet.shapes import random_engine, shape_bytes
@@ -246,7 +261,7 @@ def build(
         if weights not in SHAPE_WEIGHTS:
             raise click.UsageError(f"--weights {weights} is for a MODEL; a --shape takes {', '.join(SHAPE_WEIGHTS)}")
         machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head, weights))
-        return random_engine(shape, threads=threads, head=head, weights=weights, codec=codec, seed=1), None
+        return random_engine(shape, threads=threads, head=head, weights=weights, codec=codec, seed=1, context=tokens), None
     if weights is not None and weights not in MODEL_WEIGHTS:
         raise click.UsageError(f"--weights {weights} is for a --shape; a MODEL takes {', '.join(MODEL_WEIGHTS)}")
     if head is not None and head not in MODEL_HEADS:
@@ -290,10 +305,10 @@ def printed_adapter_cost(engine: Engine, adapter: Adapter, name: str, sizes: dic
 def check_cache(engine: Engine, tokens: int) -> None:
     """Refuses a batch whose keys and values, with the memory that the bandwidth is measured over, do not fit."""
     from bitnet import machine
-    from bitnet.bench.speed import ROOFLINE_BYTES, cache_bytes
+    from bitnet.bench.speed import ROOFLINE_BYTES
 
     what = f"a KV cache of {tokens:,} tokens and {ROOFLINE_BYTES / 1e9:.1f} GB to measure the bandwidth"
-    machine.require_memory(what, cache_bytes(engine.config, tokens) + ROOFLINE_BYTES)
+    machine.require_memory(what, engine.kv_bytes_per_token * tokens + ROOFLINE_BYTES)
 
 
 def rows(found: dict[str, Any], use: Settings | None) -> list[str]:
@@ -320,6 +335,9 @@ def rows(found: dict[str, Any], use: Settings | None) -> list[str]:
     if found["depth"]:
         cached = ", for caches hold a part" if with_kv > limit else ""
         lines.append(("with KV", f"{with_kv:.1f} GB/s, {with_kv / limit:.0%}{cached}; {kv_bytes / 1e6:,.1f} MB of keys and values a step"))
+        lines.append(("attention", f"{found['attention_ms']:.2f} ms a step"))
+    if found["kv_cache"] != "f16" or found["depth"]:
+        lines.append(("KV cache", f"{found['kv_cache']}, {found['kv_memory_bytes_per_token']:,} bytes a token"))
     lines.append(("outside", f"{found['outside_matmul_share']:.0%} of the decoding time is outside the matrix products"))
     return [f"{label:<10} {text}" for label, text in lines]
 

@@ -36,12 +36,17 @@ def repeat_option(args: list[str], name: str) -> list[str]:
 
 @click.command("eval", cls=ManyFiles, short_help="Measure perplexity and bits per byte on text files.")
 @model_argument
-@click.option("--data", multiple=True, required=True, metavar="FILE...", help="UTF-8 text files.")
+@click.option("--data", multiple=True, metavar="FILE...", help="UTF-8 text files.")
+@click.option(
+    "--kv-report", metavar="FILE", help="Instead: what KV caches of 16, 8, K8V4 and 4 bits cost the model on this text, rotated or not."
+)
 @click.option("--max-bytes", type=int, metavar="N", help="Only the first N bytes of each file.")
 @hub_options
 @engine_options
 @output_options
-def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip: bool | None, as_json: bool, **engine: Any) -> None:
+def command(
+    model: str, data: tuple[str, ...], kv_report: str | None, max_bytes: int | None, zero_skip: bool | None, as_json: bool, **engine: Any
+) -> None:  # fmt: skip
     """Measure perplexity and bits per byte on text files.
 
     MODEL comes before --data. Each text is cut into windows of the model's context, and every token is predicted once.
@@ -50,6 +55,10 @@ def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip:
     from bitnet.evaluate.perplexity import read_text, score_text
     from bitnet.transformer import TernaryTransformer
 
+    if bool(data) == bool(kv_report):
+        raise click.UsageError("expected --data FILE... or --kv-report FILE" + (", not both" if data else ""))
+    if kv_report:
+        return report_kv(model, kv_report, max_bytes, as_json, zero_skip=zero_skip_argument(zero_skip), **engine)
     texts = [(name, read_text(Path(name), max_bytes)) for name in data]
     loaded = TernaryTransformer.from_pretrained(model, zero_skip=zero_skip_argument(zero_skip), **engine)
     if loaded.head_tuned is not None:
@@ -65,3 +74,19 @@ def command(model: str, data: tuple[str, ...], max_bytes: int | None, zero_skip:
         )
     if as_json:
         click.echo(json.dumps({"results": results}))
+
+
+def report_kv(model: str, name: str, max_bytes: int | None, as_json: bool, **engine: Any) -> None:
+    """Prints the table of `bitnet.evaluate.kv`."""
+    from bitnet.cli.progress import DelayedBar
+    from bitnet.evaluate.kv import kv_losses, lines
+    from bitnet.evaluate.perplexity import read_text
+    from bitnet.transformer import TernaryTransformer
+
+    text = read_text(Path(name), max_bytes)
+    loaded = TernaryTransformer.from_pretrained(model, **engine)
+    with DelayedBar(Path(name).name) as bar:
+        losses = kv_losses(loaded, text, group_size=engine["kv_group_size"], progress=bar)
+    click.echo("\n".join(lines(losses)))
+    if as_json:
+        click.echo(json.dumps({"model": model, "data": name, "results": [asdict(loss) for loss in losses]}))

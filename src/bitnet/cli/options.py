@@ -11,6 +11,16 @@ import click
 F = TypeVar("F", bound=Callable[..., Any])
 EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.transformer.EMBEDDED_MODEL, which would import numpy
 
+
+def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def decorate(function: F) -> F:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
 model_argument = click.argument("model", metavar="[MODEL]", default=EMBEDDED_MODEL)
 json_option = click.option("--json", "as_json", is_flag=True, help="End with one JSON object on the last line of stdout.")
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
@@ -20,11 +30,17 @@ adapter_option = click.option("--adapter", metavar="FOLDER", help="A low-rank ad
 
 _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
 
+kv_options = _all(  # kv_bits, kv_bits_k, kv_bits_v, kv_group_size
+    click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache: 16, 8 or 4."),
+    click.option("--kv-bits-k", type=int, metavar="BITS", help="Of keys alone. Default: --kv-bits."),
+    click.option("--kv-bits-v", type=int, metavar="BITS", help="Of values alone. Default: --kv-bits."),
+    click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
+)
+
 _engine = [
     threads_option,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
-    click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
-    click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
+    kv_options,
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
     click.option(
         "--head",
@@ -70,15 +86,6 @@ _sampling = [
 ]
 
 
-def _all(*options: Callable[[F], F]) -> Callable[[F], F]:
-    def decorate(function: F) -> F:
-        for option in reversed(options):
-            function = option(function)
-        return function
-
-    return decorate
-
-
 def ternary_options(function: F) -> F:
     """The article's --quantization ternary and --ternary, of commands that have --weights: the same as --weights ternary."""
 
@@ -97,7 +104,7 @@ def ternary_options(function: F) -> F:
 
 
 def engine_options(function: F) -> F:
-    """As keyword arguments: threads, device, kv_bits, kv_group_size, zero_skip, head, weights, activation_group, adapter, i2_s."""
+    """As keyword arguments: threads, device, those of kv_options, zero_skip, head, weights, activation_group, adapter, i2_s."""
     return _all(*_engine)(ternary_options(function))
 
 

@@ -68,11 +68,11 @@ def losses(checkpoint: Checkpoint, ids: list[int], *, threads: int | None = None
     for at in range(0, len(ids) - 1, CHUNK):
         inputs = ids[at : min(at + CHUNK, len(ids) - 1)]
         targets = np.array(ids[at + 1 : at + 1 + len(inputs)])
-        p = _log_softmax(exact.forward([(sequences[0], inputs)], all_logits=True))
-        sums[0] += _compare(p, p, targets)
+        p = log_softmax(exact.forward([(sequences[0], inputs)], all_logits=True))
+        sums[0] += compare(p, p, targets)
         for row, (group, engine) in enumerate(zip(GROUPS, engines, strict=True), 1):
             engine.activation_group = group
-            sums[row] += _compare(p, _log_softmax(engine.forward([(sequences[row], inputs)], all_logits=True)), targets)
+            sums[row] += compare(p, log_softmax(engine.forward([(sequences[row], inputs)], all_logits=True)), targets)
         if progress:
             progress(at + len(inputs), len(ids) - 1)
     means = sums / (len(ids) - 1)
@@ -99,8 +99,8 @@ def head_cost(stored: Engine, quantized: Engine, ids: list[int], progress: Progr
     sums = np.zeros(3)
     for at in range(0, len(ids), CHUNK):
         part = ids[at : at + CHUNK]
-        p, q = (_log_softmax(engine.forward([(to, part)], all_logits=True)) for engine, to in ((stored, first), (quantized, second)))
-        sums += _compare(p, q, np.array(part))
+        p, q = (log_softmax(engine.forward([(to, part)], all_logits=True)) for engine, to in ((stored, first), (quantized, second)))
+        sums += compare(p, q, np.array(part))
         if progress:
             progress(at + len(part), len(ids))
     return HeadCost(float(sums[2]) / len(ids), float(sums[1]) / len(ids), len(ids))
@@ -111,14 +111,15 @@ def _loss(engine: Engine, mean: NDArray[np.float64], default: bool) -> Loss:
     return Loss(weights, engine.activations, default, engine.weight_bytes_per_token, math.exp(mean[0]), float(mean[1]), float(mean[2]))
 
 
-def _log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:
+    """ln of probabilities, [rows, vocab]."""
     z = logits.astype(np.float64)
     z -= z.max(axis=1, keepdims=True)
     z -= np.log(np.exp(z).sum(axis=1, keepdims=True))
     return z
 
 
-def _compare(p: NDArray[np.float64], q: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
+def compare(p: NDArray[np.float64], q: NDArray[np.float64], targets: NDArray[np.int64]) -> NDArray[np.float64]:
     """[-ln q(target), KL(p || q), agreement], summed over the rows; p, q: ln of probabilities, [rows, vocab]."""
     nll = -q[np.arange(len(targets)), targets].sum()
     return np.array([nll, (np.exp(p) * (p - q)).sum(), (p.argmax(axis=1) == q.argmax(axis=1)).sum()])
