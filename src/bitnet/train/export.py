@@ -11,8 +11,8 @@ from transformers import BitNetForCausalLM
 
 from bitnet.files import safetensors
 from bitnet.files.replacing import write_text
-from bitnet.packing import bf16_bits, pack_hf
-from bitnet.ternary import absmean
+from bitnet.packing import STORED, bf16_bits, pack_hf
+from bitnet.ternary import absmean, quantize_binary
 from bitnet.train.layers import TernaryLinear
 from bitnet.train.recipe import Recipe
 
@@ -21,25 +21,33 @@ def export_model(model: BitNetForCausalLM, folder: Path) -> None:
     """Write config.json, generation_config.json and model.safetensors.
 
     Every `TernaryLinear` becomes packed trits with one scale (W = trits * scale, linear_class autobitlinear); the embedding and the
-    norms become bf16. `transformers` loads the folder as it is.
+    norms become bf16. `transformers` loads the folder as it is. `BinaryLinear`: bits with a scale per row, for this program. A model
+    without either is an ordinary one in f16.
     """
-    ternary = {name for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
+    schemes = {name: module.scheme for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
     tensors: dict[str, np.ndarray | tuple[str, np.ndarray]] = {}
     for name, values in model.state_dict().items():
         weight = values.float().numpy()
         layer = name.removesuffix(".weight")
-        if layer in ternary:
+        if schemes.get(layer) == "binary":
+            codes, scales = quantize_binary(weight)
+            tensors[name] = STORED["binary"].pack(codes)
+            tensors[f"{name}_binary_scale"] = scales
+        elif layer in schemes:
             trits, scale = absmean(weight)
             tensors[name] = pack_hf(trits)
             tensors[f"{name}_scale"] = np.array([scale], np.float32)
         elif name != "lm_head.weight":  # tied to the embedding
-            tensors[name] = ("BF16", bf16_bits(weight))
+            tensors[name] = ("BF16", bf16_bits(weight)) if schemes else weight.astype(np.float16)
     config = {k: v for k, v in model.config.to_diff_dict().items() if k != "transformers_version"}
     config |= {
         "architectures": ["BitNetForCausalLM"],
-        "dtype": "bfloat16",
-        "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
+        "dtype": "bfloat16" if schemes else "float16",
     }
+    if "binary" in schemes.values():
+        config["quantization_config"] = {"quant_method": "bitnet-integer", "scheme": "binary"}
+    elif schemes:
+        config["quantization_config"] = {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"}
     folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
     write_text(folder / "generation_config.json", json.dumps({"bos_token_id": 0, "eos_token_id": 0}) + "\n")

@@ -25,25 +25,29 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (127.0 / most)).round().clamp(-128, 127), most  # round half to even
 
 
-class _TernaryMatmul(torch.autograd.Function):
-    """y = (step * q) @ (alpha * T)^T, gradients straight through both roundings."""
+class _QuantizedMatmul(torch.autograd.Function):
+    """y = (step * q) @ (alpha * T)^T, gradients straight through both roundings; binary: T the signs, an alpha for each row."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
-        alpha = weight.abs().mean().clamp(min=1e-5)
-        trits = (weight / alpha).round().clamp(-1, 1).to(compute_dtype)  # [out, in]
+    def forward(ctx: Any, x: Tensor, weight: Tensor, scheme: str, compute_dtype: torch.dtype) -> Tensor:
+        if scheme == "ternary":
+            alpha = weight.abs().mean().clamp(min=1e-5)
+            codes = (weight / alpha).round().clamp(-1, 1).to(compute_dtype)  # [out, in]
+        else:
+            alpha = weight.abs().mean(dim=1)  # [out]
+            codes = torch.where(weight < 0, -1.0, 1.0).to(compute_dtype)
         integers, most = int8_rows(x.float())
         scale, q = 127.0 / most, integers.to(compute_dtype)
-        ctx.save_for_backward(q, scale, trits, alpha)
-        return ((q @ trits.t()).float() * (alpha / scale)).to(x.dtype)
+        ctx.save_for_backward(q, scale, codes, alpha)
+        return ((q @ codes.t()).float() * (alpha / scale)).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, scale, trits, alpha = ctx.saved_tensors
-        grad_x = ((grad.to(trits.dtype) @ trits).float() * alpha).to(grad.dtype)
-        g = (grad.float() / scale).to(trits.dtype).flatten(0, -2)  # [tokens, out]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        q, scale, codes, alpha = ctx.saved_tensors
+        grad_x = ((grad.float() * alpha).to(codes.dtype) @ codes).to(grad.dtype)
+        g = (grad.float() / scale).to(codes.dtype).flatten(0, -2)  # [tokens, out]
         grad_weight = (g.t() @ q.flatten(0, -2)).float()
-        return grad_x, grad_weight, None
+        return grad_x, grad_weight, None, None
 
 
 class TernaryLinear(nn.Linear):
@@ -53,15 +57,27 @@ class TernaryLinear(nn.Linear):
     bfloat16 is exact for the operands and is what AMX and tensor cores multiply.
     """
 
+    scheme = "ternary"
     compute_dtype: torch.dtype = torch.bfloat16
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _TernaryMatmul.apply(x, self.weight, self.compute_dtype)
+        y: Tensor = _QuantizedMatmul.apply(x, self.weight, self.scheme, self.compute_dtype)
         return y if self.bias is None else y + self.bias
 
 
-def ternarize_linears(model: nn.Module, keep: tuple[str, ...] = ("lm_head",), compute_dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """Replace every `nn.Linear` of `model`, in place, by a `TernaryLinear` that shares its parameters.
+class BinaryLinear(TernaryLinear):
+    """The same with weights of -1 and +1: signs, and mean|W| of each row as its scale (ternary.quantize_binary)."""
+
+    scheme = "binary"
+
+
+LAYERS = {"ternary": TernaryLinear, "binary": BinaryLinear}
+
+
+def ternarize_linears(
+    model: nn.Module, keep: tuple[str, ...] = ("lm_head",), compute_dtype: torch.dtype = torch.bfloat16, scheme: str = "ternary"
+) -> list[str]:
+    """Replace every `nn.Linear` of `model`, in place, by a `TernaryLinear`, or what else LAYERS has, that shares its parameters.
 
     Modules whose name ends with an entry of `keep` stay as they are. Returns the names of the replaced modules.
     """
@@ -69,7 +85,7 @@ def ternarize_linears(model: nn.Module, keep: tuple[str, ...] = ("lm_head",), co
     for name in names:
         old = model.get_submodule(name)
         assert isinstance(old, nn.Linear)
-        new = TernaryLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
+        new = LAYERS[scheme](old.in_features, old.out_features, bias=old.bias is not None, device="meta")
         new.weight, new.bias, new.compute_dtype = old.weight, old.bias, compute_dtype
         model.set_submodule(name, new)
     return names

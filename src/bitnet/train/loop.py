@@ -7,7 +7,6 @@ AdamW. Both share one schedule. During the decay the texts are mixed by a second
 from __future__ import annotations
 
 import csv
-import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bitnet.train.checkpoint import newest, save
 from bitnet.train.data import Source, sample_windows
 
 
@@ -36,7 +36,8 @@ class Schedule:
     mixture: dict[str, float]  # text file -> weight
     decay_mixture: dict[str, float]  # the same, while the rate decays
     snap: float = 0.5
-    checkpoint_every: int = 250
+    checkpoint_every: int = 250  # steps
+    decay_weight_decay: float | None = None  # while the rate decays; None: as before
 
     def rate(self, step: int) -> float:
         """Factor on both learning rates at `step`, in (0, 1]."""
@@ -65,30 +66,34 @@ def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimiz
 
 
 def train(model: nn.Module, sources: list[Source], schedule: Schedule, out: Path, compile_model: bool = True) -> None:
-    """Train `model` (a causal LM of transformers) in place; write `out/log.csv` and `out/checkpoint.pt`, resume from the latter."""
+    """Train `model` (a causal LM of transformers) in place; write `out/log.csv` and checkpoints, resume from the newest of them."""
     out.mkdir(parents=True, exist_ok=True)
     optims = optimizers(model, schedule)
-    first, spent_s, checkpoint = 0, 0.0, out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
+    first, spent_s, spent_cpu_s = 0, 0.0, 0.0
+    state = newest(out)
+    if state is not None:
         model.load_state_dict(state["model"])
         for o, s in zip(optims, state["optimizers"], strict=True):
             o.load_state_dict(s)
-        first, spent_s = state["step"], state["seconds"]
+        torch.set_rng_state(state["random"])
+        first, spent_s, spent_cpu_s = state["step"], state["seconds"], state["cpu_seconds"]
         print(f"resuming at step {first}", flush=True)
     run = torch.compile(_loss, dynamic=False) if compile_model else _loss
     log_path = out / "log.csv"
     rows = list(csv.DictReader(log_path.open())) if log_path.exists() else []
     with log_path.open("w", newline="") as f:
-        log = csv.DictWriter(f, ["step", "loss", "rate", "tokens", "seconds"])
+        log = csv.DictWriter(f, ["step", "loss", "rate", "tokens", "seconds", "cpu_seconds"])
         log.writeheader()
         log.writerows(r for r in rows if int(r["step"]) <= first)
-        mean, started = [], time.perf_counter() - spent_s
+        mean, started, cpu_started = [], time.perf_counter() - spent_s, time.process_time() - spent_cpu_s
         for step in range(first, schedule.steps):
             rate = schedule.rate(step)
             for o, base in zip(optims, (schedule.matrix_lr, schedule.vector_lr), strict=True):
                 for group in o.param_groups:
                     group["lr"] = base * rate
+            if schedule.decay_weight_decay is not None and step >= schedule.steps - schedule.decay_steps:
+                for group in optims[0].param_groups:
+                    group["weight_decay"] = schedule.decay_weight_decay
             batch = torch.from_numpy(schedule.windows(step, sources))
             loss = run(model, batch[:, :-1], batch[:, 1:])
             loss.backward()
@@ -101,24 +106,18 @@ def train(model: nn.Module, sources: list[Source], schedule: Schedule, out: Path
             if done % 10 == 0 or done == schedule.steps:
                 seconds = time.perf_counter() - started
                 row = {"step": done, "loss": f"{np.mean(mean):.4f}", "rate": f"{rate:.4f}", "seconds": f"{seconds:.1f}"}
+                row["cpu_seconds"] = f"{time.process_time() - cpu_started:.1f}"  # of all threads; a stopped process spends none
                 log.writerow(row | {"tokens": done * schedule.batch_tokens})
                 f.flush()
                 print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
                 mean = []
             if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-                _save(checkpoint, model, optims, done, time.perf_counter() - started)
+                state = {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "random": torch.get_rng_state()}
+                times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+                save(out, done, state | times | {"step": done})
 
 
 def _loss(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     with torch.autocast("cpu", dtype=torch.bfloat16):
         logits = model(input_ids=tokens, use_cache=False).logits  # [batch, context, vocab]
     return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
-
-
-def _save(path: Path, model: nn.Module, optims: list[torch.optim.Optimizer], step: int, seconds: float) -> None:
-    beside = path.with_suffix(".writing")
-    with beside.open("wb") as f:
-        torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "seconds": seconds}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import yaml
 from tokenizers import Tokenizer
 from transformers import BitNetConfig, BitNetForCausalLM
 
-from bitnet.errors import BitNetError
+from bitnet.errors import BitNetError, UsageError
 from bitnet.train.data import Source, documents, encode, read_sources, train_tokenizer
-from bitnet.train.layers import ternarize_linears
+from bitnet.train.layers import LAYERS, ternarize_linears
 from bitnet.train.loop import Schedule
+
+SCHEMES = ("fp16", *LAYERS)
 
 
 @dataclass(frozen=True)
@@ -22,6 +25,7 @@ class Recipe:
     """The parsed file; `model` holds fields of transformers' BitNetConfig, `training` those of `Schedule`."""
 
     name: str
+    scheme: str  # of the linear layers: "ternary", "binary" or "fp16", which trains them as they are, without quantized activations
     seed: int
     vocab_size: int
     context: int  # tokens; the longest the model is made for
@@ -30,12 +34,26 @@ class Recipe:
     training: dict[str, Any]
 
     @staticmethod
-    def load(path: Path) -> Recipe:
+    def load(path: Path, changes: Sequence[str] = ()) -> Recipe:
+        """`changes`: "key=value", or "key.key=value", each instead of what the file says."""
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
         expected = {f.name for f in fields(Recipe)}
         if not isinstance(values, dict) or set(values) != expected:
             raise BitNetError(f"{path}: a recipe has exactly the keys {', '.join(sorted(expected))}")
-        return Recipe(**values)
+        for change in changes:
+            names, _, value = change.partition("=")
+            place, *rest = values, *names.split(".")
+            for name in rest[:-1]:
+                place = place.get(name)
+                if not isinstance(place, dict):
+                    raise UsageError(f"{change!r}: the recipe has no {name!r}")
+            if rest[-1] not in place:
+                raise UsageError(f"{change!r}: the recipe has no {rest[-1]!r}; expected one of {', '.join(place)}")
+            place[rest[-1]] = yaml.safe_load(value)
+        recipe = Recipe(**values)
+        if recipe.scheme not in SCHEMES:
+            raise UsageError(f"{path}: scheme is {recipe.scheme!r}; expected one of {', '.join(SCHEMES)}")
+        return recipe
 
     def schedule(self) -> Schedule:
         return Schedule(seed=self.seed, **self.training)
@@ -48,7 +66,7 @@ class Recipe:
         return train_tokenizer(sample, self.vocab_size)
 
     def build_model(self) -> BitNetForCausalLM:
-        """Initialized from the seed; every linear layer is a `TernaryLinear`, embedding and (tied) head stay float32."""
+        """Initialized from the seed, the same for every scheme; embedding and (tied) head stay float32."""
         torch.manual_seed(self.seed)
         sizes = dict(self.model)
         rope = {"rope_type": "default", "rope_theta": sizes.pop("rope_theta")}
@@ -63,7 +81,8 @@ class Recipe:
         )
         config._attn_implementation = "sdpa"
         model = BitNetForCausalLM(config)
-        ternarize_linears(model)
+        if self.scheme != "fp16":
+            ternarize_linears(model, scheme=self.scheme)
         return model
 
     def sources(self, folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, list[Source]]:
