@@ -1,8 +1,8 @@
 """One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale.
 
 A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), as MLX's two-bit words
-(with scales and biases beside them), as our own integers (X.weight with X.weight_int8_scale, _int4_scale, _fp4_scale or _binary_scale
-beside it, floats [rows, groups]), or in GGUF's blocks."""
+(with scales and biases beside them), as our own integers (X.weight with X.weight_int8_scale, _int4_scale, _fp4_scale, _binary_scale
+or _ternary_scale beside it, floats [rows, groups]), or in GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -148,7 +148,8 @@ class Tensor:
         if self.kind is None and self.codec == "hf":
             return self._banded_rows(first, last)
         if self.codec in STORED:
-            return STORED[self.codec].unpack(self.row_bytes(first, last))
+            codes = STORED[self.codec].unpack(self.row_bytes(first, last))
+            return self._checked(codes) if self.codec == "ternary" else codes
         if self.kind is None:
             return self._checked(TWO_BIT.unpack(self.row_bytes(first, last)))
         row, block = prod(self.shape[1:]), self.kind.block
