@@ -197,19 +197,23 @@ CODECS = {"hf": Codec(pack_hf, unpack_hf)}
 
 @dataclass(frozen=True)
 class Integers:
-    """Our own format of integers in a safetensors file: rows of bytes; of two codes a byte the even column in the low half."""
+    """Our own format of integers in a safetensors file: rows of bytes; of several codes a byte the first column in the lowest bits."""
 
     dtype: str  # of the stored tensor: "I8" or "U8"
-    values: tuple[int, ...] = ()  # of the 16 codes of half a byte; empty: whole bytes, which are the integers
+    values: tuple[
+        int, ...
+    ] = ()  # of the 16 codes of half a byte, the four of two bits or the two of one; empty: whole bytes, which are the integers
 
     @property
     def per_byte(self) -> int:
-        return 2 if self.values else 1
+        return {0: 1, 16: 2, 4: 4, 2: 8}[len(self.values)]
 
     def unpack(self, packed: U8) -> I8:
         """uint8 [rows, bytes] -> int8 [rows, in]"""
         if not self.values:
             return packed.view(np.int8)
+        if self.per_byte > 2:
+            return (_SIGNS if self.per_byte == 8 else TWO_BIT).unpack(packed)
         halves = np.stack([packed & np.uint8(15), packed >> np.uint8(4)], axis=2).reshape(len(packed), -1)
         return np.array(self.values, np.int8)[halves]
 
@@ -217,6 +221,8 @@ class Integers:
         """int8 [rows, in], of them no others than `values` -> uint8 [rows, bytes]"""
         if not self.values:
             return np.ascontiguousarray(codes).view(np.uint8)
+        if self.per_byte > 2:
+            return (_SIGNS if self.per_byte == 8 else TWO_BIT).pack(codes)
         places = np.zeros(256, np.uint8)
         places[np.array(self.values[::-1], np.int8).view(np.uint8)] = np.arange(
             len(self.values) - 1, -1, -1, dtype=np.uint8
@@ -230,3 +236,5 @@ INTEGERS = {
     "int4": Integers("U8", tuple(range(-8, 8))),
     "fp4": Integers("U8", (0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12)),  # E2M1, doubled: the sign is the highest bit
 }
+# of a safetensors file; binary and ternary as they are trained, with float32 scales of a row or of groups
+STORED = {**INTEGERS, "binary": Integers("U8", (-1, 1)), "ternary": Integers("U8", (-1, 0, 1, 2))}

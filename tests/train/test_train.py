@@ -50,6 +50,7 @@ def recipe(**training: object) -> Recipe:
     }
     return Recipe(
         name="mini",
+        scheme="ternary",
         seed=3,
         vocab_size=300,
         context=64,

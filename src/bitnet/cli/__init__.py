@@ -20,6 +20,7 @@ COMMANDS = {
     "list": "Show the models that are on this machine.",
     "rm": "Free the disk of a model from the Hub.",
     "run": "Continue a prompt.",
+    "train": "Train a model by a recipe.",
 }
 
 

@@ -1,8 +1,8 @@
 """One named array of a file, which stays in the file until it is asked for; and how packed weights find their scale.
 
 A tensor is stored as plain numbers, as Hugging Face's packed ternary (a matrix of bytes with its scale beside it), as MLX's two-bit words
-(with scales and biases beside them), as our own integers (X.weight with X.weight_int8_scale, _int4_scale or _fp4_scale beside it, f16
-[rows, groups]), or in GGUF's blocks."""
+(with scales and biases beside them), as our own integers (X.weight with X.weight_int8_scale, _int4_scale, _fp4_scale, _binary_scale
+or _ternary_scale beside it, floats [rows, groups]), or in GGUF's blocks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import json_object, read_file, shown
 from bitnet.files.ggml import I2_S_TAIL, VALUES, GgmlType
-from bitnet.packing import BLOCKS, CODECS, INTEGERS, TWO_BIT, TwoBitBlocks
+from bitnet.packing import BLOCKS, CODECS, STORED, TWO_BIT, TwoBitBlocks
 
 # name in the file -> how numpy holds the stored values. numpy has no bfloat16 and no 8-bit floats: their bits come as whole numbers.
 DTYPES: dict[str, np.dtype[Any]] = {
@@ -46,7 +46,7 @@ class Tensor:
     offset: int  # of this tensor's first byte in the file
     scale: Tensor | None = None  # of ternary: what is stored as `weight_scale`
     linear_class: str = ""  # of ternary: whether the scale divides ("bitlinear") or multiplies ("autobitlinear")
-    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; "mlx"; of packing.INTEGERS; of GGUF's: of packing.BLOCKS
+    codec: str = ""  # of Hugging Face's ternary: a key of packing.CODECS; "mlx"; of packing.STORED; of GGUF's: of packing.BLOCKS
     kind: GgmlType | None = None  # of GGUF's block formats, whose stored values are bytes
     bias: Tensor | None = None  # of MLX's ternary, where it is -scale: a weight is code * scale + bias with codes 0, 1, 2
 
@@ -62,8 +62,8 @@ class Tensor:
             return (prod(self.shape) // self.kind.block * self.kind.nbytes + tail,)
         if self.codec == "mlx":
             return (self.shape[0], self.shape[1] // 16)
-        if self.codec in INTEGERS:
-            return (self.shape[0], self.shape[1] // INTEGERS[self.codec].per_byte)
+        if self.codec in STORED:
+            return (self.shape[0], self.shape[1] // STORED[self.codec].per_byte)
         return (self.shape[0] // 4, *self.shape[1:]) if self.scheme == "ternary" else self.shape
 
     @property
@@ -95,7 +95,7 @@ class Tensor:
     @property
     def scale_group(self) -> int:
         """Inputs that share a scale in packed ternary or binary weights; 0 where all do."""
-        if (self.codec == "mlx" or self.codec in INTEGERS) and self.scale is not None:
+        if (self.codec == "mlx" or self.codec in STORED) and self.scale is not None:
             return self.shape[1] // self.scale.shape[1]
         blocks = BLOCKS.get(self.codec)
         return 0 if blocks is None or blocks.scale_at is None else blocks.block
@@ -147,8 +147,9 @@ class Tensor:
         self._expect_codes()
         if self.kind is None and self.codec == "hf":
             return self._banded_rows(first, last)
-        if self.codec in INTEGERS:
-            return INTEGERS[self.codec].unpack(self.row_bytes(first, last))
+        if self.codec in STORED:
+            codes = STORED[self.codec].unpack(self.row_bytes(first, last))
+            return self._checked(codes) if self.codec == "ternary" else codes
         if self.kind is None:
             return self._checked(TWO_BIT.unpack(self.row_bytes(first, last)))
         row, block = prod(self.shape[1:]), self.kind.block
@@ -215,7 +216,7 @@ class Tensor:
                     f"{self.bias.where}: is not -scale everywhere, so these are no ternary weights; of MLX's formats this build reads those"
                 )
             return values
-        if self.codec in INTEGERS:
+        if self.codec in STORED:
             return scale.dense()
         if prod(scale.shape) != 1:
             raise FormatError(f"{scale.where}: has shape {list(scale.shape)}; expected [1], one scale for the tensor")
@@ -302,7 +303,7 @@ def _pair_integers(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Our own packed integers, which stand with their scales under a name that says what they are."""
     found, parts = dict(tensors), []
     for name, weight in tensors.items():
-        for codec, integers in INTEGERS.items():
+        for codec, integers in STORED.items():
             scale = tensors.get(f"{name}_{codec}_scale")
             if scale is None or weight.dtype != integers.dtype or len(weight.shape) != 2 or len(scale.shape) != 2:
                 continue

@@ -1,75 +1,94 @@
-"""A finished run as a model folder: packed ternary weights in Hugging Face layout, tokenizer, model card, picture of the loss."""
+"""A finished run as a model folder: packed weights in Hugging Face layout, tokenizer, model card, picture of the loss.
+
+- Ternary layers with one scale for the tensor: packed trits, W = trits * scale (linear_class autobitlinear), which `transformers` loads.
+- Binary ones, and ternary ones with a scale per row or group or with a ternary embedding: this program's own integers (files/tensor.py).
+- A model without either is an ordinary one in f16.
+"""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-from transformers import BitNetForCausalLM
+import yaml
+from numpy.typing import NDArray
 
+from bitnet.errors import UnsupportedModelError
 from bitnet.files import safetensors
-from bitnet.files.replacing import write_text
-from bitnet.packing import bf16_bits, pack_hf
-from bitnet.ternary import absmean
-from bitnet.train.layers import TernaryLinear
-from bitnet.train.recipe import Recipe
+from bitnet.files.replacing import new_folder, write_synced
+from bitnet.packing import STORED, bf16_bits, pack_hf
+from bitnet.ternary import absmean, quantize_binary
+from bitnet.train.layers import Quantization, TernaryEmbedding, TernaryLinear
 
 
-def export_model(model: BitNetForCausalLM, folder: Path) -> None:
-    """Write config.json, generation_config.json and model.safetensors.
+def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = None) -> None:
+    """Write config.json, generation_config.json, model.safetensors, and `texts` by their names, in place of what was there.
 
-    Every `TernaryLinear` becomes packed trits with one scale (W = trits * scale, linear_class autobitlinear); the embedding and the
-    norms become bf16. `transformers` loads the folder as it is.
+    Raises `UnsupportedModelError` for layers with sub-norms of their own, which no file format has.
     """
-    ternary = {name for name, module in model.named_modules() if isinstance(module, TernaryLinear)}
-    tensors: dict[str, np.ndarray | tuple[str, np.ndarray]] = {}
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (TernaryLinear, TernaryEmbedding))}
+    if any(getattr(m, "sub_norm", None) is not None for m in layers.values()):
+        raise UnsupportedModelError(
+            "layers with sub-norms of their own have no place in a model's file; quantization.sub_norm is for study"
+        )
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    simple = all(isinstance(m, TernaryLinear) and m.scheme == "ternary" and m.quantization.scale == "tensor" for m in layers.values())
+    tensors: dict[str, NDArray[Any] | tuple[str, NDArray[Any]]] = {}
     for name, values in model.state_dict().items():
-        weight = values.float().numpy()
+        weight = values.detach().float().cpu().numpy()
         layer = name.removesuffix(".weight")
-        if layer in ternary:
-            trits, scale = absmean(weight)
-            tensors[name] = pack_hf(trits)
-            tensors[f"{name}_scale"] = np.array([scale], np.float32)
-        elif name != "lm_head.weight":  # tied to the embedding
-            tensors[name] = ("BF16", bf16_bits(weight))
-    config = {k: v for k, v in model.config.to_diff_dict().items() if k != "transformers_version"}
-    config |= {
-        "architectures": ["BitNetForCausalLM"],
-        "dtype": "bfloat16",
-        "quantization_config": {"quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline"},
-    }
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / "config.json", json.dumps(config, indent=2, sort_keys=True) + "\n")
-    write_text(folder / "generation_config.json", json.dumps({"bos_token_id": 0, "eos_token_id": 0}) + "\n")
-    safetensors.write(folder / "model.safetensors", tensors, {"format": "pt"})
+        if name == "lm_head.weight" and tied:
+            continue
+        if layer in layers and name.endswith(".weight"):
+            tensors |= _packed(name, weight, layers[layer].quantization, simple)
+        else:
+            tensors[name] = ("BF16", bf16_bits(weight)) if layers else weight.astype(np.float16)
+    config = {k: v for k, v in model.config.to_dict().items() if v is not None and k not in ("transformers_version", "_name_or_path")}
+    config |= {"architectures": model.config.architectures or [type(model).__name__], "dtype": "bfloat16" if layers else "float16"}
+    config.pop("quantization_config", None)
+    if layers and simple:
+        dense = [n for n, m in model.named_modules() if "Linear" in type(m).__name__ and n not in layers]
+        config["quantization_config"] = {
+            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
+            "modules_to_not_convert": dense or ["lm_head"],
+        }  # fmt: skip
+    elif layers:
+        config["quantization_config"] = {"quant_method": "bitnet-integer", "scheme": next(iter(layers.values())).scheme}
+    ids = {key: getattr(model.config, key, None) for key in ("bos_token_id", "eos_token_id")}
+    with new_folder(folder) as new:
+        write_synced(new / "config.json", (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        write_synced(new / "generation_config.json", (json.dumps({k: v for k, v in ids.items() if v is not None}) + "\n").encode())
+        safetensors.write(new / "model.safetensors", tensors, {"format": "pt"})
+        for name, content in (texts or {}).items():
+            write_synced(new / name, content)
 
 
-def export_run(recipe: Recipe, model: BitNetForCausalLM, run: Path, folder: Path, evaluation: list[Path], card: Path | None) -> None:
-    """Everything that ships: the model, its tokenizer, the loss as a picture, and the card filled in from what was measured.
+def _packed(name: str, weight: NDArray[np.float32], how: Quantization, simple: bool) -> dict[str, NDArray[Any] | tuple[str, NDArray[Any]]]:
+    """A layer's tensors. The definitions are ternary.py's where it has them, else the layer's own."""
+    if simple and how.rule == "absmean":
+        trits, scale = absmean(weight)
+        return {name: pack_hf(trits), f"{name}_scale": np.array([scale], np.float32)}
+    if how.rule == "binary" and how.scale == "row":
+        codes, scales = quantize_binary(weight)
+    else:
+        import torch
 
-    `evaluation`: texts that the model never saw; their scores are measured here, by the engine, on the exported files.
-    `card`: a text with {placeholders}; without one, only the table of scores is written.
-    """
-    export_model(model, folder)
-    write_text(folder / "tokenizer.json", (run / "tokenizer.json").read_text(encoding="utf-8"))
-    rows = list(csv.DictReader((run / "log.csv").open()))
-    plot_loss(rows, recipe.training["steps"] - recipe.training["decay_steps"], folder / "loss.png")
-    values = {
-        "scores": score_table(folder, evaluation),
-        "parameters": f"{sum(p.numel() for p in model.parameters()):,}",
-        "bytes": f"{sum(f.stat().st_size for f in folder.iterdir() if f.suffix in ('.safetensors', '.json')) / 1e6:.2f} MB",
-        "seed": recipe.seed,
-        "steps": f"{int(rows[-1]['step']):,}",
-        "tokens": f"{int(rows[-1]['tokens']) / 1e6:.1f} million",
-        "minutes": f"{float(rows[-1]['seconds']) / 60:.0f}",
-        "loss": rows[-1]["loss"],
-    }
-    text = card.read_text(encoding="utf-8") if card else "{scores}\n"
-    for key, value in values.items():
-        text = text.replace("{" + key + "}", str(value))
-    write_text(folder / "README.md", text)
+        coded, scaled = how.of(torch.from_numpy(weight))
+        codes, scales = coded.numpy().astype(np.int8), scaled.numpy()
+    if simple:
+        return {name: pack_hf(codes), f"{name}_scale": scales.reshape(1)}
+    stored = STORED[how.scheme]
+    if weight.shape[1] % stored.per_byte:
+        raise UnsupportedModelError(
+            f"{name}: has {weight.shape[1]} inputs; packed as {how.scheme} they must be a multiple of {stored.per_byte}"
+        )
+    rows = np.ascontiguousarray(np.broadcast_to(scales, (len(codes), scales.shape[1])), np.float32)
+    return {name: stored.pack(codes), f"{name}_{how.scheme}_scale": rows}
 
 
 def score_table(folder: Path, evaluation: list[Path]) -> str:
@@ -85,8 +104,44 @@ def score_table(folder: Path, evaluation: list[Path]) -> str:
     return "\n".join(lines)
 
 
-def plot_loss(rows: list[dict[str, str]], decay_start: int, path: Path) -> None:
-    """The training loss over the steps: each logged mean faint, a running mean over it."""
+CARD = """# {name}
+
+{what}
+
+Trained by `bitnet train` ({task}, {scheme}): {steps} steps, {tokens} tokens, seed {seed}, {minutes} minutes on the clock; final training loss {loss} nats per token.
+
+![Training loss over the steps](loss.png)
+
+{scores}
+
+## Texts
+
+{texts}
+
+## Recipe
+
+```yaml
+{recipe}
+```
+"""
+
+
+def card(template: str | None, values: Mapping[str, Any], recipe: Mapping[str, Any]) -> str:
+    """The model card: `template`, or CARD, with its {placeholders} filled in."""
+    plain = yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True).strip()
+    text = template or CARD
+    for key, value in {**values, "recipe": plain}.items():
+        text = text.replace("{" + key + "}", str(value))
+    return text
+
+
+def read_log(run: Path) -> list[dict[str, str]]:
+    with (run / "log.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def loss_picture(rows: list[dict[str, str]], decay_start: int) -> bytes:
+    """The training loss over the steps: each logged mean faint, a running mean over it. PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -101,9 +156,11 @@ def plot_loss(rows: list[dict[str, str]], decay_start: int, path: Path) -> None:
     axes.plot(step, smooth, color="#08519c", linewidth=1.8, label="running mean")
     axes.axvline(decay_start, color="#999999", linewidth=0.8, linestyle="--")
     axes.text(decay_start, axes.get_ylim()[1] * 0.97, " decay begins", va="top", fontsize=9, color="#666666")
-    axes.set(xlabel="step", ylabel="cross-entropy, nats per token", title="Training loss")
+    axes.set(xlabel="step", ylabel="loss, nats per token", title="Training loss")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     figure.tight_layout()
-    figure.savefig(path)
+    out = io.BytesIO()
+    figure.savefig(out, format="png")
     pyplot.close(figure)
+    return out.getvalue()

@@ -1,22 +1,118 @@
-"""The ternary linear layer, trainable: full-precision master weights, ternary in the forward pass.
+"""Layers that train in full precision and compute as the engine will: drop-ins for `nn.Linear` and `nn.Embedding`.
 
-Method (BitNet b1.58, arXiv:2402.17764, section 2): the weight matrix W becomes alpha * T with alpha = mean|W| and
-T = clip(round(W / alpha), -1, 1); each token's activation row becomes int8 with step max|x| / 127. Both roundings have a
-zero derivative almost everywhere, so the backward pass takes them as the identity (straight-through estimator): the gradient
-with respect to W is the one of the dequantized product, and the master weights accumulate it until a trit flips.
+Method (BitNet b1.58, arXiv:2402.17764, section 2): the master weights W become codes times scales, each token's activations int8 with step
+max|x| / 127. Both roundings have a zero derivative almost everywhere, so the backward pass takes them as the identity (straight-through
+estimator): the gradient with respect to W is the one of the dequantized product, and the masters accumulate it until a code flips.
 
-The forward multiplies the integers themselves (at most 128 in magnitude, exact in bfloat16) and scales afterwards, as
-the inference engine does, so that what is trained is what runs.
+The forward multiplies the integers themselves (at most 128 in magnitude, exact in bfloat16) and scales afterwards, as the inference
+engine does, so that what is trained is what runs. Under autocast the product is in its dtype, else in the weights' own.
+
+Weights, as ternary.py and convert/quantize.py define them; mean and scale over the whole tensor, a row, or a group of a row's inputs:
+- absmean: scale = mean|W|, T = clip(round(W / scale), -1, 1);
+- threshold: T = sign(W) where |W| > alpha * mean|W|, else 0; scale = the mean of |W| over those that are kept;
+- binary: signs, that of 0 being +1; scale = mean|W|, by default of each row.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from bitnet.errors import UsageError
 from bitnet.ternary import group_size
+
+SMALLEST_SCALE = 1e-5  # so that weights of nothing but zeros have one
+# The article's alphas by kind of layer; it leaves o_proj out, which has the feed-forward's (convert/quantize.py says why).
+ARTICLE_ALPHAS = {
+    "*embed_tokens": 0.05, "*lm_head": 0.05, "*q_proj": 0.08, "*k_proj": 0.08, "*v_proj": 0.08, "*o_proj": 0.06,
+    "*gate_proj": 0.06, "*up_proj": 0.06, "*down_proj": 0.06,
+}  # fmt: skip
+
+
+class TernarySTE(torch.autograd.Function):
+    """The article's ternarization: sign(x) where |x| > threshold, else 0; the gradient passes where |x| <= clip, and is 0 elsewhere.
+
+    `TernarySTE.apply(x, threshold=0.1, clip=0.3)`, x floats of any shape. A clip of infinity is the plain straight-through estimator.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: float = 0.1, clip: float = 0.3) -> Tensor:
+        ctx.save_for_backward(x.abs() <= clip)
+        return torch.where(x.abs() > threshold, x.sign(), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * ctx.saved_tensors[0], None, None
+
+
+class PlainTernarySTE(torch.autograd.Function):
+    """The same values, and a gradient that passes everywhere. `PlainTernarySTE.apply(x, threshold=0.1)`."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, threshold: float = 0.1) -> Tensor:
+        return torch.where(x.abs() > threshold, x.sign(), 0.0)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a layer's weights and activations become integers."""
+
+    rule: str = "absmean"  # "absmean", "threshold" or "binary"
+    alpha: float = 0.05  # of threshold: weights up to alpha * mean|W| become 0
+    scale: str | int = "tensor"  # what shares a scale: "tensor", "row", or so many inputs of a row
+    activations: str = "int8"  # with one step per token; or "none": as they come
+    clip: float | None = None  # the weights' gradient passes where |W| <= clip; None: everywhere
+
+    def __post_init__(self) -> None:
+        if self.rule not in ("absmean", "threshold", "binary"):
+            raise UsageError(f"rule is {self.rule!r}; expected absmean, threshold or binary")
+        if self.activations not in ("int8", "none"):
+            raise UsageError(f"activations is {self.activations!r}; expected int8 or none")
+        whole = isinstance(self.scale, int) and not isinstance(self.scale, bool) and self.scale > 0 and self.scale % 16 == 0
+        if self.scale not in ("tensor", "row") and not whole:
+            raise UsageError(f"scale is {self.scale!r}; expected tensor, row, or a multiple of 16 inputs that share one")
+        if not (isinstance(self.alpha, (int, float)) and 0 <= self.alpha < 10):
+            raise UsageError(f"alpha is {self.alpha!r}; expected a number from 0 to 10, such as 0.05")
+        if self.clip is not None and not (isinstance(self.clip, (int, float)) and self.clip > 0):
+            raise UsageError(f"clip is {self.clip!r}; expected a number above 0, such as 0.3, or none")
+
+    @property
+    def scheme(self) -> str:
+        return "binary" if self.rule == "binary" else "ternary"
+
+    def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """weight float [out, in] -> (codes -1, 0, +1 as float32 [out, in], scales float32 [1 or out, groups])."""
+        w = weight.detach().float()
+        rows, inputs = w.shape
+        if self.scale == "tensor":
+            runs = w.reshape(1, 1, -1)
+        elif self.scale == "row":
+            runs = w.unsqueeze(1)
+        elif inputs % int(self.scale):
+            raise UsageError(f"scale is {self.scale}, which does not divide a layer's {inputs} inputs; expected tensor, row or a divisor")
+        else:
+            runs = w.unflatten(1, (-1, int(self.scale)))
+        size = runs.abs()  # [1 or out, groups, inputs of a group]
+        mean = size.mean(dim=2, keepdim=True)
+        if self.rule == "absmean":
+            scales = mean.clamp(min=SMALLEST_SCALE)
+            codes = (runs / scales).round().clamp(-1, 1)
+        elif self.rule == "binary":
+            scales, codes = mean, torch.where(runs < 0, -1.0, 1.0)
+        else:
+            kept = size > self.alpha * mean
+            codes = torch.where(kept, runs.sign(), 0.0)
+            scales = ((size * kept).sum(dim=2, keepdim=True) / kept.sum(dim=2, keepdim=True).clamp(min=1)).clamp(min=SMALLEST_SCALE)
+        return codes.reshape(rows, inputs), scales.squeeze(2)
 
 
 def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -25,54 +121,236 @@ def int8_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x * (127.0 / most)).round().clamp(-128, 127), most  # round half to even
 
 
-class _TernaryMatmul(torch.autograd.Function):
-    """y = (step * q) @ (alpha * T)^T, gradients straight through both roundings."""
+def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
+    """codes [out, in] times scales [1 or out, groups], float32 [out, in]."""
+    if scales.shape[1] == 1:
+        return codes * scales
+    return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)).flatten(1)
+
+
+class _Product(torch.autograd.Function):
+    """y = x^ W^T, where x^ is x by int8 steps or x itself, and W^ = codes * scales; gradients straight through to x and to `weight`.
+
+    A scale that a whole row shares leaves with the sum, which then is one of integers.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, compute_dtype: torch.dtype) -> Tensor:
-        alpha = weight.abs().mean().clamp(min=1e-5)
-        trits = (weight / alpha).round().clamp(-1, 1).to(compute_dtype)  # [out, in]
-        integers, most = int8_rows(x.float())
-        scale, q = 127.0 / most, integers.to(compute_dtype)
-        ctx.save_for_backward(q, scale, trits, alpha)
-        return ((q @ trits.t()).float() * (alpha / scale)).to(x.dtype)
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, codes: Tensor, scales: Tensor, integers: bool, clip: float | None, dtype: torch.dtype
+    ) -> Tensor:
+        whole = scales.shape[1] == 1
+        w = (codes if whole else dequantized(codes, scales)).to(dtype)
+        factor = scales[:, 0] if whole else None  # [1 or out]
+        if integers:
+            q, most = int8_rows(x.float())
+            step = most / 127.0
+        else:
+            q, step = x, None
+        q = q.to(dtype)
+        ctx.save_for_backward(q, step, w, factor, (weight.detach().abs() <= clip) if clip is not None and weight is not None else None)
+        y = (q @ w.t()).float()
+        y = y if factor is None else y * factor
+        return (y if step is None else y * step).to(x.dtype)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None]:
-        q, scale, trits, alpha = ctx.saved_tensors
-        grad_x = ((grad.to(trits.dtype) @ trits).float() * alpha).to(grad.dtype)
-        g = (grad.float() / scale).to(trits.dtype).flatten(0, -2)  # [tokens, out]
-        grad_weight = (g.t() @ q.flatten(0, -2)).float()
-        return grad_x, grad_weight, None
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        q, step, w, factor, passes = ctx.saved_tensors
+        g = grad.float()
+        grad_x = grad_weight = None
+        if ctx.needs_input_grad[0]:
+            grad_x = ((g if factor is None else g * factor).to(w.dtype) @ w).to(grad.dtype)
+        if ctx.needs_input_grad[1]:
+            g = (g if step is None else g * step).to(w.dtype).flatten(0, -2)  # [tokens, out]
+            grad_weight = (g.t() @ q.flatten(0, -2)).float()
+            if passes is not None:
+                grad_weight = grad_weight * passes
+        return grad_x, grad_weight, None, None, None, None, None
+
+
+def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
+    """Autocast's where it is on, else the weights'."""
+    kind = x.device.type
+    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
 
 
 class TernaryLinear(nn.Linear):
-    """Drop-in `nn.Linear` that computes with ternary weights (absmean) and int8 activations per token.
+    """Drop-in `nn.Linear`: ternary weights, and activations by int8 steps, as `quantization` says (default: as BitNet b1.58).
 
-    `weight` float32 [out, in] stays the trainable master. `compute_dtype` is the dtype of the two integer matrix products;
-    bfloat16 is exact for the operands and is what AMX and tensor cores multiply.
+    `weight` float [out, in] stays the trainable master. `sub_norm`: an RMSNorm of its own before the activations are rounded.
+    `blend`: None, or a tensor [] lambda from 0 to 1: W + lambda * (W^ - W) and likewise the activations, so that a model in full
+    precision can warm up to lambda = 1, which is the layer without it.
     """
 
-    compute_dtype: torch.dtype = torch.bfloat16
+    default = Quantization()
+    blend: Tensor | None = None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
+        quantization: Quantization | None = None,
+        sub_norm: bool = False,
+    ) -> None:
+        super().__init__(in_features, out_features, bias, device, dtype)
+        self.quantization = quantization or self.default
+        self.sub_norm = nn.RMSNorm(in_features, eps=1e-5, device=device, dtype=dtype) if sub_norm else None
+
+    @property
+    def scheme(self) -> str:
+        return self.quantization.scheme
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _TernaryMatmul.apply(x, self.weight, self.compute_dtype)
+        how = self.quantization
+        if self.sub_norm is not None:
+            x = self.sub_norm(x)
+        codes, scales = how.of(self.weight)
+        if self.blend is not None:
+            return self._blended(x, dequantized(codes, scales), self.blend)
+        y: Tensor = _Product.apply(x, self.weight, codes, scales, how.activations == "int8", how.clip, compute_dtype(x, self.weight))
         return y if self.bias is None else y + self.bias
 
+    def _blended(self, x: Tensor, quantized: Tensor, share: Tensor) -> Tensor:
+        w = self.weight + share * (quantized - self.weight.detach())
+        if self.quantization.activations == "int8":
+            q, most = int8_rows(x.detach().float())
+            x = x + share.to(x.dtype) * ((q * (most / 127.0)).to(x.dtype) - x.detach())
+        return nn.functional.linear(x, w, self.bias)
 
-def ternarize_linears(model: nn.Module, keep: tuple[str, ...] = ("lm_head",), compute_dtype: torch.dtype = torch.bfloat16) -> list[str]:
-    """Replace every `nn.Linear` of `model`, in place, by a `TernaryLinear` that shares its parameters.
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, {self.quantization}"
 
-    Modules whose name ends with an entry of `keep` stay as they are. Returns the names of the replaced modules.
+
+class BinaryLinear(TernaryLinear):
+    """The same with weights of -1 and +1: signs, and mean|W| of each row as its scale (ternary.quantize_binary)."""
+
+    default = Quantization(rule="binary", scale="row")
+
+
+class TernaryEmbedding(nn.Embedding):
+    """Drop-in `nn.Embedding` whose rows are ternary, by default with a scale for each row, which is a token's.
+
+    With a scale for the tensor the whole table is ternarized in every step, else only the rows that are looked up.
     """
-    names = [n for n, m in model.named_modules() if type(m) is nn.Linear and not n.endswith(keep)]
-    for name in names:
-        old = model.get_submodule(name)
-        assert isinstance(old, nn.Linear)
-        new = TernaryLinear(old.in_features, old.out_features, bias=old.bias is not None, device="meta")
-        new.weight, new.bias, new.compute_dtype = old.weight, old.bias, compute_dtype
-        model.set_submodule(name, new)
-    return names
+
+    default = Quantization(scale="row")
+    blend: Tensor | None = None
+
+    def __init__(self, *args: Any, quantization: Quantization | None = None, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.quantization = quantization or self.default
+
+    @property
+    def scheme(self) -> str:
+        return self.quantization.scheme
+
+    def forward(self, ids: Tensor) -> Tensor:
+        rows = super().forward(ids)
+        if self.quantization.scale == "tensor":
+            quantized = dequantized(*self.quantization.of(self.weight))[ids]
+        else:
+            quantized = dequantized(*self.quantization.of(rows.flatten(0, -2))).view_as(rows)
+        off = quantized.to(rows.dtype) - rows.detach()
+        through = (
+            rows if self.quantization.clip is None else torch.where(rows.detach().abs() <= self.quantization.clip, rows, rows.detach())
+        )
+        return through + (off if self.blend is None else self.blend.to(rows.dtype) * off)
+
+
+LAYERS = {"ternary": TernaryLinear, "binary": BinaryLinear}
+
+
+def ternarize_model(
+    model: nn.Module,
+    layers: str | Mapping[str, float | Quantization] = "*",
+    *,
+    keep: tuple[str, ...] = ("lm_head",),
+    quantization: Quantization | None = None,
+    sub_norm: bool = False,
+) -> list[str]:
+    """Replace layers of `model`, any of Hugging Face's, in place by `TernaryLinear` and `TernaryEmbedding` that share their parameters.
+
+    `layers`: one pattern of module names ("*.mlp.*"), or patterns with what holds for them, the first that matches: a `Quantization`, or
+    an alpha, which makes it threshold's; or "article" for `ARTICLE_ALPHAS`, of all layers, embedding and head included. One pattern, and
+    those it is for, means linear layers: an embedding changes only where its own pattern names it.
+    `keep`: patterns, or ends of names, of what stays. `quantization`: of layers without their own; default: absmean, int8 activations.
+    Tied embedding and head stay tied: one master for both. Returns the names of the replaced modules.
+    Raises `UsageError` where no layer matches.
+    """
+    base = quantization or Quantization()
+    if layers == "article":
+        layers, keep = ARTICLE_ALPHAS, tuple(k for k in keep if k != "lm_head")
+    patterns: Mapping[str, float | Quantization] = {layers: base} if isinstance(layers, str) else layers
+    tables = not isinstance(layers, str)
+    found: list[str] = []
+    for name, module in list(model.named_modules()):
+        embedding = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and not isinstance(module, TernaryEmbedding))
+        if not (type(module) is nn.Linear or (embedding and tables)) or any(name.endswith(k) or fnmatchcase(name, k) for k in keep):
+            continue
+        how = next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), None)
+        if how is None or (embedding and not any("embed" in p and fnmatchcase(name, p) for p in patterns)):
+            continue
+        if not isinstance(how, Quantization):
+            how = replace(base, rule="threshold", alpha=how)
+        model.set_submodule(name, _replaced(module, how, sub_norm, table=embedding or name.endswith("lm_head")))
+        found.append(name)
+    if not found:
+        raise UsageError(
+            f"no layer of {type(model).__name__} matches {', '.join(patterns)}; expected patterns of module names, as '*.mlp.*'"
+        )
+    return found
+
+
+def _replaced(old: nn.Module, how: Quantization, sub_norm: bool, table: bool) -> nn.Module:
+    """`table`: embedding or head, whose rows are tokens, which differ in length: a scale for every row at least."""
+    how = replace(how, scale="row") if table and how.scale == "tensor" else how
+    weight: Tensor = old.weight  # type: ignore[assignment]
+    if isinstance(old, nn.Embedding):
+        scaled = _ScaledTernaryEmbedding if hasattr(old, "embed_scale") else TernaryEmbedding
+        embedding = scaled(old.num_embeddings, old.embedding_dim, padding_idx=old.padding_idx, device="meta", quantization=how)
+        if hasattr(old, "embed_scale"):
+            embedding.register_buffer("embed_scale", old.embed_scale, persistent=False)
+        embedding.weight = old.weight
+        return embedding
+    kind = LAYERS[how.scheme]
+    new = kind(weight.shape[1], weight.shape[0], bias=old.bias is not None, device="meta", quantization=how)
+    new.sub_norm = nn.RMSNorm(weight.shape[1], eps=1e-5, device=weight.device, dtype=weight.dtype) if sub_norm else None
+    new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
+    return new
+
+
+class _ScaledTernaryEmbedding(TernaryEmbedding):
+    """gemma's, whose rows are multiplied by a number."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return super().forward(ids) * self.embed_scale.to(self.weight.dtype)  # type: ignore[operator]
+
+
+def set_blend(model: nn.Module, share: Tensor | None) -> None:
+    """The lambda of every layer that has one: a tensor [] shared by all, or None for 1."""
+    for module in model.modules():
+        if isinstance(module, (TernaryLinear, TernaryEmbedding)):
+            module.blend = share
+
+
+class FrozenTernaryLinear(nn.Linear):
+    """A linear layer whose packed weights do not train, kept as int8 codes (a byte each), through which gradients reach its inputs."""
+
+    def __init__(self, codes: Tensor, scales: Tensor, bias: Tensor | None) -> None:
+        super().__init__(codes.shape[1], codes.shape[0], bias=bias is not None, device="meta")
+        del self.weight
+        self.register_buffer("weight", codes)  # int8 [out, in]
+        self.register_buffer("scales", scales)  # float32 [1 or out, groups]
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        y: Tensor = _Product.apply(x, None, self.weight, self.scales, True, None, dtype)
+        return y if self.bias is None else y + self.bias
 
 
 class FrozenLinear(nn.Module):

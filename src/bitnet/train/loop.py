@@ -1,124 +1,321 @@
-"""The training loop: fixed number of steps, warm-up, constant, then linear decay to zero, resumable at any checkpoint.
+"""The training loop: a fixed number of steps, resumable at any checkpoint, by one process or many.
 
-Matrices are optimized by Muon (momentum, orthogonalized; K. Jordan 2024), which `torch.optim` carries; the embedding and the norms by
-AdamW. Both share one schedule. During the decay the texts are mixed by a second set of weights: what a model sees last shapes it most.
+Matrices are optimized by Muon (momentum, orthogonalized; K. Jordan 2024), which `torch.optim` carries, or AdamW; embedding, head and norms
+by AdamW. All share one schedule. What a step does depends on the state before it, the seed and its number alone: batches and dropout are
+drawn from the last two. So a run that goes on from a checkpoint is, on one CPU and as many threads, the uninterrupted one to the bit.
+
+transformers' Trainer is not used: it resumes a data loader by skipping through it, saves the random state of each process, which ties a
+checkpoint to their number, and has neither Muon nor two mixtures of texts; what is left of it would be this file.
 """
 
 from __future__ import annotations
 
 import csv
-import os
+import math
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
-from bitnet.train.data import Source, sample_windows
+from bitnet.errors import BitNetError, UsageError
+from bitnet.train.checkpoint import newest, save, saved
+from bitnet.train.data import IGNORED, Source, sample_examples, sample_windows
+from bitnet.train.layers import set_blend
+from bitnet.train.parallel import Processes, part_of, spread, whole
+from bitnet.train.schedule import Schedule
+
+Batches = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]  # step -> (tokens, targets), [rows, length]
+LOGGED = 10  # steps whose mean is one row of the log
+COLUMNS = ("step", "loss", "rate", "gradient_norm", "tokens", "seconds", "cpu_seconds")
 
 
-@dataclass
-class Schedule:
-    """What the loop needs to know; every field comes from the recipe."""
+class TrainingStopped(BitNetError):
+    """NaN, infinity or divergence."""
 
-    steps: int
-    batch_tokens: int  # per step
-    context: int  # tokens per window, until the decay
-    decay_context: int  # tokens per window while the rate decays
-    seed: int
-    matrix_lr: float
-    vector_lr: float  # embedding and norms
-    weight_decay: float
-    warmup_steps: int
-    decay_steps: int  # linear to zero at the end
-    mixture: dict[str, float]  # text file -> weight
-    decay_mixture: dict[str, float]  # the same, while the rate decays
-    snap: float = 0.5
-    checkpoint_every: int = 250
 
-    def rate(self, step: int) -> float:
-        """Factor on both learning rates at `step`, in (0, 1]."""
-        return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
+def windows(sources: list[Source], schedule: Schedule, context: int, seed: int) -> Batches:
+    """Windows of texts by the schedule's mixtures; what a step sees depends on seed and step alone."""
+    by_tokens = {s.name: float(len(s.tokens)) for s in sources}
 
-    def windows(self, step: int, sources: list[Source]) -> np.ndarray:
-        """int64 [batch, context + 1]; depends on seed and step alone, so that a resumed run sees the same text."""
-        decaying = step >= self.steps - self.decay_steps
-        mixture, context = (self.decay_mixture, self.decay_context) if decaying else (self.mixture, self.context)
-        weights = np.array([float(mixture[s.name]) for s in sources])
-        rng = np.random.default_rng((self.seed, step))
-        return sample_windows(sources, weights / weights.sum(), self.batch_tokens // context, context + 1, self.snap, rng)
+    def batch(step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        mixture, length = schedule.mixture or by_tokens, schedule.context or context
+        if schedule.decaying(step):
+            mixture, length = schedule.decay_mixture or mixture, schedule.decay_context or length
+        weights = np.array([float(mixture.get(s.name, 0.0)) for s in sources])
+        rng = np.random.default_rng((seed, step))
+        count = max(1, schedule.batch_tokens // length)
+        found = sample_windows(sources, weights / weights.sum(), count, length + 1, schedule.snap, rng)
+        return found[:, :-1], found[:, 1:]
+
+    return batch
+
+
+def examples(source: Source, schedule: Schedule, context: int, seed: int) -> Batches:
+    """Whole examples, every one once in each pass."""
+    return lambda step: sample_examples(source, schedule.batch_examples, step, context, seed)
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """Whose logits are learned from, beside the text."""
+
+    model: nn.Module
+    share: float  # of the loss
+    temperature: float
 
 
 def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
-    """Muon for the layers' matrices, AdamW for embedding, head and norms."""
-    matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    """Muon or AdamW for the layers' matrices, AdamW for embedding, head and norms; of what trains at all."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for n, p in trained.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
-    vectors = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(
-            matrices, lr=schedule.matrix_lr, weight_decay=schedule.weight_decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"
-        ),
-        torch.optim.AdamW(vectors, lr=schedule.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True),
-    ]
+    vectors = [p for p in trained.values() if id(p) not in chosen]
+    made: list[torch.optim.Optimizer] = []
+    decay = schedule.weight_decay
+    if matrices and schedule.optimizer == "muon":
+        made.append(torch.optim.Muon(matrices, lr=schedule.matrix_lr, weight_decay=decay, momentum=0.95, adjust_lr_fn="match_rms_adamw"))
+    elif matrices:
+        made.append(torch.optim.AdamW(matrices, lr=schedule.matrix_lr, betas=(0.9, 0.95), weight_decay=decay, fused=True))
+    if vectors:
+        made.append(torch.optim.AdamW(vectors, lr=schedule.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
+    for group in (g for o in made for g in o.param_groups):
+        group["base_lr"], group["base_decay"] = group["lr"], group["weight_decay"]
+    if not made:
+        raise UsageError("nothing in this model trains; expected layers that match the recipe")
+    return made
 
 
-def train(model: nn.Module, sources: list[Source], schedule: Schedule, out: Path, compile_model: bool = True) -> None:
-    """Train `model` (a causal LM of transformers) in place; write `out/log.csv` and `out/checkpoint.pt`, resume from the latter."""
+def train(
+    model: nn.Module,
+    batches: Batches,
+    schedule: Schedule,
+    out: Path,
+    seed: int = 0,
+    *,
+    teacher: Teacher | None = None,
+    processes: Processes | None = None,
+    parallel: str = "ddp",
+    report: Callable[[dict[str, Any]], None] = lambda row: None,
+) -> None:
+    """Train `model` (a causal LM of transformers) in place; write `out/log.csv`, TensorBoard's log and checkpoints, resume from the newest.
+
+    `report`: called with every row of the log. Raises `TrainingStopped` for NaN, infinity and divergence, with step, layer and the last
+    good checkpoint.
+    """
+    processes = processes or Processes()
     out.mkdir(parents=True, exist_ok=True)
+    model.to(processes.device).train()
+    if teacher is not None:
+        teacher.model.to(processes.device).eval()
+    wrapped = spread(model, parallel, processes)
     optims = optimizers(model, schedule)
-    first, spent_s, checkpoint = 0, 0.0, out / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for o, s in zip(optims, state["optimizers"], strict=True):
-            o.load_state_dict(s)
-        first, spent_s = state["step"], state["seconds"]
-        print(f"resuming at step {first}", flush=True)
-    run = torch.compile(_loss, dynamic=False) if compile_model else _loss
-    log_path = out / "log.csv"
-    rows = list(csv.DictReader(log_path.open())) if log_path.exists() else []
-    with log_path.open("w", newline="") as f:
-        log = csv.DictWriter(f, ["step", "loss", "rate", "tokens", "seconds"])
-        log.writeheader()
-        log.writerows(r for r in rows if int(r["step"]) <= first)
-        mean, started = [], time.perf_counter() - spent_s
+    first, spent_s, spent_cpu_s = _resume(out, model, optims)
+    objective = _distil_loss if teacher is not None else _loss
+    run = torch.compile(objective, dynamic=False) if schedule.compile else objective
+    blend = torch.ones((), device=processes.device) if schedule.blend_steps > first else None
+    set_blend(model, blend)
+    started, cpu_started = time.perf_counter() - spent_s, time.process_time() - spent_cpu_s
+    losses: list[float] = []
+    norms: list[float] = []
+    best, tokens_seen = math.inf, _logged_tokens(out, first)
+    with _logs(out, first, processes.first) as log:
         for step in range(first, schedule.steps):
-            rate = schedule.rate(step)
-            for o, base in zip(optims, (schedule.matrix_lr, schedule.vector_lr), strict=True):
-                for group in o.param_groups:
-                    group["lr"] = base * rate
-            batch = torch.from_numpy(schedule.windows(step, sources))
-            loss = run(model, batch[:, :-1], batch[:, 1:])
-            loss.backward()
-            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for group in (g for o in optims for g in o.param_groups):
+                group["lr"] = group["base_lr"] * schedule.rate(step)
+                if schedule.decay_weight_decay is not None and schedule.decaying(step) and group["base_decay"]:
+                    group["weight_decay"] = schedule.decay_weight_decay
+            if blend is not None:
+                blend.fill_((step + 1) / schedule.blend_steps)
+                if step >= schedule.blend_steps:
+                    blend = None
+                    set_blend(model, None)
+            torch.manual_seed(int(np.random.SeedSequence((seed, step, processes.rank)).generate_state(1, np.uint64)[0] >> np.uint64(1)))
+            tokens, targets = (torch.from_numpy(a) for a in batches(step))
+            count = int((targets != IGNORED).sum())
+            rows = range(processes.rank, len(tokens), processes.count)
+            if not rows or len(tokens) % processes.count:
+                raise UsageError(f"a step has {len(tokens)} windows for {processes.count} processes; expected a multiple of them")
+            loss = torch.zeros((), device=processes.device)
+            size = schedule.micro_batch or len(rows)
+            for at in range(0, len(rows), size):
+                part = list(rows[at : at + size])
+                mine, wanted = tokens[part].to(processes.device), targets[part].to(processes.device)
+                share = run(wrapped, mine, wanted, count) if teacher is None else run(wrapped, mine, wanted, count, teacher)
+                (share * processes.count).backward()  # the mean over processes is taken of gradients
+                loss += share.detach()
+            mean = float(processes.sum(loss))
+            norm = nn.utils.clip_grad_norm_([p for o in optims for g in o.param_groups for p in g["params"]], schedule.max_grad_norm)
+            norm_value = float(whole(norm))
+            if not (math.isfinite(mean) and math.isfinite(norm_value)):
+                what = "the loss" if not math.isfinite(mean) else "the norm of the gradients"
+                where = _first_not_finite(model, tokens[list(rows)].to(processes.device))
+                raise _stopped(out, step + 1, f"{what} is {mean if what == 'the loss' else norm_value}; first not finite: {where}")
             for o in optims:
                 o.step()
-            model.zero_grad(set_to_none=True)
-            mean.append(loss.item())
+                o.zero_grad(set_to_none=True)
+            losses.append(mean)
+            norms.append(norm_value)
+            tokens_seen += tokens.numel()
             done = step + 1
-            if done % 10 == 0 or done == schedule.steps:
-                seconds = time.perf_counter() - started
-                row = {"step": done, "loss": f"{np.mean(mean):.4f}", "rate": f"{rate:.4f}", "seconds": f"{seconds:.1f}"}
-                log.writerow(row | {"tokens": done * schedule.batch_tokens})
-                f.flush()
-                print(" ".join(f"{k} {v}" for k, v in row.items()), flush=True)
-                mean = []
+            if done % LOGGED == 0 or done == schedule.steps:
+                row = {
+                    "step": done, "loss": f"{np.mean(losses):.4f}", "rate": f"{schedule.rate(step):.4f}",
+                    "gradient_norm": f"{np.mean(norms):.4f}", "tokens": tokens_seen, "seconds": f"{time.perf_counter() - started:.1f}",
+                    "cpu_seconds": f"{time.process_time() - cpu_started:.1f}",  # of all threads; a stopped process spends none
+                }  # fmt: skip
+                log(row)
+                report(row)
+                if done > schedule.warmup_steps and float(np.mean(losses)) > best + schedule.divergence:
+                    where = _largest(model)
+                    raise _stopped(out, done, f"the loss is {np.mean(losses):.2f}, {np.mean(losses) - best:.2f} above its best; {where}")
+                best, losses, norms = min(best, float(np.mean(losses))), [], []
             if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-                _save(checkpoint, model, optims, done, time.perf_counter() - started)
+                state = _state(model, optims)
+                times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
+                if processes.first:
+                    save(out, done, state | times | {"step": done})
+                processes.wait()
 
 
-def _loss(model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        logits = model(input_ids=tokens, use_cache=False).logits  # [batch, context, vocab]
-    return nn.functional.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
+def _loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int) -> Tensor:
+    """The sum over these targets of the cross-entropy, by the number of all targets of the step."""
+    return _cross_entropy(_logits(model, tokens), targets) / count
 
 
-def _save(path: Path, model: nn.Module, optims: list[torch.optim.Optimizer], step: int, seconds: float) -> None:
-    beside = path.with_suffix(".writing")
-    with beside.open("wb") as f:
-        torch.save({"model": model.state_dict(), "optimizers": [o.state_dict() for o in optims], "step": step, "seconds": seconds}, f)
-        f.flush()
-        os.fsync(f.fileno())
-    beside.replace(path)
+def _distil_loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, teacher: Teacher) -> Tensor:
+    """share * KL(teacher || student) * temperature^2 + (1 - share) * cross-entropy (Hinton et al., arXiv:1503.02531), likewise."""
+    logits, t = _logits(model, tokens), teacher.temperature
+    with torch.no_grad():
+        theirs = _logits(teacher.model, tokens)[..., : logits.shape[-1]]
+    kl = nn.functional.kl_div((logits / t).log_softmax(-1), (theirs / t).log_softmax(-1), reduction="none", log_target=True).sum(-1)
+    kl = (kl * (targets != IGNORED)).sum() * t * t
+    return (teacher.share * kl + (1 - teacher.share) * _cross_entropy(logits, targets)) / count
+
+
+def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+    """float32 [rows, length, vocab]"""
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+        logits: Tensor = model(input_ids=tokens, use_cache=False).logits
+    return logits.float()
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def _state(model: nn.Module, optims: list[torch.optim.Optimizer]) -> dict[str, Any]:
+    """What trains, and the optimizers' memory of it, whole and by name; all processes must ask."""
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    memory = {id(p): s for o in optims for p, s in o.state.items()}
+    return {
+        "model": {n: whole(p) for n, p in trained.items()},
+        "optimizer": {n: {k: whole(v) for k, v in memory.get(id(p), {}).items()} for n, p in trained.items()},
+    }
+
+
+def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer]) -> tuple[int, float, float]:
+    """Bring the newest checkpoint back; (steps done, seconds, seconds of CPU)."""
+    state = newest(out)
+    if state is None:
+        return 0, 0.0, 0.0
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in state["model"].items()}:
+        raise UsageError(f"{out}: holds checkpoints of another model; name another folder with --out, or remove them")
+    of = {id(p): o for o in optims for g in o.param_groups for p in g["params"]}
+    with torch.no_grad():
+        for name, p in trained.items():
+            p.copy_(part_of(state["model"][name], p))
+            memory = {k: part_of(v, p) if v.shape == state["model"][name].shape else v for k, v in state["optimizer"][name].items()}
+            if memory:
+                of[id(p)].state[p] = memory
+    return int(state["step"]), float(state["seconds"]), float(state["cpu_seconds"])
+
+
+def _stopped(out: Path, step: int, what: str) -> TrainingStopped:
+    good = saved(out)
+    kept = f"last good checkpoint: {good[0]}" if good else "no checkpoint was written yet"
+    return TrainingStopped(f"step {step}: {what}; {kept}. Lower the learning rates, or look at the data, and resume")
+
+
+def _first_not_finite(model: nn.Module, tokens: Tensor) -> str:
+    """The first layer, in the order of the forward pass, that gives NaN or infinity; else the last whose gradient does."""
+    for name, p in model.named_parameters():
+        if not bool(torch.isfinite(whole(p)).all()):
+            return f"{name} (its weights)"
+    found: list[str] = []
+
+    def look(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+            value = output[0] if isinstance(output, tuple) else output
+            if isinstance(value, Tensor) and value.is_floating_point() and not bool(torch.isfinite(value).all()):
+                found.append(name)
+
+        return hook
+
+    leaves = [(n, m) for n, m in model.named_modules() if not list(m.children())]
+    handles = [m.register_forward_hook(look(n)) for n, m in leaves]
+    try:
+        with torch.no_grad():
+            _logits(model, tokens)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if found:
+        return f"{found[0]} (its output)"
+    bad = [n for n, p in model.named_parameters() if p.grad is not None and not bool(torch.isfinite(whole(p.grad)).all())]
+    return f"{bad[-1]} (its gradient)" if bad else "the loss itself"
+
+
+def _largest(model: nn.Module) -> str:
+    """The layer with the largest weights, which is where rates are too high first."""
+    sizes = {n: float(whole(p).abs().max()) for n, p in model.named_parameters() if p.requires_grad}
+    name = max(sizes, key=lambda n: sizes[n])
+    return f"largest weight {sizes[name]:.3g} in {name}"
+
+
+def _logged_tokens(out: Path, step: int) -> int:
+    path = out / "log.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    return max((int(r["tokens"]) for r in rows if int(r["step"]) <= step), default=0)
+
+
+@contextmanager
+def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
+    """Writes rows to log.csv, without what came after the step `first`, and to TensorBoard, where it is installed."""
+    if not writes:
+        yield lambda row: None
+        return
+    path = out / "log.csv"
+    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    board: Any = None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=first)  # type: ignore[no-untyped-call]
+    except ImportError:
+        pass
+    with path.open("w", newline="") as file:
+        log = csv.DictWriter(file, COLUMNS)
+        log.writeheader()
+        log.writerows(r for r in rows if int(r["step"]) <= first)
+        file.flush()
+
+        def write(row: dict[str, Any]) -> None:
+            log.writerow(row)
+            file.flush()
+            if board is not None:
+                for key in ("loss", "rate", "gradient_norm"):
+                    board.add_scalar(key, float(row[key]), row["step"])
+
+        try:
+            yield write
+        finally:
+            if board is not None:
+                board.close()

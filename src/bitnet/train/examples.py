@@ -1,0 +1,148 @@
+"""Examples with a beginning and an end, of which only answers are learned: conversations, and rows of a table.
+
+Conversations are .jsonl: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}, or
+{"prompt": "...", "completion": "..."}. A prompt is encoded exactly as `bitnet run --chat` will encode it, by the model's own chat template; a
+model without one gets TEMPLATE, which is exported with it.
+Tables are .tsv as GLUE has them: a header, a row a line, no quoting. The text is the columns by their names, the answer the label as a word.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bitnet.chat import ChatTemplate, encode_chat
+from bitnet.errors import FormatError, UsageError
+from bitnet.tokenizer import Tokenizer
+from bitnet.train.data import json_line
+
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
+    "{% else %}{{ message.role | capitalize }}: {{ message.content }}\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+_LABELS = ("label", "gold_label", "Quality", "is_duplicate")
+_TEXTS = (
+    "sentence", "sentence1", "sentence2", "question", "question1", "question2", "premise", "hypothesis", "#1 String", "#2 String", "text",
+)  # fmt: skip
+_COLA = ("source", "label", "star", "sentence")  # CoLA's files have no header
+MOST_LABELS = 50
+Row = tuple[list[int], list[bool], bool]  # ids, which of them are to be predicted, True: it begins an example
+
+
+def conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end: int | None) -> Iterator[Row]:
+    """The file's conversations; one whose later prompts do not continue the tokens before them becomes several examples."""
+    with path.open(encoding="utf-8", newline="\n") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            messages = _messages(json_line(line, path, number), path, number)
+            ids: list[int] = []
+            asked: list[bool] = []
+            for i, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    continue
+                prompt = encode_chat(tokenizer, template, messages[:i], True)
+                if prompt[: len(ids)] != ids:
+                    yield ids, asked, True
+                    ids, asked = [], []
+                before, after = (template.render(messages[: i + last], not last) for last in (0, 1))
+                text = after[len(before) :] if after.startswith(before) else f" {message['content']}"
+                answer = tokenizer.encode(text, add_special=False, parse_special=True)
+                if end is not None and not set(answer) & ({end} | tokenizer._special_ids):
+                    answer.append(end)
+                asked += [False] * (len(prompt) - len(ids)) + [True] * len(answer)
+                ids = prompt + answer
+            yield ids, asked, True
+
+
+def _messages(row: Mapping[str, Any], path: Path, number: int) -> list[dict[str, Any]]:
+    found = row.get("messages")
+    if found is None and isinstance(row.get("prompt"), str) and isinstance(row.get("completion"), str):
+        found = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["completion"]}]
+    good = isinstance(found, list) and all(
+        isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in found
+    )
+    if not good or not isinstance(found, list):
+        raise FormatError(
+            f'{path}: line {number}: expected {{"messages": [{{"role": "user", "content": "..."}}, ...]}}, or prompt and completion'
+        )
+    if not any(m["role"] == "assistant" for m in found):
+        raise FormatError(f"{path}: line {number}: no message of the role assistant; there is nothing to learn in it")
+    return found
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rows of a .tsv: prompts, and what follows each."""
+
+    prompts: list[str]
+    answers: list[str]  # words
+    words: list[str]  # all that there are
+
+    @staticmethod
+    def read(path: Path, labels: Mapping[str, str] | None, columns: Sequence[str] | None, words: Sequence[str] | None = None) -> Table:
+        """Raises `FormatError` for a file without a column of labels, of texts, or with more bad rows than one of a hundred."""
+        lines = path.read_text(encoding="utf-8").replace("\r\n", "\n").rstrip("\n").split("\n")
+        header = lines[0].split("\t")
+        if not set(_LABELS) & set(header) and len(header) == len(_COLA) and header[1] in ("0", "1"):
+            header, lines = list(_COLA), ["", *lines]
+        label = next((name for name in _LABELS if name in header), None)
+        if label is None:
+            raise FormatError(f"{path}: the first line has no column {', '.join(_LABELS)}; expected tabs between names of columns")
+        texts = list(columns or [name for name in header if name in _TEXTS])
+        missing = [name for name in texts if name not in header]
+        if missing or not texts:
+            raise FormatError(f"{path}: has no column {missing[0] if missing else ' or '.join(_TEXTS)}; it has {', '.join(header)}")
+        rows = [row for row in (line.split("\t") for line in lines[1:]) if len(row) == len(header)]
+        if len(rows) < 0.99 * (len(lines) - 1) or not rows:
+            raise FormatError(
+                f"{path}: {len(lines) - 1 - len(rows)} of {len(lines) - 1} rows have not the {len(header)} columns of the header"
+            )
+        if len(rows) < len(lines) - 1:
+            warnings.warn(f"{path}: {len(lines) - 1 - len(rows)} rows without {len(header)} columns are left out", stacklevel=2)
+        found = [row[header.index(label)] for row in rows]
+        unknown = sorted(set(found) - set(labels)) if labels else []
+        if unknown:
+            raise UsageError(f"{path}: label {unknown[0]!r} is none of the recipe's labels ({', '.join(labels or ())})")
+        answers = [labels[value] if labels else value for value in found]
+        every = list(words or dict.fromkeys(labels.values() if labels else sorted(set(answers))))
+        if len(every) > MOST_LABELS:
+            raise UsageError(
+                f"{path}: {len(every)} different labels; a classification has at most {MOST_LABELS} (numbers to fit are no labels)"
+            )
+        strange = set(answers) - set(every)
+        if strange:
+            raise UsageError(f"{path}: label {min(strange)!r} did not occur in the training rows ({', '.join(every)})")
+        prompts = ["".join(f"{name}: {row[header.index(name)]}\n" for name in texts) + "label:" for row in rows]
+        return Table(prompts, answers, every)
+
+    def rows(self, tokenizer: Tokenizer, begin: list[int], end: int | None, context: int) -> Iterator[Row]:
+        for prompt, answer in zip(self.prompts, self.answers, strict=True):
+            asked = [*tokenizer.encode(f" {answer}", add_special=False), *([] if end is None else [end])]
+            given = [*begin, *tokenizer.encode(prompt, add_special=False)]
+            given = given[: len(begin)] + given[len(begin) :][-(context - len(asked) - len(begin)) :]  # a long text loses its beginning
+            yield given + asked, [False] * len(given) + [True] * len(asked), True
+
+
+def accuracy(model: Any, table: Table, begin: list[int], progress: Any = None) -> tuple[int, int]:
+    """(rows whose word is the likeliest of all words, rows), by `model`, a TernaryTransformer."""
+    import numpy as np
+
+    words = {word: model.tokenizer.encode(f" {word}", add_special=False) for word in table.words}
+    right = 0
+    for done, (prompt, answer) in enumerate(zip(table.prompts, table.answers, strict=True), 1):
+        given = [*begin, *model.tokenizer.encode(prompt, add_special=False)][-(model.engine.config.max_context - 16) :]
+        scores = {}
+        for word, ids in words.items():
+            logits = model.logits([*given, *ids])[len(given) - 1 : -1].astype(np.float64)
+            logits -= logits.max(axis=1, keepdims=True)
+            chosen = logits[np.arange(len(ids)), ids] - np.log(np.exp(logits).sum(axis=1))
+            scores[word] = float(chosen.sum())
+        right += max(scores, key=lambda word: scores[word]) == answer
+        if progress is not None:
+            progress(done, len(table.prompts))
+    return right, len(table.prompts)

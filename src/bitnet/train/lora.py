@@ -1,0 +1,62 @@
+"""Low-rank adapters (LoRA, arXiv:2106.09685) whose A and B are ternary in the forward pass.
+
+peft puts A and B beside the linear layers of a model that stays as it is, packed layers packed; then they become `TernaryLinear` with a
+scale per row and activations as they come, which is how the engine multiplies them. What is saved are the ternary values times their scales,
+in PEFT's layout: peft, and this program (docs/lora.md), run them as any adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from bitnet.errors import UsageError
+from bitnet.files import safetensors
+from bitnet.files.replacing import new_folder, write_synced
+from bitnet.train.layers import Quantization, TernaryLinear, dequantized, ternarize_model
+from bitnet.train.recipe import Recipe
+
+FACTORS = Quantization(scale="row", activations="none")
+
+
+def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
+    """The model with A and B, which alone train, beside the recipe's layers. Raises `UsageError` where none matches."""
+    from peft import LoraConfig, get_peft_model
+
+    linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
+    ends = recipe.target_modules or sorted({n.rpartition(".")[2] for n in linears})
+    missing = [e for e in ends if not any(n.endswith(e) for n in linears)]
+    if missing:
+        raise UsageError(
+            f"target_modules: no linear layer ends with {missing[0]!r}; there are {', '.join(sorted({n.rpartition('.')[2] for n in linears}))}"
+        )
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.lora_dropout, target_modules=ends, task_type="CAUSAL_LM",
+        base_model_name_or_path=base,
+    )  # fmt: skip
+    found = get_peft_model(model, config)
+    if recipe.quantize == "ternary":
+        ternarize_model(found, "*.lora_?.default", quantization=FACTORS)
+    return found
+
+
+def export_adapter(model: Any, folder: Path, texts: dict[str, bytes]) -> None:
+    """adapter_config.json, adapter_model.safetensors, and `texts` by their names."""
+    tensors = {}
+    for name, module in model.named_modules():
+        if name.endswith((".lora_A.default", ".lora_B.default")):
+            weight = module.weight.detach().float()
+            if isinstance(module, TernaryLinear):
+                weight = dequantized(*module.quantization.of(weight))
+            tensors[f"{name.removesuffix('.default')}.weight"] = np.ascontiguousarray(weight.cpu().numpy())
+    config = model.peft_config["default"].to_dict() | {"inference_mode": True}
+    plain = {k: sorted(v) if isinstance(v, set) else getattr(v, "value", v) for k, v in config.items()}
+    with new_folder(folder) as new:
+        write_synced(new / "adapter_config.json", (json.dumps(plain, indent=2, sort_keys=True) + "\n").encode())
+        safetensors.write(new / "adapter_model.safetensors", tensors, {"format": "pt"})
+        for name, content in texts.items():
+            write_synced(new / name, content)

@@ -1,0 +1,137 @@
+"""Models to train from: whatever this program reads, as a model of transformers; and new ones by a recipe's shape.
+
+Of a model with packed ternary or binary layers these stay what they are (`FrozenTernaryLinear`), unless they shall train: then the stored
+weights are the masters that training starts from.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM
+
+from bitnet.convert.formats import FORMATS
+from bitnet.convert.hf import config_of, names_of
+from bitnet.convert.source import read
+from bitnet.errors import BitNetError, UnsupportedModelError
+from bitnet.files.hf import Checkpoint
+from bitnet.models import LINEARS, open_checkpoint
+from bitnet.train.layers import FrozenTernaryLinear
+from bitnet.train.recipe import Shape
+
+
+def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
+    """A BitNetForCausalLM, initialized from the seed; every linear layer is torch's own."""
+    torch.manual_seed(seed)
+    config = BitNetConfig(
+        vocab_size=vocab_size,
+        max_position_embeddings=context,
+        tie_word_embeddings=True,
+        bos_token_id=end_id,
+        eos_token_id=end_id,
+        rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
+        **{k: v for k, v in vars(shape).items() if k != "rope_theta"},
+    )
+    config._attn_implementation = "sdpa"
+    return BitNetForCausalLM(config)
+
+
+class Base:
+    """A model that training starts from: `model` (of transformers, float32), `tokenizer`, `checkpoint` (None if only transformers reads it),
+    `begin` (ids that begin a text), `end` (the id that ends one), and `masters`: modules whose packed layers are to train."""
+
+    def __init__(self, source: str, packed: bool = True) -> None:
+        """`packed`: whether packed layers stay packed, and do not train. Raises what the readers raise."""
+        from bitnet.transformer import resolve
+
+        self.path: Path = resolve(source)
+        self.checkpoint: Checkpoint | None = None
+        self.masters: list[str] = []
+        try:
+            self.checkpoint = open_checkpoint(self.path)
+            self.model, self.masters = _as_transformers(self.checkpoint, packed)
+            self.tokenizer = _tokenizer(self.checkpoint, self.model.config.vocab_size)
+        except UnsupportedModelError:
+            if not (self.path / "config.json").is_file():
+                raise
+            self.checkpoint = None
+            self.model, self.tokenizer = _from_transformers(self.path)
+        encoding = self.tokenizer.encode("a")
+        mask = encoding.special_tokens_mask
+        prefix = encoding.ids[: mask.index(0)] if 0 in mask else []
+        ends = self.model.config.eos_token_id
+        self.end: int | None = ends[0] if isinstance(ends, list) else ends
+        self.begin: list[int] = prefix or ([self.end] if self.end is not None else [])
+
+
+def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[str]]:
+    """(the model, the modules whose packed layers became masters)."""
+    packed_names: list[str] = []
+    found = read(checkpoint)
+    form = FORMATS["hf-dense-f32"]
+    config = config_of(found, form, found.weights)
+    names = names_of(found, config, str(checkpoint.path))
+    for key in ("bos_token_id", "eos_token_id"):
+        if key not in config and (ids := _gguf_id(checkpoint, key)) is not None:
+            config[key] = ids
+    hf = AutoConfig.for_model(**{k: v for k, v in config.items() if k not in ("dtype", "architectures")})
+    hf.architectures = config["architectures"]
+    hf._attn_implementation = "sdpa"
+    model = AutoModelForCausalLM.from_config(hf)
+    with torch.no_grad():
+        parameters = dict(model.named_parameters(remove_duplicate=False))
+        for weight in found.weights.values():
+            name = names[weight.name]
+            module = name.rpartition(".")[0]
+            if packed and weight.codes is not None and weight.kind in LINEARS:
+                assert weight.scales is not None
+                codes, scales = torch.from_numpy(weight.codes(0, weight.shape[0]).copy()), torch.from_numpy(weight.scales.copy())
+                old = model.get_submodule(module)
+                model.set_submodule(module, FrozenTernaryLinear(codes, scales, None if old.bias is None else old.bias.detach()))
+                continue
+            for first, last in weight.spans():
+                parameters[name][first:last] = torch.from_numpy(weight.values(first, last).copy())
+            if weight.codes is not None and weight.kind in LINEARS:
+                _make_masters(parameters[name], weight.scales)
+                packed_names.append(module)
+    model.generation_config.eos_token_id = hf.eos_token_id
+    return model, packed_names
+
+
+def _make_masters(weight: Tensor, scales: Any) -> None:
+    """Packed values, 0 and +-scale, as masters that absmean ternarizes to themselves: |W| = scale / the share of them that is not 0,
+    run by run, so that mean|W| is the scale again. In place."""
+    runs = weight.reshape(1, 1, -1) if scales.size == 1 else weight.unflatten(1, (scales.shape[1], -1))
+    runs /= (runs != 0).float().mean(dim=2, keepdim=True).clamp(min=1e-3)
+
+
+def _gguf_id(checkpoint: Checkpoint, key: str) -> int | None:
+    found = checkpoint.gguf_metadata.get(f"tokenizer.ggml.{key}")
+    return int(found) if found is not None else None
+
+
+def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
+    from bitnet.transformer import load_tokenizer
+
+    return load_tokenizer(checkpoint, vocab_size, None)._library
+
+
+def _from_transformers(path: Path) -> tuple[Any, Tokenizer]:
+    """Families that only transformers knows."""
+    from transformers import AutoTokenizer
+
+    try:
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
+    except Exception as error:  # transformers raises whatever it meets
+        raise BitNetError(f"{path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})") from None
+    return model, tokenizer
+
+
+def freeze(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.requires_grad_(False)
