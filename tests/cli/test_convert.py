@@ -96,6 +96,29 @@ def test_every_scheme_ends_with_a_report(tmp_path: Path, bitnet: Run, scheme: st
     assert "report: " in done.stdout and ("matplotlib" in done.stdout or (tmp_path / "out.safetensors.report.png").exists())
 
 
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("mine.txt", "mine.txt: is in the way of the report, and is none; move it"),
+        ("picture.json", "picture.png: is in the way of the report, and is none"),
+        ("no/r.json", "r.json: the report cannot be written in"),
+        ("r.png", "r.png: is the picture's name; the report is JSON"),
+        ("out.bin", "out.bin: is the target itself; the report is JSON"),
+        ("source/config.json", "config.json: is in the way of the report"),
+    ],
+)
+def test_a_report_replaces_reports_only(tmp_path: Path, bitnet: Run, place: str, message: str) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    for name in ("mine.txt", "picture.png"):
+        (tmp_path / name).write_text("{}")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    done = bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary", "--report", tmp_path / place)
+    assert done.exit_code == 2 and message in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    for _ in range(2):  # but a report may be made anew
+        assert bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary", "--report", tmp_path / "r.json").exit_code == 0
+
+
 def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None:
     done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "out", "--format", "hf-dense-bf16")
     assert done.exit_code == 1 and not (tmp_path / "out").exists()

@@ -55,6 +55,7 @@ def convert_model(
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
     from bitnet.convert import convert
+    from bitnet.convert.report import check_place
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
     from bitnet.transformer import resolve
@@ -63,6 +64,9 @@ def convert_model(
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
     quantization = "ternary" if ternary else quantization
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
+    report_path = report_file or f"{str(target).rstrip('/')}.report.json"
+    if quantization is not None:
+        check_place(Path(report_path), Path(target))
     path = resolve(source, revision, file)
     held_out = read_text(Path(evaluate), evaluate_bytes) if evaluate is not None else None
     calibrated = calibration is not None or (how is not None and how.calibrated)
@@ -96,7 +100,7 @@ def convert_model(
         shown.insert(0, "note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
     after = _perplexity(Path(target), held_out, "x86", None, "after") if held_out is not None else None
     if report.layers:
-        quality, more = _quality(report, before, after, report_file or f"{str(target).rstrip('/')}.report.json")
+        quality, more = _quality(report, before, after, report_path)
         found |= quality
         shown += more
     elif before is not None and after is not None:

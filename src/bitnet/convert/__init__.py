@@ -142,7 +142,7 @@ def convert(
         head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
         notes += hf.notes(model.config, form)
     _note_activations(model, weights, form, notes)
-    require_disk(target, nbytes)
+    require_disk(target, nbytes + adapters.file_bytes([*kept, *for_llama_cpp]))
 
     def checked(path: Path) -> None:
         if verify_written:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,6 +133,11 @@ def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> 
             raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(path)}")
     how = "" if alpha else ", B times its scale, for the file has one alpha and these matrices have several"
     return f"adapter {shown(path)}: for llama.cpp (--lora) as {shown(to)}, read back and compared{how}"
+
+
+def file_bytes(paths: Iterable[Path]) -> int:
+    """About what copies of these adapters take."""
+    return sum((path / WEIGHTS_FILE).stat().st_size for path in paths if (path / WEIGHTS_FILE).is_file())
 
 
 def keep(path: Path, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,10 +17,12 @@ from bitnet.convert.choice import Choice
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import TABLES
 from bitnet.convert.source import Weight
-from bitnet.files import PathLike
+from bitnet.errors import BitNetError, UsageError
+from bitnet.files import PathLike, read_file, shown
 from bitnet.files.ggml import TYPES
 from bitnet.files.gguf_write import IDS
 from bitnet.files.replacing import new_file
+from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import LINEARS
 from bitnet.packing import INTEGERS
 
@@ -149,6 +152,31 @@ def record(layers: list[Layer]) -> dict[str, Any]:
     """As plain values. "alphas" is what --alpha-config takes."""
     alphas = {layer.name: layer.alpha for layer in layers if layer.alpha is not None}
     return {"means": means(layers), "layers": [asdict(layer) for layer in layers], "alphas": alphas}
+
+
+def check_place(path: Path, target: Path) -> None:
+    """Raises UsageError, before anything is done, where the report and its picture cannot go or another file would be lost."""
+    folder = path.absolute().parent
+    if path.suffix.lower() == ".png" or path.absolute() == target.absolute():
+        what = "the picture's name" if path.suffix.lower() == ".png" else "the target itself"
+        raise UsageError(f"{shown(path)}: is {what}; the report is JSON, name it so (TARGET.report.json is the default)")
+    if folder != target.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+        raise UsageError(f"{shown(path)}: the report cannot be written in {shown(folder)}; make that folder, or name another --report")
+    for place, looks in ((path, _is_report), (path.with_suffix(".png"), _is_png)):
+        if os.path.lexists(place) and not (place.is_file() and looks(place)):
+            raise UsageError(f"{shown(place)}: is in the way of the report, and is none; move it, or name another --report")
+
+
+def _is_report(path: Path) -> bool:
+    try:
+        return {"means", "layers", "verdict"} <= set(json.loads(read_file(path, MAX_CONFIG_BYTES)))
+    except (ValueError, BitNetError, TypeError, RecursionError):
+        return False
+
+
+def _is_png(path: Path) -> bool:
+    with open(path, "rb") as file:
+        return file.read(8) == b"\x89PNG\r\n\x1a\n"
 
 
 def write_json(path: PathLike, values: Mapping[str, Any]) -> None:
