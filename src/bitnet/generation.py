@@ -115,9 +115,8 @@ class GenerationStream(Iterator[str]):
     @property
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
-        return Generation(
-            "".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._speculation and self._speculation.speculated
-        )
+        speculated = None if self._speculation is None else self._speculation.speculated
+        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), speculated)
 
     def _run(self) -> Iterator[str]:
         """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""

@@ -25,6 +25,8 @@ _KIND = [bisect_right(_LENGTHS, length) for length in range(_LONGEST + 1)]  # ma
 _MEMORY = 24  # guesses that a rate of success remembers
 _SHORTEST = 2  # tokens that a match begins with
 _CHAIN = 8  # earlier places where they stand, which are compared
+_QUICK_S = 5e-4  # a token that takes less: looking after every one of them would show,
+_PAUSE = 6  # so after a look that finds nothing to guess so many pass without one
 _CREDIT = 2.0, 8.0  # forwards of one token that guessing may lose at first, and of its gains at most
 _INTEREST = 0.01, 0.03  # that it may lose again for each token decoded without guesses, and for each that would have been guessed
 
@@ -144,6 +146,7 @@ class Speculation:
         self._rates = [0.2, *(length / (length + 3) for length in _LENGTHS)]
         self._weights = [4] * len(self._rates)
         self._credit = _CREDIT[0]
+        self._look_at = 0  # tokens of the history from which on there are guesses again
         self._forwards = self._drafted = self._accepted = 0
 
     @property
@@ -154,11 +157,15 @@ class Speculation:
     def draft(self, history: Sequence[int], most: int) -> list[int]:
         """Up to `most` guesses of what follows `history`, the prompt and the text up to now: as many as bring the most tokens a second,
         none where that is a token alone."""
+        if len(history) < self._look_at:
+            return []
         lookup = self._lookup
         if lookup is None:
             lookup = self._lookup = Lookup(history)
         for at in range(len(lookup.ids), len(history)):
             self._push(lookup, history[at])
+        if self._costs.one_s < _QUICK_S:
+            self._look_at = len(history) + _PAUSE
         if not lookup.source or self._credit <= 0:
             return []
         rates, matched = self._rates, lookup.matched
@@ -174,12 +181,15 @@ class Speculation:
                 best, chosen = expected / cost, size - 1
         if not chosen:
             return []
+        self._look_at = 0
         guesses = lookup.guesses(chosen)
         return next((guesses[:i] for i, token in enumerate(guesses) if token in self._ends), guesses)
 
     def record(self, guesses: int, accepted: int, seconds: float) -> None:
         """A forward of one token and so many guesses, of which so many were right."""
         self._forwards += 1
+        if not guesses and self._forwards % _PAUSE and seconds < _QUICK_S:
+            return
         self._costs.record(1 + guesses, seconds)
         if guesses:
             self._drafted += guesses

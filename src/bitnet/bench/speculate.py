@@ -7,7 +7,7 @@ Acceptance is that of a model which would write this text; the cost is real.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from bitnet.tokenizer import Tokenizer
 
 DIVIDER = "=====\n"  # a line between prompt and text
+
+LEAST_TOKENS = 64  # of a text, for a rate
 
 
 @dataclass(frozen=True)
@@ -94,17 +96,20 @@ class Replayed(Sampler):
 
 
 def measure(
-    engine: Engine, tokenizer: Tokenizer, replay: Replay, rounds: int, progress: Callable[[int, int], None] | None = None,
+    engine: Engine, tokenizer: Tokenizer, replay: Replay, rounds: int
 ) -> Gain:  # fmt: skip
     """Replays the text `rounds` times with speculation and without, in turns.
 
-    Raises `UsageError` for more tokens than the context holds.
+    Raises `UsageError` where the context holds less than the prompt and LEAST_TOKENS of the text, which is cut to what it holds.
     """
     prompt = tokenizer.encode(replay.prompt)
     ids = tokenizer.encode(replay.text, add_special=False)
-    config = engine.config
-    if len(prompt) + len(ids) > config.max_context:
-        raise UsageError(f"{replay.name} has {len(prompt)} + {len(ids)} tokens; the model's context holds {config.max_context}")
+    context = engine.config.max_context
+    if len(prompt) + min(LEAST_TOKENS, len(ids)) > context:
+        raise UsageError(
+            f"{replay.name} has a prompt of {len(prompt)} tokens and a text of {len(ids)}; the model's context holds {context}"
+        )
+    ids = ids[: context - len(prompt)]
     costs = Costs()
 
     def decode(known: Costs | None) -> GenerationStream:
@@ -117,12 +122,10 @@ def measure(
         return stream
 
     rates: list[tuple[float, float]] = []
-    for done in range(rounds):
+    for _ in range(rounds):
         alone, guessing = decode(None).generation, decode(costs).generation
         assert alone.token_ids == guessing.token_ids == ids
         rates.append((guessing.timings["decode_tok_s"] or 0.0, alone.timings["decode_tok_s"] or 0.0))
-        if progress:
-            progress(done + 1, rounds)
     did = guessing.speculated
     assert did is not None
     speedups = [a / b for a, b in rates]
@@ -135,7 +138,8 @@ def measure(
 def row(gain: Gain | None = None) -> str:
     """One line of the table; without a measurement, its heads."""
     if gain is None:
-        return f"  {'text':<10} {'prompt':>6} {'tokens':>6} {'alone':>9} {'tokens/s':>9} {'gain':>7} {'first':>7} {'a forward':>9} {'right':>6}"
+        heads = f"{'alone':>9} {'tokens/s':>9} {'gain':>7} {'first':>7} {'a forward':>9} {'right':>6}"
+        return f"  {'text':<10} {'prompt':>6} {'tokens':>6} {heads}"
     right = "-" if gain.acceptance is None else f"{gain.acceptance:.0%}"
     return (
         f"  {gain.name:<10} {gain.prompt_tokens:>6} {gain.tokens:>6} {gain.decode_tok_s_alone:>9,.1f} {gain.decode_tok_s:>9,.1f} "

@@ -156,6 +156,7 @@ def speculated(
     """Measures what speculation gains, prints the table, and gives the JSON object."""
     from bitnet.bench.speculate import builtin, measure, read, row
     from bitnet.cli.progress import DelayedBar
+    from bitnet.errors import UsageError
     from bitnet.models import canonical, open_checkpoint
     from bitnet.transformer import load_tokenizer, resolve
 
@@ -171,7 +172,14 @@ def speculated(
     found = []
     with DelayedBar("speculate") as bar:
         for number, replay in enumerate(replays):
-            gain = measure(engine, tokenizer, replay, rounds, lambda done, all_, n=number: bar(n * all_ + done, len(replays) * all_))
+            try:
+                gain = measure(engine, tokenizer, replay, rounds)
+            except UsageError as error:
+                if files:
+                    raise
+                warnings.warn(f"left out: {error}", stacklevel=1)
+                continue
+            bar(number + 1, len(replays))
             click.echo(row(gain))
             found.append(asdict(gain))
     return {
