@@ -2,7 +2,6 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/pair.h>
-#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
@@ -80,6 +79,9 @@ struct PyCache {
   KvCache cache;
   Config config;
   const Adapter* adapter;  // by which its keys and values are made; or null
+};
+struct PyPage {  // one more owner, by the same count: nanobind's own shared_ptr would begin another
+  std::shared_ptr<KvCache::Page> page;
 };
 struct PyAdapter {
   explicit PyAdapter(PyModel& m) : adapter(m.model.config) {}
@@ -249,19 +251,26 @@ NB_MODULE(_native, m) {
   using namespace bitnet;
   m.doc() = "The native core. Use bitnet.engine.";
 
-  nb::class_<KvCache::Page>(m, "Page").def_prop_ro("nbytes", [](const KvCache::Page& page) { return page.size(); });
+  nb::class_<PyPage>(m, "Page").def_prop_ro("nbytes", [](const PyPage& p) { return p.page->size(); });
   m.attr("PAGE_TOKENS") = KvCache::kPagePositions;
 
   nb::class_<PyCache>(m, "Cache")
       .def("__len__", [](PyCache& c) { return c.cache.length(); })
       .def_prop_ro("page_bytes", [](PyCache& c) { return c.cache.page_bytes(); })
       .def_prop_ro("bytes_per_token", [](PyCache& c) { return c.cache.bytes_per_token(); })
-      .def("pages", [](PyCache& c) { return c.cache.pages(); })
-      .def("share", [](PyCache& c, std::vector<std::shared_ptr<KvCache::Page>> pages, int n) {
+      .def("pages", [](PyCache& c) {
+        std::vector<PyPage> pages;
+        for (const auto& page : c.cache.pages()) pages.push_back({page});
+        return pages;
+      })
+      .def("share", [](PyCache& c, const std::vector<PyPage>& pages, int n) {
         if (n < 0 || size_t(n) > pages.size() * KvCache::kPagePositions) throw std::invalid_argument("the pages hold fewer tokens");
-        for (const auto& page : pages)
-          if (!page || page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
-        c.cache.share(std::move(pages), n);
+        std::vector<std::shared_ptr<KvCache::Page>> shared;
+        for (const PyPage& p : pages) {
+          if (p.page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
+          shared.push_back(p.page);
+        }
+        c.cache.share(std::move(shared), n);
       }, "pages"_a, "n"_a)
       .def("truncate", [](PyCache& c, int n) {
         if (n < 0 || n > c.cache.length()) throw std::invalid_argument("a cache can only become shorter");

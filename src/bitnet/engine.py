@@ -45,9 +45,10 @@ class Adapter:
 class Sequence:
     """The keys and values of one sequence's tokens so far, and the adapter by which they are made, if there is one."""
 
-    def __init__(self, cache: Any, adapter: Adapter | None = None) -> None:
+    def __init__(self, cache: Any, adapter: Adapter | None = None, kv: KvFormat = KvFormat()) -> None:  # noqa: B008
         self._cache = cache
         self._adapter = adapter
+        self.kv = kv  # how they are kept
 
     @property
     def adapter(self) -> Adapter | None:
@@ -66,6 +67,14 @@ class Sequence:
     def truncate(self, n: int) -> None:
         """Forget all but the first n tokens."""
         self._cache.truncate(n)
+
+    def pages(self) -> list[Any]:
+        """What holds the tokens, 256 a page, to `share`. While a sequence shares a page, it writes into a copy of its own."""
+        return list(self._cache.pages())
+
+    def share(self, pages: ListLike[Any], n: int) -> None:
+        """Hold the first n tokens of these pages, of a sequence of the same engine, format and adapter, instead of what was here."""
+        self._cache.share(list(pages), n)
 
 
 class Engine:
@@ -132,7 +141,7 @@ class Engine:
             raise UsageError("the adapter was made for another model; make it with this engine's adapter()")
         kv = self._kv if kv is None else kv
         form = {"key_bits": kv.key_bits, "value_bits": kv.value_bits, "group": kv.group(self.config.head_dim), "rotate": kv.rotate}
-        return Sequence(self._native.cache(None if adapter is None else adapter._native, **form), adapter)
+        return Sequence(self._native.cache(None if adapter is None else adapter._native, **form), adapter, kv)
 
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal, TypedDict
 
@@ -13,6 +14,7 @@ from bitnet.speculation import Costs, Speculated, Speculation
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
     from bitnet.engine import Sequence as Cache
+    from bitnet.prefix_cache import PrefixCache
     from bitnet.tokenizer import Tokenizer
 
 PREFILL_CHUNK = 512  # prompt tokens per forward call
@@ -24,7 +26,8 @@ class Timings(TypedDict):
 
     load_s: float  # of the model, before this generation
     prompt_tokens: int
-    prefill_tok_s: float | None
+    reused_tokens: int  # of the prompt, that an earlier generation had read
+    prefill_tok_s: float | None  # of the others
     time_to_first_token_s: float | None  # from the start of the generation to the first picked token
     generated_tokens: int
     decode_tok_s: float | None  # tokens after the first, over the time spent on them (not on whoever reads the stream)
@@ -90,9 +93,12 @@ class GenerationStream(Iterator[str]):
         adapter: Adapter | None = None,
         costs: Costs | None = None,
         sampler: Sampler | None = None,
+        prefixes: PrefixCache | None = None,
     ):
-        """`costs`: of the model's forwards, to speculate by; None: token after token. `sampler`: instead of a `Sampler` of `sampling`."""
-        self._engine, self._tokenizer, self._adapter = engine, tokenizer, adapter
+        """`costs`: of the model's forwards, to speculate by; None: token after token. `sampler`: instead of a `Sampler` of `sampling`.
+        `prefixes`: where what was computed is looked for, and kept."""
+        self._engine, self._tokenizer, self._adapter, self._prefixes = engine, tokenizer, adapter, prefixes
+        self._reused = 0
         self._prompt_ids = prompt_ids
         self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
         self._sampler = sampler or Sampler(sampling)
@@ -119,32 +125,46 @@ class GenerationStream(Iterator[str]):
         return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), speculated)
 
     def _run(self) -> Iterator[str]:
-        """The loop. Yields non-empty pieces; time outside of it (between two yields) is not counted."""
-        decoder = self._tokenizer.stream(self._prompt_ids)
-        cache = self._engine.sequence(self._adapter)
-        history = list(self._prompt_ids)
+        """The loop, and what it computed is kept for later ones that begin alike."""
+        if self._prefixes is None:
+            yield from self._generate(self._engine.sequence(self._adapter), list(self._prompt_ids))
+            return
         start = time.perf_counter()
-        for at in range(0, len(self._prompt_ids), PREFILL_CHUNK):
+        cache, history = self._prefixes.begin(self._prompt_ids, self._adapter), list(self._prompt_ids)
+        self._reused = len(cache)
+        self._prefill_s = time.perf_counter() - start
+        try:
+            yield from self._generate(cache, history)
+        finally:
+            self._prefixes.keep(history, cache)
+
+    def _generate(self, cache: Cache, history: list[int]) -> Iterator[str]:
+        """Yields non-empty pieces; time outside of it (between two yields) is not counted. `history`: the prompt, to which it adds."""
+        decoder = self._tokenizer.stream(self._prompt_ids)
+        start = time.perf_counter()
+        for at in range(len(cache), len(self._prompt_ids), PREFILL_CHUNK):
             logits = self._engine.forward([(cache, self._prompt_ids[at : at + PREFILL_CHUNK])])
         token = self._sampler.pick(logits[0], history)
-        self._prefill_s = time.perf_counter() - start
-        following = self._following(cache, history)
-        while True:
-            if token in self._tokenizer.eos_ids:
-                self._finish_reason = "stop"
-                break
-            self._ids.append(token)
-            history.append(token)
-            piece = self._stop_filter.push(decoder.push(token))
-            if piece:
-                yield piece
-            if self._stop_filter.stopped:
-                self._finish_reason = "stop"
-                return
-            if len(self._ids) == self._max_new_tokens:
-                self._finish_reason = "length"
-                break
-            token = next(following)
+        if self._prefixes is not None:
+            self._prefixes.keep(self._prompt_ids, cache, full_pages=True)
+        self._prefill_s += time.perf_counter() - start
+        with closing(self._following(cache, history)) as following:  # which leaves no wrong guess in the cache, however this ends
+            while True:
+                if token in self._tokenizer.eos_ids:
+                    self._finish_reason = "stop"
+                    break
+                self._ids.append(token)
+                history.append(token)
+                piece = self._stop_filter.push(decoder.push(token))
+                if piece:
+                    yield piece
+                if self._stop_filter.stopped:
+                    self._finish_reason = "stop"
+                    return
+                if len(self._ids) == self._max_new_tokens:
+                    self._finish_reason = "length"
+                    break
+                token = next(following)
         tail = self._stop_filter.push(decoder.flush())
         if self._stop_filter.stopped:
             self._finish_reason = "stop"
@@ -152,7 +172,7 @@ class GenerationStream(Iterator[str]):
         if tail:
             yield tail
 
-    def _following(self, cache: Cache, history: list[int]) -> Iterator[int]:
+    def _following(self, cache: Cache, history: list[int]) -> Generator[int, None, None]:
         """The tokens after `history`, to which whoever takes one appends it."""
         speculation = self._speculation
         while True:
@@ -184,7 +204,8 @@ class GenerationStream(Iterator[str]):
         return Timings(
             load_s=self._load_s,
             prompt_tokens=len(self._prompt_ids),
-            prefill_tok_s=len(self._prompt_ids) / self._prefill_s if self._prefill_s > 0 else None,
+            reused_tokens=self._reused,
+            prefill_tok_s=(len(self._prompt_ids) - self._reused) / self._prefill_s if self._prefill_s > 0 else None,
             time_to_first_token_s=self._prefill_s or None,
             generated_tokens=len(self._ids),
             decode_tok_s=decode,

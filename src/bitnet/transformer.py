@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
     from bitnet.files.hf import Checkpoint
     from bitnet.models import ModelConfig
+    from bitnet.prefix_cache import PrefixCache
     from bitnet.tuning import Choice
 
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
@@ -55,6 +56,7 @@ class TernaryTransformer:
         self.chat_template = chat_template
         self.adapters: dict[str, Adapter] = {}
         self._costs = Costs()
+        self.prefixes: PrefixCache | None = None  # of earlier generations
 
     @classmethod
     def from_pretrained(
@@ -65,6 +67,7 @@ class TernaryTransformer:
         kv_group_size: int = 64,
         kv_bits_k: int | None = None,
         kv_bits_v: int | None = None,
+        prefix_cache_bytes: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
         zero_skip: bool | str = "auto",
@@ -83,6 +86,8 @@ class TernaryTransformer:
 
         - kv_bits: bits per value of the KV cache: 16, 8 or 4 (kv_bits_k, kv_bits_v: of keys and values apart); kv_group_size: values of a
           head that share a scale in a quantized cache, a multiple of 16 that divides the head
+        - prefix_cache_bytes: memory for keys and values of earlier calls, by which one that begins with the same tokens starts at once,
+          with the same results; 0: none; None: 512 MiB
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
         - zero_skip: "auto", True or False (this build runs dense; True warns)
@@ -107,6 +112,7 @@ class TernaryTransformer:
 
         check_options(device=device, threads=threads, zero_skip=zero_skip)
         kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
+        budget = None if prefix_cache_bytes is None else _integer("prefix_cache_bytes", prefix_cache_bytes, at_least=0)
         check_weights(weights, activation_group, head or "stored")
         check_codec(codec)
         if device != "cpu" and (threads is not None or codec != "auto"):
@@ -130,7 +136,9 @@ class TernaryTransformer:
             model=found, model_elsewhere=elsewhere,
         )  # fmt: skip
         engine.kv = kv
+        prefixes = prefix_cache(engine, budget) if elsewhere is None else None
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
+        model.prefixes = prefixes
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model._same_bits = elsewhere is None
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
@@ -218,6 +226,7 @@ class TernaryTransformer:
             load_s=self.load_s,
             adapter=self._adapter(adapter),
             costs=self._costs if self._speculates(speculate) else None,
+            prefixes=self.prefixes,
         )
 
     def logits(self, token_ids: Sequence[int] | NDArray[np.integer[Any]], *, adapter: str | None = DEFAULT_ADAPTER) -> NDArray[np.float32]:
@@ -314,6 +323,15 @@ def check_options(
             warnings.warn(f"{count} threads on {cores} cores: more threads than cores are slower, not faster", stacklevel=3)
     if zero_skip is True:
         warnings.warn("zero skipping is not yet in this build; it runs dense, with the same result", stacklevel=3)
+
+
+def prefix_cache(engine: Engine, budget_bytes: int | None) -> PrefixCache | None:
+    """None for a budget of 0. Raises `UsageError` for one below a page; the default budget is then none."""
+    from bitnet.prefix_cache import DEFAULT_BYTES, PAGE_TOKENS, PrefixCache
+
+    if budget_bytes is None:
+        budget_bytes = DEFAULT_BYTES if engine.kv_bytes_per_token * PAGE_TOKENS <= DEFAULT_BYTES else 0
+    return PrefixCache(engine, budget_bytes) if budget_bytes else None
 
 
 def model_on(device: str) -> Callable[[ModelConfig, int], Any]:

@@ -41,6 +41,7 @@ _engine = [
     threads_option,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     kv_options,
+    click.option("--prefix-cache-bytes", type=int, metavar="N", help="Memory to keep the beginnings of earlier prompts in; 0: none."),
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
     click.option(
         "--head",
