@@ -1,209 +1,580 @@
-"""The trainable layer, the data, and a loop that resumes: from text to files that the engine runs, in miniature."""
+"""From text to files that the engine runs, in miniature: every scheme and task; what resumes, what stops, what is refused."""
 
 from __future__ import annotations
 
 import csv
-from dataclasses import replace
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from click.testing import Result
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
 pytest.importorskip("transformers", reason="transformers is not installed (extra [train])")
-pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
+pytest.importorskip("peft", reason="peft is not installed (extra [train])")
+yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
 
-from bitnet import ternary  # noqa: E402
-from bitnet.errors import BitNetError  # noqa: E402
+from mini_recipe import MINI, mini, stories, write_jsonl  # noqa: E402
+from tokenizers import Tokenizer  # noqa: E402
+
+from bitnet.errors import FormatError, UsageError  # noqa: E402
 from bitnet.packing import bf16_bits  # noqa: E402
-from bitnet.train import data  # noqa: E402
-from bitnet.train.export import export_run  # noqa: E402
-from bitnet.train.layers import TernaryLinear, ternarize_linears  # noqa: E402
-from bitnet.train.loop import train  # noqa: E402
+from bitnet.train import checkpoint, data, loop  # noqa: E402
+from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
+from bitnet.train.run import run  # noqa: E402
 from bitnet.transformer import TernaryTransformer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
-STORY = "Once upon a time, there was a {0} named {1}. {1} liked to {2} in the park. One day, {1} saw a big {0}. They were happy.\n"
+INT8_NOISE = 0.047  # derived in tests/models/test_against_transformers.py
 
 
-def corpus(n: int = 300) -> str:
-    rng = np.random.default_rng(0)
-    words = [["cat", "dog", "bird", "fish"], ["Tim", "Lily", "Sam", "Mia"], ["play", "run", "sing", "jump"]]
-    return "<|endoftext|>\n".join(STORY.format(*(rng.choice(w) for w in words)) for _ in range(n))
+def final(out: Path) -> dict[str, Any]:
+    state = checkpoint.newest(out)
+    assert state is not None
+    return state
 
 
-def recipe(**training: object) -> Recipe:
-    settings = {
-        "steps": 6,
-        "batch_tokens": 64,
-        "context": 32,
-        "decay_context": 32,
-        "matrix_lr": 0.01,
-        "vector_lr": 0.01,
-        "weight_decay": 0.0,
-        "warmup_steps": 2,
-        "decay_steps": 3,
-        "mixture": {"a.txt": 1.0},
-        "decay_mixture": {"a.txt": 1.0},
-        "checkpoint_every": 2,
-    }
-    return Recipe(
-        name="mini",
-        scheme="ternary",
-        seed=3,
-        vocab_size=300,
-        context=64,
-        tokenizer_texts={"a.txt": 1},
-        model={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "num_key_value_heads": 2,
-            "rms_norm_eps": 1e-5,
-            "rope_theta": 10000.0,
-        },
-        training=settings | training,
-    )
+def same(a: Any, b: Any) -> bool:
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
-def test_the_layer_computes_what_ternary_py_defines() -> None:
-    torch.manual_seed(0)
-    layer = TernaryLinear(48, 20, bias=False)
-    x = torch.randn(3, 7, 48)
-    q, step = ternary.quantize_activations(x.reshape(-1, 48).numpy())
-    trits, scale = ternary.absmean(layer.weight.detach().numpy())
-    expected = (q.astype(np.float64) @ trits.T) * float(scale) * step[:, None]
-    layer.compute_dtype = torch.float32
-    assert np.allclose(layer(x).detach().reshape(-1, 20).numpy(), expected, rtol=1e-5, atol=1e-6)
+def in_torch(trained: Path, ids: list[int]) -> np.ndarray:
+    """Logits of the run's last checkpoint in torch, float32 but for what the export rounds, [tokens, vocab]."""
+    recipe = Recipe.load(trained / "recipe.yaml")
+    from bitnet.train.layers import ternarize_model
+    from bitnet.train.models import new_model
+
+    model = new_model(recipe.model, recipe.vocab_size, recipe.context, recipe.seed)
+    if recipe.scheme != "fp16":
+        ternarize_model(model, quantization=recipe.quantization.quantization(recipe.scheme))
+    values = final(trained)["model"]
+    for name, p in model.named_parameters():
+        plain = values[name]
+        if recipe.scheme == "fp16":
+            plain = plain.half().float()
+        elif "proj" not in name:
+            plain = torch.tensor((bf16_bits(plain.numpy()).astype(np.uint32) << 16).view(np.float32))
+        p.data.copy_(plain)
+    with torch.no_grad():
+        found: np.ndarray = model.eval()(torch.tensor([ids])).logits[0].numpy()
+    return found
 
 
-def test_bfloat16_products_differ_by_one_rounding() -> None:
-    torch.manual_seed(1)
-    exact, rounded = TernaryLinear(64, 32, bias=False), TernaryLinear(64, 32, bias=False)
-    rounded.weight, exact.compute_dtype = exact.weight, torch.float32
-    x = torch.randn(5, 64)
-    # the operands are integers, exact in bfloat16; its product is rounded once, by 2^-9 of itself at most
-    assert torch.all((exact(x) - rounded(x)).abs() <= exact(x).abs() * 2**-8 + 1e-7)
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])
+def test_a_trained_checkpoint_is_what_the_engine_runs(trained: dict[str, Path], scheme: str) -> None:
+    out = trained[scheme]
+    engine = TernaryTransformer.from_pretrained(out / "model")
+    ids = engine.tokenizer.encode(stories(1)[0])[:60]
+    ours, theirs = engine.logits(ids), in_torch(out, ids)
+    # int8 activations may round the other way where f16 keys and values differ; without them only f16's 2^-11 is left, times layers
+    tolerance = 2.0**-8 if scheme == "fp16" else INT8_NOISE
+    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() < tolerance
+    rows = list(csv.DictReader((out / "log.csv").open()))
+    assert float(rows[-1]["loss"]) < 0.8 * float(rows[0]["loss"]) and int(rows[-1]["tokens"]) == 60 * 256
+    schemes = {"ternary": "ternary", "binary": "binary", "fp16": "f16"}
+    from bitnet.models import open_checkpoint
+
+    assert open_checkpoint(out / "model").tensors["model.layers.1.mlp.up_proj.weight"].scheme == schemes[scheme]
+    assert (out / "model" / "loss.png").read_bytes().startswith(b"\x89PNG") and list((out / "tensorboard").iterdir())
+    card = (out / "model" / "README.md").read_text()
+    assert "| a.txt |" in card and f"scheme: {scheme}" in card and "60 steps" in card
 
 
-def test_gradients_go_straight_through() -> None:
-    torch.manual_seed(2)
-    layer = TernaryLinear(24, 10, bias=True)
-    layer.compute_dtype = torch.float32
-    x = torch.randn(6, 24, requires_grad=True)
-    upstream = torch.randn(6, 10)
-    layer(x).backward(upstream)
-    trits, scale = ternary.absmean(layer.weight.detach().numpy())
-    q, step = ternary.quantize_activations(x.detach().numpy())
-    w, xq = torch.tensor(trits * scale), torch.tensor(q * step[:, None])
-    assert torch.allclose(x.grad, upstream @ w, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(layer.weight.grad, upstream.T @ xq, rtol=1e-4, atol=1e-5)
-    assert torch.allclose(layer.bias.grad, upstream.sum(0), rtol=1e-5)
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])
+def test_the_same_greedy_tokens_in_torch_and_in_the_engine(trained: dict[str, Path], scheme: str, tmp_path: Path, corpus: Path) -> None:
+    """Over 208 tokens, in windows of the context. Where torch's likeliest two are closer than the tolerance, either will do."""
+    engine = TernaryTransformer.from_pretrained(trained[scheme] / "model")
+    compared = 0
+    for seed in range(4):
+        ids = engine.tokenizer.encode(stories(9)[seed * 2])[:10]
+        told = engine.generate(engine.tokenizer.decode(ids[1:]), temperature=0, max_new_tokens=52).token_ids
+        ids = engine.tokenizer.encode(engine.tokenizer.decode(ids[1:]))
+        theirs = in_torch(trained[scheme], ids + told)[len(ids) - 1 : -1]
+        for logits, token in zip(theirs, told, strict=True):
+            best = np.sort(logits)[-2:]
+            assert token == logits.argmax() or best[1] - logits[token] <= INT8_NOISE * np.linalg.norm(logits) / len(logits) ** 0.5
+            compared += token == logits.argmax()
+    assert compared >= 190
 
 
-def test_ternarize_linears_shares_parameters_and_keeps_the_head() -> None:
-    model = recipe().build_model()
-    assert isinstance(model.model.layers[0].mlp.up_proj, TernaryLinear) and type(model.lm_head) is torch.nn.Linear
-    plain = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2, bias=False))
-    weight = plain[0].weight
-    assert ternarize_linears(plain, keep=("2",)) == ["0"] and plain[0].weight is weight and type(plain[2]) is torch.nn.Linear
+def test_the_three_schemes_start_alike_and_see_the_same_tokens(corpus: Path, tmp_path: Path) -> None:
+    from bitnet.train.models import new_model
+    from bitnet.train.parallel import Processes
+    from bitnet.train.run import _Prepared
+
+    prepared = [_Prepared(mini(scheme=s), corpus, tmp_path / s, Processes()) for s in ("ternary", "binary", "fp16")]
+    start = new_model(MINI_SHAPE, 300, 64, 3).state_dict()
+    for each in prepared:
+        assert same(dict(each.model.state_dict()), dict(start))
+        assert all(np.array_equal(a, b) for step in (0, 5) for a, b in zip(each.batches(step), prepared[0].batches(step), strict=True))
+
+
+MINI_SHAPE = Recipe.parse(MINI, "mini").model
+
+
+def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = mini(scheme="ternary", blend_steps=3)
+    run(recipe, corpus, tmp_path / "whole")
+    save = checkpoint.save
+
+    class Cut(BaseException):
+        pass
+
+    def cut(out: Path, step: int, state: dict[str, Any]) -> Path:
+        path = save(out, step, state)
+        if step == 4:
+            (out / "checkpoint-6.pt").write_bytes(b"PK half a checkpoint")  # as a failing disk would leave it
+            raise Cut
+        return path
+
+    monkeypatch.setattr(loop, "save", cut)
+    with pytest.raises(Cut):
+        run(recipe, corpus, tmp_path / "cut")
+    monkeypatch.setattr(loop, "save", save)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        run(recipe, corpus, tmp_path / "cut")
+    a, b = final(tmp_path / "whole"), final(tmp_path / "cut")
+    assert same(a["model"], b["model"]) and same(a["optimizer"], b["optimizer"]) and a["step"] == b["step"] == 6
+    logs = [list(csv.DictReader((tmp_path / n / "log.csv").open())) for n in ("whole", "cut")]
+    assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]] == ["6"]
+    assert len(checkpoint.saved(tmp_path / "cut")) == checkpoint.KEPT and not list((tmp_path / "cut").glob(".*tmp"))
+    models = [(tmp_path / n / "model" / "model.safetensors").read_bytes() for n in ("whole", "cut")]
+    assert models[0] == models[1]
+
+
+def test_dropout_resumes_too(trained: dict[str, Path], tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = {"base_model": str(trained["ternary"] / "model"), "rank": 2, "lora_dropout": 0.3, "training": dict(MINI["training"])}
+    recipe = Recipe.parse(values, "lora")
+    run(recipe, corpus, tmp_path / "whole")
+    run(recipe, corpus, tmp_path / "cut")
+    for path in (tmp_path / "cut").glob("checkpoint-6.pt"):
+        path.unlink()
+    run(recipe, corpus, tmp_path / "cut")
+    assert same(final(tmp_path / "whole")["model"], final(tmp_path / "cut")["model"])
+
+
+def test_kill_9_loses_an_interval_at_most(corpus: Path, tmp_path: Path) -> None:
+    """At whatever moment: the folder never holds a checkpoint that cannot be read, and the same command ends as if nothing had been."""
+    config = tmp_path / "mini.yaml"
+    config.write_text(yaml.safe_dump({**MINI, "training": {**MINI["training"], "steps": 40, "checkpoint_every": 1}}))
+    command = [sys.executable, "-m", "bitnet", "train", "--config", str(config), "--data", str(corpus), "--out"]
+    child = subprocess.Popen([*command, str(tmp_path / "run")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not checkpoint.saved(tmp_path / "run") and child.poll() is None:
+        time.sleep(0.02)
+    time.sleep(0.3)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    reached = [int(p.stem.split("-")[1]) for p in checkpoint.saved(tmp_path / "run")]
+    assert reached and all(torch.load(p, weights_only=True)["step"] for p in checkpoint.saved(tmp_path / "run"))
+    recipe = Recipe.load(config)
+    run(recipe, corpus, tmp_path / "run")
+    run(recipe, corpus, tmp_path / "whole")
+    assert same(final(tmp_path / "run")["model"], final(tmp_path / "whole")["model"])
+
+
+@pytest.mark.parametrize("where", ["weights", "gradient"])
+def test_nan_stops_with_step_layer_and_checkpoint(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    from bitnet.train.layers import TernaryLinear
+
+    calls = 0
+    forward = TernaryLinear.forward
+
+    def poisoned(self: Any, x: Any) -> Any:
+        nonlocal calls
+        y = forward(self, x)
+        calls += self.out_features == 48
+        if self.out_features == 48 and calls > 14:  # gate and up of two layers, four a step: in the fourth step
+            return y * float("nan") if where == "weights" else y + (y - y.detach()) * float("inf")
+        return y
+
+    monkeypatch.setattr(TernaryLinear, "forward", poisoned)
+    with pytest.raises(loop.TrainingStopped) as stopped:
+        run(mini(), corpus, tmp_path / "run")
+    said = str(stopped.value)
+    assert said.startswith("step 4: ") and "mlp." in said.split("first not finite: ")[1] and said.count("\n") == 0
+    assert f"last good checkpoint: {tmp_path / 'run' / 'checkpoint-2.pt'}" in said
+    assert all(torch.isfinite(v).all() for v in final(tmp_path / "run")["model"].values())
+
+
+def test_divergence_stops(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(loop.TrainingStopped, match=r"step \d+: the loss is .* above its best; largest weight .* in "):
+        run(mini(scheme="fp16", steps=200, matrix_lr=10.0, divergence=0.02, decay_steps=1, checkpoint_every=500), corpus, tmp_path / "run")
+
+
+def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> None:
+    run(mini(steps=2), corpus, tmp_path / "run")
+    with pytest.raises(UsageError, match=r"this run was begun with training\.steps 2, now it is 4"):
+        run(mini(steps=4), corpus, tmp_path / "run")
+    import fcntl
+
+    lock = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    with pytest.raises(Exception, match="another run is at work in this folder"):
+        run(mini(steps=2), corpus, tmp_path / "run")
+    os.close(lock)
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(UsageError, match="is a folder of other things"):
+        run(mini(steps=2), corpus, tmp_path / "other", export=tmp_path / "mine")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{**: 1", "is no YAML"),
+        ("- a", "is list; expected keys and values"),
+        ("taks: pretrain", "unknown key taks; did you mean task?"),
+        ("task: pretrian", "task is 'pretrian'; expected one of pretrain, distil, heal, lora, instruct, classify; did you mean pretrain?"),
+        ("scheme: ternery", "scheme is 'ternery'; expected one of fp16, binary, ternary; did you mean ternary?"),
+        ("training: {stpes: 5}", "unknown key training.stpes; did you mean training.steps?"),
+        ("training: {steps: many}", "training.steps is 'many'; expected a whole number"),
+        ("training: {steps: 0}", "training.steps is 0; expected at least 1"),
+        ("training: {steps: true}", "training.steps is True; expected a whole number"),
+        ("training: {matrix_lr: -1e-3}", "training.matrix_lr is -0.001; expected above 0 and at most 10"),
+        ("training: 5", "training is 5; expected keys and values"),
+        ("model: {hidden_size: 30, num_attention_heads: 4}", "did you mean|is missing|multiple"),
+        ("context: 64\ntraining: {context: 128}", "training.context is 128, above the model's context of 64"),
+        ("training: {mixture: {}}", "training.mixture is {}; expected names and their values"),
+        ("rank: 4", "task lora needs base_model"),
+        ("teacher: x", "task distil makes a new model, whose shape is missing"),
+        ("task: heal\nbase_model: x\nscheme: fp16", "task heal makes layers ternary or binary"),
+        ("lora_dropout: 1.5\nrank: 4\nbase_model: x", "lora_dropout is 1.5; expected at least 0 and at most 0.99"),
+        ("rank: 4\nquantize: int4\nbase_model: x", "quantize is 'int4'; expected one of ternary, none"),
+        ("quantization: {scale: groups}", "scale is 'groups'; expected tensor, row"),
+    ],
+)
+def test_a_bad_recipe_costs_one_line(tmp_path: Path, text: str, said: str) -> None:
+    import re
+
+    path = tmp_path / "bad.yaml"
+    model = "" if any(k in text for k in ("model:", "teacher", "- a", "{**")) else "\nmodel: " + str(MINI["model"]).replace("'", "")
+    path.write_text(text + (model if "\n" not in text or "context" in text else ""))
+    with pytest.raises(UsageError) as error:
+        Recipe.load(path)
+    line = str(error.value)
+    assert line.startswith(str(path)) and "\n" not in line
+    assert said in line or re.search(said, line), line
+
+
+def test_changes_on_the_command_line(tmp_path: Path) -> None:
+    path = tmp_path / "mini.yaml"
+    path.write_text(yaml.safe_dump(MINI))
+    recipe = Recipe.load(path, ["scheme=binary", "training.checkpoint_every=7", "training.matrix_lr=1e-3", "quantization.scale=row"])
+    assert (recipe.scheme, recipe.training.checkpoint_every, recipe.training.matrix_lr) == ("binary", 7, 0.001)
+    for change, said in (("scheme", "expected KEY=VALUE"), ("training.stps=1", "did you mean training.steps"), ("seed.x=1", "has no keys")):
+        with pytest.raises(UsageError, match=said):
+            Recipe.load(path, [change])
+
+
+def test_every_recipe_in_the_folder_is_one() -> None:
+    found = {path.stem: Recipe.load(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
+    assert {r.task for r in found.values()} == {"pretrain", "distil", "heal", "lora", "instruct", "classify"}
+    assert found["twins"].training.context == found["twins"].context == 512
 
 
 def test_documents_and_windows() -> None:
     assert data.documents("a\n<|endoftext|>\nb\n\nc\n<|endoftext|>\n") == ["a", "b\n\nc"]
     run_together = "Once upon a time, a.\n\nThen b.\nOne day, c.\n\nOne day, still c.\nOnce upon a time, d."
     assert data.documents(run_together) == ["Once upon a time, a.\n\nThen b.", "One day, c.\n\nOne day, still c.", "Once upon a time, d."]
-    text = corpus()
+    text = "<|endoftext|>\n".join(stories())
     tokenizer = data.train_tokenizer([text], 300)
     source = data.encode("a.txt", text, tokenizer)
     assert np.array_equal(np.flatnonzero(source.tokens == 0), source.starts) and len(source.starts) == 300
-    assert tokenizer.decode(source.tokens[: source.starts[1]].tolist()) == data.documents(text)[0]
-    rng = np.random.default_rng(0)
-    windows = data.sample_windows([source], np.ones(1), 200, 50, 1.0, rng)
+    windows = data.sample_windows([source], np.ones(1), 200, 50, 1.0, np.random.default_rng(0))
     assert windows.shape == (200, 50) and (windows[:, 0] == 0).mean() > 0.9  # all but those that the end of the text holds back
-    with pytest.raises(ValueError, match="vocabulary of"):
+    with pytest.raises(UsageError, match="vocabulary of"):
         data.train_tokenizer(["ab"], 300)
-    with pytest.raises(FileNotFoundError, match=r"are not there: gone\.txt"):
+    with pytest.raises(UsageError, match=r"are not there: gone\.txt"):
         data.read_sources(Path("."), ["gone.txt"])
 
 
-def test_the_schedule() -> None:
-    schedule = recipe(steps=100, warmup_steps=10, decay_steps=40).schedule()
-    rates = [schedule.rate(s) for s in range(100)]
-    assert rates[0] == 0.1 and rates[9:61] == [1.0] * 52 and rates[80] == 0.5 and 0 < rates[99] < 0.03
+def test_text_jsonl_and_packed_tokens_give_the_same_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    docs = stories(50)
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(docs))
+    write_jsonl(tmp_path / "a.jsonl", [{"text": d.strip("\n")} for d in docs])
+    tokenizer = data.train_tokenizer(docs, 300)
+    whole = data.encode("a", (tmp_path / "a.txt").read_text(), tokenizer)
+    monkeypatch.setattr(data, "_BATCH_CHARACTERS", 500)  # several batches
+    text, lines = (data.pack(tmp_path / f"a.{kind}", tokenizer, [0], tmp_path / "tokens") for kind in ("txt", "jsonl"))
+    np.save(tmp_path / "p.npy", whole.tokens.astype(np.uint16))
+    packed = data.pack(tmp_path / "p.npy", tokenizer, [0], tmp_path / "tokens")
+    for source in (text, lines, packed):
+        assert np.array_equal(source.tokens, whole.tokens)
+    assert np.array_equal(text.starts, whole.starts) and isinstance(text.tokens, np.memmap) and isinstance(packed.tokens, np.memmap)
+    (tmp_path / "a.txt").write_text("other")
+    assert len(data.pack(tmp_path / "a.txt", tokenizer, [0], tmp_path / "tokens").starts) == 1  # encoded anew
+    for name, content, said in (
+        ("b.jsonl", b'{"text": 1}\n', 'line 1 has no "text"'),
+        ("c.jsonl", b'{"text": "a"}\n{', "line 2 is no JSON"),
+        ("d.npy", b"nothing", "is no array of numpy"),
+        ("e.txt", b"\n\n", "holds no text"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(FormatError, match=said):
+            data.pack(tmp_path / name, tokenizer, [0], tmp_path / "tokens")
+    np.save(tmp_path / "f.npy", np.array([5, 300], np.uint16))
+    with pytest.raises(FormatError, match="holds token 300; the vocabulary has 300"):
+        data.pack(tmp_path / "f.npy", tokenizer, [0], tmp_path / "tokens")
 
 
-def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path) -> None:
-    text, r = corpus(), recipe()
-    tokenizer = r.build_tokenizer({"a.txt": text})
-    sources = [data.encode("a.txt", text, tokenizer)]
-    whole = r.build_model()
-    train(whole, sources, r.schedule(), tmp_path / "whole", compile_model=False)
-    first = r.build_model()
-    half = replace(r.schedule(), checkpoint_every=4)
-
-    class Cut(Exception):
-        pass
-
-    def stop_after_checkpoint(step: int, *_: object) -> np.ndarray:
-        if step == 5:
-            raise Cut
-        return half.windows(step, sources)
-
-    interrupted = replace(half)
-    interrupted.windows = stop_after_checkpoint  # type: ignore[method-assign, assignment]
-    with pytest.raises(Cut):
-        train(first, sources, interrupted, tmp_path / "cut", compile_model=False)
-    resumed = r.build_model()
-    train(resumed, sources, half, tmp_path / "cut", compile_model=False)
-    for a, b in zip(whole.parameters(), resumed.parameters(), strict=True):
-        assert torch.equal(a, b)
-    steps = [int(row["step"]) for row in csv.DictReader((tmp_path / "cut" / "log.csv").open())]
-    assert steps == sorted(set(steps)) and steps[-1] == 6
-    assert not list(tmp_path.rglob("*.writing"))
+def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "PIECE_CHARACTERS", 300)
+    (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(["".join(stories(40)), "the end\n"]))
+    tokenizer = data.train_tokenizer(stories(), 300)
+    source = data.pack(tmp_path / "a.txt", tokenizer, [0], tmp_path / "tokens")
+    assert len(source.starts) == 2 and source.tokens[0] == 0 and (source.tokens == 0).sum() == 2
+    assert tokenizer.decode(source.tokens[: source.starts[1]].tolist()).split() == "".join(stories(40)).split()
 
 
-def test_from_text_to_a_model_that_the_engine_runs(tmp_path: Path) -> None:
-    text, r = corpus(), recipe(steps=60, warmup_steps=5, decay_steps=20, batch_tokens=256)
-    tokenizer = r.build_tokenizer({"a.txt": text})
-    model = r.build_model()
-    train(model, [data.encode("a.txt", text, tokenizer)], r.schedule(), tmp_path / "run", compile_model=False)
-    tokenizer.save(str(tmp_path / "run" / "tokenizer.json"))
-    (tmp_path / "held-out.txt").write_text(corpus(20))
-    (tmp_path / "card.md").write_text("seed {seed}, {steps} steps\n{scores}\n")
-    export_run(r, model, tmp_path / "run", tmp_path / "model", [tmp_path / "held-out.txt"], tmp_path / "card.md")
-    engine = TernaryTransformer.from_pretrained(tmp_path / "model")
-    card = (tmp_path / "model" / "README.md").read_text()
-    assert card.startswith("seed 3, 60 steps\n| text |") and "held-out.txt" in card
-    assert (tmp_path / "model" / "loss.png").read_bytes().startswith(b"\x89PNG")
-    ids = tokenizer.encode(corpus(1)).ids[:60]
+def test_every_example_is_seen_once_in_a_pass() -> None:
+    tokens, starts = np.arange(1, 31, dtype=np.uint16), np.arange(0, 30, 3)
+    source = data.Source("x", tokens, starts, 0, np.tile([False, False, True], 10))
+    seen = [data.sample_examples(source, 4, step, 8, seed=1) for step in range(5)]
+    firsts = np.concatenate([t[:, 0] for t, _ in seen])
+    assert sorted(firsts[:10]) == sorted(firsts[10:]) == list(range(1, 31, 3)) and list(firsts[:10]) != list(firsts[10:])
+    t, wanted = seen[0]
+    assert t.shape == (4, 32) and all((row[row != data.IGNORED] == x[0] + 2).all() for x, row in zip(t, wanted, strict=True))
+
+
+def test_distil_from_a_teacher_of_either_kind(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    from bitnet.convert import convert
+
+    gguf = tmp_path / "teacher.gguf"
+    convert(trained["fp16"] / "model", gguf, format="gguf-f16")
+    losses = []
+    for teacher in (trained["fp16"] / "model", gguf):
+        out = tmp_path / f"from-{teacher.name}"
+        run(mini(task="distil", teacher=str(teacher), teacher_share=1.0, steps=40, checkpoint_every=40), corpus, out)
+        losses.append([float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())])
+        TernaryTransformer.from_pretrained(out / "model").generate("Once", max_new_tokens=2)
+    assert losses[0][-1] < 0.7 * losses[0][0] and np.allclose(losses[0], losses[1], rtol=0.02)
+
+
+def test_the_distillation_loss_is_zero_for_the_teacher_itself(trained: dict[str, Path]) -> None:
+    base = Base(str(trained["fp16"] / "model"))
+    tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    teacher = loop.Teacher(base.model.eval(), 1.0, 2.0)
+    assert abs(float(loop._distil_loss(base.model, tokens, tokens, 40, teacher))) < 1e-5
+    half = float(loop._distil_loss(base.model, tokens, tokens, 40, loop.Teacher(base.model, 0.25, 1.0)))
+    assert half == pytest.approx(0.75 * float(loop._loss(base.model, tokens, tokens, 40)), rel=1e-5)
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary"])
+def test_heal(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: str) -> None:
+    """An FP16 model whose layers become ternary loses much; a short training brings much of it back."""
+    values = {"task": "heal", "scheme": scheme, "base_model": str(trained["fp16"] / "model"), "context": 32, "seed": 1}
+    values["training"] = {**MINI["training"], "steps": 60, "blend_steps": 10, "decay_steps": 20, "batch_tokens": 256, "matrix_lr": 0.005}
+    if scheme == "ternary":
+        values["quantization"] = {"alphas": "article"}
+    run(Recipe.parse(values, "heal"), corpus, tmp_path / "run")
+    from bitnet.convert import Ternarization, convert
+    from bitnet.evaluate.perplexity import score_text
+
+    text = "".join(stories(20))
+    if scheme == "ternary":
+        convert(trained["fp16"] / "model", tmp_path / "cut.gguf", format="gguf-q2_0", quantization="ternary",
+                ternarization=Ternarization("absmean"), allow_requantize=True)  # fmt: skip
+        before = score_text(TernaryTransformer.from_pretrained(tmp_path / "cut.gguf"), text).bits_per_byte
+    else:
+        before = score_text(TernaryTransformer.from_pretrained(trained["fp16"] / "model", weights="binary"), text).bits_per_byte
+    after = score_text(TernaryTransformer.from_pretrained(tmp_path / "run" / "model"), text).bits_per_byte
+    assert after < 0.9 * before
+
+
+def test_packed_masters_ternarize_to_themselves(trained: dict[str, Path]) -> None:
+    from bitnet import ternary
+
+    packed, dense = Base(str(trained["ternary"] / "model")), Base(str(trained["ternary"] / "model"), packed=False)
+    assert len(dense.masters) == 14 and not packed.masters
+    for name in dense.masters:
+        frozen, trits_and_scale = packed.model.get_submodule(name), ternary.absmean(dense.model.get_submodule(name).weight.detach().numpy())
+        assert np.array_equal(trits_and_scale[0], frozen.weight.numpy())
+        assert np.isclose(trits_and_scale[1], frozen.scales.item(), rtol=1e-6)
+
+
+@pytest.mark.parametrize("base", ["ternary", "fp16"])
+def test_ternary_lora_as_the_article_prints_it(trained: dict[str, Path], tmp_path: Path, bitnet: Callable[..., Result], base: str) -> None:
+    config = tmp_path / "lora_config.yaml"
+    config.write_text(f'base_model: "{trained[base] / "model"}"\nrank: 4\nalpha: 8\nquantize: "ternary"\nlora_dropout: 0.05\n')
+    (tmp_path / "t.txt").write_text("<|endoftext|>\n".join(f"{s.strip()} The end of it.\n" for s in stories(100)))
+    out = tmp_path / "run"
+    steps = ["--set", "training.steps=40", "--set", "context=32", "--set", "training.batch_tokens=256", "--set", "training.decay_steps=10"]
+    done = bitnet("train", "--config", config, "--data", tmp_path / "t.txt", "--out", out, "--ternary", *steps)
+    assert done.exit_code == 0, done.output
+    from bitnet.files import safetensors
+
+    tensors = safetensors.read(out / "adapter" / "adapter_model.safetensors").tensors
+    for name, tensor in tensors.items():
+        rows = tensor.dense()
+        assert all(len({*np.abs(row)} - {0}) <= 1 for row in rows), name  # ternary: one magnitude in a row
+    assert len(tensors) == 28 and any(t.dense().any() for n, t in tensors.items() if "lora_B" in n)
+    losses = [float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())]
+    assert losses[-1] < 0.9 * losses[0]
+    state = final(out)["model"]
+    assert set(state) == {n.replace(".weight", ".default.weight") for n in tensors}  # of the base nothing is kept
+    # the engine gives what torch trained
+    engine = TernaryTransformer.from_pretrained(trained[base] / "model", adapter=out / "adapter")
+    from bitnet.train.lora import add_adapter
+
+    model = add_adapter(Base(str(trained[base] / "model")).model, Recipe.load(config), "")
+    model.load_state_dict(state, strict=False)
+    ids = engine.tokenizer.encode(stories(1)[0])[:40]
     with torch.no_grad():
-        for p in (model.model.embed_tokens.weight, *(p for n, p in model.named_parameters() if "norm" in n)):
-            p.copy_(torch.tensor((bf16_bits(p.numpy()).astype(np.uint32) << 16).view(np.float32)))
-        for module in model.modules():
-            if isinstance(module, TernaryLinear):
-                module.compute_dtype = torch.float32
-        theirs = model.eval()(torch.tensor([ids])).logits[0].numpy()
-    ours = engine.logits(ids)
-    # int8 activations may round the other way where f16 keys and values differ; see tests/models for the derivation of 4.7 %
-    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() < 0.047
-    assert ours.argmax(1)[5:].tolist() != [ours.argmax(1)[5]] * (len(ids) - 5)
-    loss = [float(row["loss"]) for row in csv.DictReader((tmp_path / "run" / "log.csv").open())]
-    assert loss[-1] < 0.8 * loss[0]
+        theirs = model.eval()(input_ids=torch.tensor([ids])).logits[0].numpy()
+    ours, bare = engine.logits(ids), engine.logits(ids, adapter=None)
+    off = (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max()
+    assert off < (2.0**-8 if base == "fp16" else INT8_NOISE) and np.linalg.norm(bare - theirs) > 5 * np.linalg.norm(ours - theirs)
 
 
-def test_the_shipped_recipe_parses_and_bad_ones_are_refused(tmp_path: Path) -> None:
-    shipped = Recipe.load(ROOT / "recipes" / "tinyllm-ternary-v2.yaml")
-    schedule = shipped.schedule()
-    assert schedule.decay_context == shipped.context == 512 and set(schedule.mixture) == set(schedule.decay_mixture)
-    (tmp_path / "bad.yaml").write_text("name: x\n")
-    with pytest.raises(BitNetError, match="a recipe has exactly the keys"):
-        Recipe.load(tmp_path / "bad.yaml")
+def test_peft_loads_the_adapter(trained: dict[str, Path], tmp_path: Path, corpus: Path) -> None:
+    import peft
+
+    base = trained["fp16"] / "model"
+    run(Recipe.parse({"base_model": str(base), "rank": 2, "training": MINI["training"]}, "lora"), corpus, tmp_path / "run")
+    loaded = peft.PeftModel.from_pretrained(Base(str(base)).model, tmp_path / "run" / "adapter")
+    engine = TernaryTransformer.from_pretrained(base, adapter=tmp_path / "run" / "adapter")
+    ids = engine.tokenizer.encode("Once upon a time")
+    with torch.no_grad():
+        theirs = loaded.eval()(input_ids=torch.tensor([ids])).logits[0].numpy()
+    assert np.abs(engine.logits(ids) - theirs).max() < 2.0**-8 * np.abs(theirs).max()
+
+
+CHAT = [
+    [{"role": "user", "content": f"What does {n} do?"}, {"role": "assistant", "content": f"{n} likes to {v}."},
+     {"role": "user", "content": "And then?"}, {"role": "assistant", "content": "They were happy."}]
+    for n in ("Tim", "Lily", "Sam", "Mia") for v in ("play", "run", "sing")
+]  # fmt: skip
+
+
+def test_instructions_learn_answers_only(trained: dict[str, Path], tmp_path: Path) -> None:
+    from bitnet.chat import ChatTemplate
+    from bitnet.train import examples
+
+    path = write_jsonl(tmp_path / "chat.jsonl", [{"messages": m} for m in CHAT])
+    engine = TernaryTransformer.from_pretrained(trained["ternary"] / "model")
+    template = ChatTemplate(examples.TEMPLATE, bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+    ids, asked, _ = next(examples.conversations(path, engine.tokenizer, template, 0))
+    answers = engine.tokenizer.decode([i for i, a in zip(ids, asked, strict=True) if a])
+    assert answers.replace("<|endoftext|>", "|") in (
+        " Tim likes to play.|\n They were happy.|\n",
+        " Tim likes to play.\n They were happy.\n",
+    )
+    assert engine.tokenizer.decode([i for i, a in zip(ids, asked, strict=True) if not a]).count("?") == 2
+    values = {"task": "instruct", "base_model": str(trained["ternary"] / "model"), "context": 64,
+              "training": {**MINI["training"], "steps": 120, "decay_steps": 40, "checkpoint_every": 60}}  # fmt: skip
+    run(Recipe.parse(values, "instruct"), path, tmp_path / "run")
+    tuned = TernaryTransformer.from_pretrained(tmp_path / "run" / "model")
+    assert tuned.chat_template is not None
+    answer = tuned.generate([{"role": "user", "content": "What does Lily do?"}], temperature=0, max_new_tokens=20)
+    assert answer.text.strip().startswith("Lily likes to ") and answer.finish_reason != "length"
+    for bad, said in (('{"a": 1}', "expected"), ('{"messages": [{"role": "user", "content": "x"}]}', "no message of the role assistant")):
+        (tmp_path / "bad.jsonl").write_text(bad)
+        with pytest.raises(FormatError, match=said):
+            list(examples.conversations(tmp_path / "bad.jsonl", engine.tokenizer, template, 0))
+
+
+@pytest.mark.parametrize("scheme", ["fp16", "binary", "ternary"])
+def test_a_table_in_gluess_format(trained: dict[str, Path], tmp_path: Path, bitnet: Callable[..., Result], scheme: str) -> None:
+    """200 rows of fixture, of which 40 are held out; the label is a word, and there is no head."""
+    values = {"task": "classify", "scheme": scheme, "base_model": str(trained["fp16"] / "model"), "context": 64,
+              "labels": {0: "sad", 1: "happy"},
+              "training": {**MINI["training"], "steps": 150, "decay_steps": 50, "checkpoint_every": 75}}  # fmt: skip
+    config = tmp_path / "c.yaml"
+    config.write_text(yaml.safe_dump(values))
+    lines = (Path(__file__).parent / "sentiment.tsv").read_text().splitlines()
+    assert len(lines) == 201
+    (tmp_path / "train.tsv").write_text("\n".join(lines[:161]) + "\n")
+    (tmp_path / "dev.tsv").write_text("\n".join([lines[0], *lines[161:]]) + "\n")
+    done = bitnet("train", "--config", config, "--data", tmp_path, "--out", tmp_path / "run")
+    assert done.exit_code == 0, done.output
+    card = (tmp_path / "run" / "model" / "README.md").read_text()
+    share = float(card.split("Accuracy on dev.tsv: ")[1].split("%")[0])
+    assert share >= 80, card.split("## Texts")[0]
+
+
+def test_glue_files_of_other_kinds(tmp_path: Path) -> None:
+    from bitnet.train.examples import Table
+
+    kinds = {
+        "cola": "gj04\t1\t\tThe sailors rode.\ngj04\t0\t*\tRode sailors the.\n",
+        "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t2\t3\tHe \"said so.\tSo he said.\n",
+        "mnli": "index\tsentence1\tsentence2\tgold_label\n0\tA man.\tA person.\tentailment\n",
+        "qnli": "index\tquestion\tsentence\tlabel\n0\tWho?\tHim.\tnot_entailment\r\n",
+    }  # fmt: skip
+    found = {}
+    for name, text in kinds.items():
+        (tmp_path / name).write_text(text)
+        found[name] = Table.read(tmp_path / name, None, None)
+    assert found["cola"].prompts[0] == "sentence: The sailors rode.\nlabel:" and found["cola"].answers == ["1", "0"]
+    assert found["mrpc"].prompts == ['#1 String: He "said so.\n#2 String: So he said.\nlabel:'] and found["mnli"].answers == ["entailment"]
+    assert found["qnli"].prompts == ["question: Who?\nsentence: Him.\nlabel:"] and found["qnli"].words == ["not_entailment"]
+    for text, said in (
+        ("a\tb\n1\t2\n", "has no column label"),
+        ("sentence\tlabel\nx\n", "lack columns"),
+        ("x\tlabel\n1\t2\n", "has no column sentence"),
+    ):
+        (tmp_path / "bad").write_text(text)
+        with pytest.raises(FormatError, match=said):
+            Table.read(tmp_path / "bad", None, None)
+
+
+def test_the_command_line(corpus: Path, tmp_path: Path, bitnet: Callable[..., Result]) -> None:
+    config = tmp_path / "mini.yaml"
+    config.write_text(yaml.safe_dump({**MINI, "training": {**MINI["training"], "steps": 2}}))
+    done = bitnet("train", "--config", config, "--data", corpus, "--out", tmp_path / "run", "--quantization", "ternary", "--json")
+    assert done.exit_code == 0 and '"step": 2' in done.stdout.splitlines()[-1]
+    again = bitnet("train", "--config", config, "--data", corpus, "--out", tmp_path / "run")
+    assert again.exit_code == 0 and "complete already" in again.stdout
+    for words, said in (
+        (["--config", tmp_path / "no.yaml"], "not found"),
+        (["--config", config], "nothing to train on: add --data"),
+        (["--config", config, "--data", tmp_path / "no"], "not found"),
+        (["--config", config, "--data", corpus, "--set", "training.stps=2"], "did you mean training.steps?"),
+    ):
+        bad = bitnet("train", *words, "--out", tmp_path / "other")
+        assert bad.exit_code == 2 and said in bad.stderr and bad.stderr.count("\n") == 1, bad.output
+    if not torch.cuda.is_available():
+        bad = bitnet("train", "--config", config, "--data", corpus, "--out", tmp_path / "other", "--device", "cuda")
+        assert bad.exit_code == 2 and bad.stderr.startswith("error: device is 'cuda'; torch")
+
+
+def test_bitnet_trainer_is_the_same_command(corpus: Path, tmp_path: Path) -> None:
+    from click.testing import CliRunner
+
+    from bitnet.cli.train import trainer
+
+    config = tmp_path / "mini.yaml"
+    config.write_text(yaml.safe_dump({**MINI, "training": {**MINI["training"], "steps": 2}}))
+    done = CliRunner().invoke(trainer, ["--config", str(config), "--data", str(corpus), "--out", str(tmp_path / "run"), "--ternary"])
+    assert done.exit_code == 0 and (tmp_path / "run" / "model" / "config.json").is_file()
+
+
+@pytest.mark.parametrize("scale", ["row", "group:16"])
+def test_scales_of_rows_and_groups_are_exported_as_they_are(corpus: Path, tmp_path: Path, scale: str) -> None:
+    recipe = mini(quantization={"scale": scale, "rule": "threshold", "alpha": 0.6}, steps=20)
+    run(recipe, corpus, tmp_path / "run")
+    engine = TernaryTransformer.from_pretrained(tmp_path / "run" / "model")
+    ids = engine.tokenizer.encode(stories(1)[0])[:60]
+    ours, theirs = engine.logits(ids), in_torch(tmp_path / "run", ids)
+    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() < INT8_NOISE
 
 
 def test_bf16_rounds_half_to_even() -> None:
     values = np.array([1.0, 1.00390625, 1.01171875, -3.1415927, 1e-40, 0.0], np.float32)
     expected = torch.tensor(values).bfloat16().view(torch.int16).numpy().view(np.uint16)
     assert np.array_equal(bf16_bits(values), expected)
+
+
+def test_the_tokenizer_is_the_runs_own(trained: dict[str, Path]) -> None:
+    own = Tokenizer.from_file(str(trained["ternary"] / "tokenizer.json"))
+    assert own.to_str() == Tokenizer.from_file(str(trained["ternary"] / "model" / "tokenizer.json")).to_str()

@@ -1,9 +1,10 @@
 """Examples with a beginning and an end, of which only answers are learned: conversations, and rows of a table.
 
 Conversations are .jsonl: {"messages": [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]}, or
-{"prompt": "...", "completion": "..."}. A prompt is encoded exactly as `bitnet run --chat` will encode it, by the model's own chat template; a
-model without one gets TEMPLATE, which is exported with it.
-Tables are .tsv as GLUE has them: a header, a row a line, no quoting. The text is the columns by their names, the answer the label as a word.
+{"prompt": "...", "completion": "..."}. A prompt is encoded exactly as `bitnet run --chat` will encode it, by the model's own chat
+template; a model without one gets TEMPLATE, which is exported with it.
+Tables are .tsv as GLUE has them: a header, a row a line, no quoting. The text is the columns by their names, the answer the label as a
+word.
 """
 
 from __future__ import annotations

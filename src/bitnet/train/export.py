@@ -108,7 +108,8 @@ CARD = """# {name}
 
 {what}
 
-Trained by `bitnet train` ({task}, {scheme}): {steps} steps, {tokens} tokens, seed {seed}, {minutes} minutes on the clock; final training loss {loss} nats per token.
+Trained by `bitnet train` ({task}, {scheme}): {steps} steps, {tokens} tokens, seed {seed}, {minutes} minutes on the clock; the
+training loss ended at {loss} nats per token.
 
 ![Training loss over the steps](loss.png)
 

@@ -170,7 +170,8 @@ class _Product(torch.autograd.Function):
 def compute_dtype(x: Tensor, weight: Tensor) -> torch.dtype:
     """Autocast's where it is on, else the weights'."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    dtype: torch.dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else weight.dtype
+    return dtype
 
 
 class TernaryLinear(nn.Linear):
@@ -312,7 +313,7 @@ def _replaced(old: nn.Module, how: Quantization, sub_norm: bool, table: bool) ->
         scaled = _ScaledTernaryEmbedding if hasattr(old, "embed_scale") else TernaryEmbedding
         embedding = scaled(old.num_embeddings, old.embedding_dim, padding_idx=old.padding_idx, device="meta", quantization=how)
         if hasattr(old, "embed_scale"):
-            embedding.register_buffer("embed_scale", old.embed_scale, persistent=False)
+            embedding.register_buffer("embed_scale", old.embed_scale, persistent=False)  # type: ignore[arg-type]
         embedding.weight = old.weight
         return embedding
     kind = LAYERS[how.scheme]
@@ -344,7 +345,7 @@ class FrozenTernaryLinear(nn.Linear):
         del self.weight
         self.register_buffer("weight", codes)  # int8 [out, in]
         self.register_buffer("scales", scales)  # float32 [1 or out, groups]
-        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)  # type: ignore[assignment]
 
     def forward(self, x: Tensor) -> Tensor:
         kind = x.device.type

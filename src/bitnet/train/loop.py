@@ -103,6 +103,7 @@ def train(
     processes: Processes | None = None,
     parallel: str = "ddp",
     report: Callable[[dict[str, Any]], None] = lambda row: None,
+    compiled: bool = True,
 ) -> None:
     """Train `model` (a causal LM of transformers) in place; write `out/log.csv`, TensorBoard's log and checkpoints, resume from the newest.
 
@@ -117,8 +118,8 @@ def train(
     wrapped = spread(model, parallel, processes)
     optims = optimizers(model, schedule)
     first, spent_s, spent_cpu_s = _resume(out, model, optims)
-    objective = _distil_loss if teacher is not None else _loss
-    run = torch.compile(objective, dynamic=False) if schedule.compile else objective
+    objective: Any = _distil_loss if teacher is not None else _loss
+    run = torch.compile(objective, dynamic=False) if compiled and schedule.compile else objective
     blend = torch.ones((), device=processes.device) if schedule.blend_steps > first else None
     set_blend(model, blend)
     started, cpu_started = time.perf_counter() - spent_s, time.process_time() - spent_cpu_s
@@ -162,7 +163,7 @@ def train(
                 o.zero_grad(set_to_none=True)
             losses.append(mean)
             norms.append(norm_value)
-            tokens_seen += tokens.numel()
+            tokens_seen += count
             done = step + 1
             if done % LOGGED == 0 or done == schedule.steps:
                 row = {
@@ -298,7 +299,7 @@ def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, A
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(out / "tensorboard"), purge_step=first)  # type: ignore[no-untyped-call]
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
     except ImportError:
         pass
     with path.open("w", newline="") as file:

@@ -1,8 +1,8 @@
 """Low-rank adapters (LoRA, arXiv:2106.09685) whose A and B are ternary in the forward pass.
 
 peft puts A and B beside the linear layers of a model that stays as it is, packed layers packed; then they become `TernaryLinear` with a
-scale per row and activations as they come, which is how the engine multiplies them. What is saved are the ternary values times their scales,
-in PEFT's layout: peft, and this program (docs/lora.md), run them as any adapter.
+scale per row and activations as they come, which is how the engine multiplies them. What is saved are the ternary values times their
+scales, in PEFT's layout: peft, and this program (docs/lora.md), run them as any adapter.
 """
 
 from __future__ import annotations
@@ -31,13 +31,10 @@ def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
     ends = recipe.target_modules or sorted({n.rpartition(".")[2] for n in linears})
     missing = [e for e in ends if not any(n.endswith(e) for n in linears)]
     if missing:
-        raise UsageError(
-            f"target_modules: no linear layer ends with {missing[0]!r}; there are {', '.join(sorted({n.rpartition('.')[2] for n in linears}))}"
-        )
-    config = LoraConfig(
-        r=recipe.rank, lora_alpha=recipe.alpha, lora_dropout=recipe.lora_dropout, target_modules=ends, task_type="CAUSAL_LM",
-        base_model_name_or_path=base,
-    )  # fmt: skip
+        there = ", ".join(sorted({n.rpartition(".")[2] for n in linears}))
+        raise UsageError(f"target_modules: no linear layer ends with {missing[0]!r}; there are {there}")
+    config = LoraConfig(r=recipe.rank, lora_dropout=recipe.lora_dropout, target_modules=ends, task_type="CAUSAL_LM")
+    config.lora_alpha, config.base_model_name_or_path = recipe.alpha, base  # type: ignore[assignment]
     found = get_peft_model(model, config)
     if recipe.quantize == "ternary":
         ternarize_model(found, "*.lora_?.default", quantization=FACTORS)

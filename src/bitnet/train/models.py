@@ -41,8 +41,8 @@ def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: in
 
 
 class Base:
-    """A model that training starts from: `model` (of transformers, float32), `tokenizer`, `checkpoint` (None if only transformers reads it),
-    `begin` (ids that begin a text), `end` (the id that ends one), and `masters`: modules whose packed layers are to train."""
+    """A model that training starts from: `model` (of transformers, float32), `tokenizer`, `checkpoint` (None if only transformers reads
+    it), `begin` (ids that begin a text), `end` (the id that ends one), and `masters`: modules whose packed layers are to train."""
 
     def __init__(self, source: str, packed: bool = True) -> None:
         """`packed`: whether packed layers stay packed, and do not train. Raises what the readers raise."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class Processes:
 
     rank: int = 0
     count: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def first(self) -> bool:
@@ -49,7 +49,7 @@ def join(device: str) -> Processes:
         from bitnet.train.device import torch_device
 
         where = torch_device(device)
-        if where.type == "cuda" and where.index is None:
+        if device == "cuda":
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(where)
     if count > 1 and not distributed.is_initialized():

@@ -53,7 +53,7 @@ def run(
         prepared = _Prepared(recipe, texts, out, processes)
         loop.train(
             prepared.model, prepared.batches, prepared.schedule, out, recipe.seed,
-            teacher=prepared.teacher, processes=processes, parallel=spread, report=report,
+            teacher=prepared.teacher, processes=processes, parallel=spread, report=report, compiled=prepared.compiled,
         )  # fmt: skip
         whole = {n: parallel.whole(v) for n, v in prepared.model.state_dict().items()} if processes.count > 1 else None
         if processes.first:
@@ -86,6 +86,7 @@ class _Prepared:
         self.sources = self._sources(recipe, out)
         if processes.first and processes.count > 1:
             processes.wait()
+        self.compiled = self.schedule.compile and self.sources[0].targets is None and recipe.task != "lora"  # examples differ in length
         if self.sources[0].targets is not None:
             self.batches = loop.examples(self.sources[0], self.schedule, self.context, recipe.seed)
         else:

@@ -40,7 +40,7 @@ class Schedule:
 
     def rate(self, step: int) -> float:
         """Factor on both learning rates at `step`, in (0, 1]."""
-        return min(1.0, (step + 1) / self.warmup_steps, (self.steps - step) / self.decay_steps)
+        return min(1.0, (step + 1) / min(self.warmup_steps, self.steps), (self.steps - step) / min(self.decay_steps, self.steps))
 
     def decaying(self, step: int) -> bool:
         return step >= self.steps - self.decay_steps
