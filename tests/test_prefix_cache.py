@@ -13,6 +13,7 @@ from bitnet.errors import UsageError
 from bitnet.kv import KvFormat
 from bitnet.prefix_cache import PAGE_TOKENS, PrefixCache
 from bitnet.shapes import SHAPES, Shape, random_adapter, random_engine
+from bitnet.speculation import SIZES, Costs
 
 VOCABULARY = 64
 FORMATS = [KvFormat(), KvFormat(4, 4), KvFormat(8, 4, rotate=False)]
@@ -184,3 +185,33 @@ def test_generations_of_one_model_share(bits: int) -> None:
     next(stream)
     del stream
     assert one.generate(prompt + "A cat", seed=1, max_new_tokens=40).token_ids == expected[2].token_ids
+
+
+class Wild(Costs):
+    """Forwards of any size take the time of one, so that whatever can be guessed is, and mostly wrongly."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one_s, self.sizes = 1.0, [(size, 1.0) for size in SIZES]
+
+    def record(self, tokens: int, seconds: float) -> None:
+        pass
+
+
+@pytest.mark.parametrize("pieces", range(1, 40, 3))
+def test_a_stream_left_among_guesses_leaves_none_of_them(monkeypatch: pytest.MonkeyPatch, pieces: int) -> None:
+    """Whoever stops reading while guesses are in the cache does not hand them to the next request."""
+    model = TernaryTransformer.from_pretrained("tinyllm-ternary-v2", threads=1)
+    prompt = "Tom has a red ball. Tom has a red ball. Tom has a"
+    whole = model.generate(prompt, max_new_tokens=48, temperature=0.9, seed=3, speculate=False)
+    assert model.prefixes is not None
+    model.prefixes.clear()
+    monkeypatch.setattr(model, "_costs", Wild())
+    stream = model.stream(prompt, max_new_tokens=48, temperature=0.9, seed=3, speculate=True)
+    for _ in range(pieces):
+        next(stream)
+    stream.close()
+    follow_up = model.tokenizer.encode(prompt) + whole.token_ids
+    sequence = model.prefixes.begin(follow_up)
+    assert len(sequence) >= len(model.tokenizer.encode(prompt)) - 1
+    assert np.array_equal(read(model.engine, sequence, follow_up), fresh(model.engine, follow_up))

@@ -118,13 +118,17 @@ class GenerationStream(Iterator[str]):
         self._text.append(piece)
         return piece
 
+    def close(self) -> None:
+        """End here. What was computed is kept for later prompts that begin alike, and the memory of the rest is given back."""
+        self._pieces.close()
+
     @property
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
         speculated = None if self._speculation is None else self._speculation.speculated
         return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), speculated)
 
-    def _run(self) -> Iterator[str]:
+    def _run(self) -> Generator[str, None, None]:
         """The loop, and what it computed is kept for later ones that begin alike."""
         if self._prefixes is None:
             yield from self._generate(self._engine.sequence(self._adapter), list(self._prompt_ids))
