@@ -135,6 +135,37 @@ def test_llama_cpp_has_the_tokenizer_and_the_template(maker: ModuleType, tmp_pat
     assert model.metadata["tokenizer.chat_template"] == TEMPLATE and model.token_eos() == 1
 
 
+@pytest.mark.parametrize("form", ["hf-dense-f32", "safetensors-dense-f32", "gguf-f32"])
+def test_an_adapter_that_peft_saved_goes_along(tmp_path: Path, form: str) -> None:
+    """PEFT's own answer before, ours after, and where the target is a folder for transformers PEFT's after, too."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")
+    base = random_models.save(random_models.llama(seed=11), tmp_path / "base")
+    lora = peft.LoraConfig(
+        r=8, lora_alpha=24, target_modules="all-linear", rank_pattern={"down_proj": 3}, alpha_pattern={r"layers\.[01]\..*_proj": 5},
+        init_lora_weights=False, task_type="CAUSAL_LM",
+    )  # fmt: skip
+    random_models.torch.manual_seed(0)
+    adapted = peft.get_peft_model(random_models.reload(base), lora).eval()
+    adapted.save_pretrained(base / "style")
+    ids = np.random.default_rng(0).integers(0, 200, 60).tolist()
+    expected = random_models.logits(adapted, ids)
+    target = tmp_path / ("out" + {"h": "", "s": ".bin", "g": ".gguf"}[form[0]])
+    report = convert(base, target, format=form)
+    assert any("kept, 21 matrices of rank 3, 8, read back and compared" in note for note in report.notes)
+    places = [target / "style"] if target.is_dir() else [tmp_path / "style"]
+    places += [tmp_path / "out-style-LoRA.gguf"] if form == "gguf-f32" else []
+    engine = load_engine(open_checkpoint(target), threads=2)
+    for place in places:
+        ours = engine.forward([(engine.sequence(engine.adapter(read_adapter(place, engine.config).parts)), ids)], all_logits=True)
+        assert np.abs(ours - expected).max() <= 2.0**-11 * np.abs(expected).max()  # test_peft.py
+    alone = engine.forward([(engine.sequence(), ids)], all_logits=True)
+    assert np.abs(alone - expected).max() > 16 * 2.0**-11 * np.abs(expected).max()
+    if target.is_dir():
+        again = peft.AutoPeftModelForCausalLM.from_pretrained(target / "style").eval()  # finds the base by its new name
+        assert np.abs(random_models.logits(again, ids) - expected).max() <= 2.0**-20 * np.abs(expected).max()
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("alphas", [{}, {"down_proj": 30.0}])
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3_text"])

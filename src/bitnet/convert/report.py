@@ -192,11 +192,11 @@ def draw(layers: list[Layer], path: Path, title: str) -> str | None:
     except ImportError:
         return _MATPLOTLIB
     matplotlib.use("Agg")
-    pyplot = importlib.import_module("matplotlib.pyplot")
-    shown = [("zeros", "zeros, share of weights"), ("weight_error", "weight error, of the norm")]
+    pyplot, ticker = importlib.import_module("matplotlib.pyplot"), importlib.import_module("matplotlib.ticker")
+    shown = [("zeros", "zeros, share of the weights"), ("weight_error", "weight error, share of the norm")]
     if any(layer.output_error is not None for layer in layers):
-        shown.append(("output_error", "output error, of the norm"))
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(4.2 * len(shown), 3.6), dpi=110, squeeze=False)
+        shown.append(("output_error", "output error, share of the norm"))
+    figure, axes = pyplot.subplots(1, len(shown), figsize=(1.1 + 4.2 * len(shown), 3.6), dpi=110, squeeze=False, layout="constrained")
     for axis, (key, label) in zip(axes[0], shown, strict=True):
         for kind in KINDS:
             mine = [(layer, getattr(layer, key)) for layer in layers if layer.kind == kind and getattr(layer, key) is not None]
@@ -205,11 +205,16 @@ def draw(layers: list[Layer], path: Path, title: str) -> str | None:
             elif mine:
                 places = [int(layer.name.split(".")[1]) for layer, _ in mine]
                 axis.plot(places, [value for _, value in mine], label=kind, marker="o", markersize=2.5, linewidth=1)
-        axis.set(xlabel="layer", title=label, ylim=(0, None))
+        axis.set(xlabel="layer", ylim=(0, None))
+        axis.set_title(label, fontsize=10, loc="left")
         axis.spines[["top", "right"]].set_visible(False)
-    axes[0][-1].legend(frameon=False, fontsize=7, ncol=2)
-    figure.suptitle(title, fontsize=10)
-    figure.tight_layout()
+        axis.grid(axis="y", color="#e5e5e5", linewidth=0.6)
+        axis.set_axisbelow(True)
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1))
+    handles, labels = axes[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, frameon=False, fontsize=8, loc="outside right center")
+    figure.suptitle(title, fontsize=11, x=0.01, ha="left")
     with new_file(path) as file:
         figure.savefig(file, format="png")
     pyplot.close(figure)
