@@ -27,6 +27,7 @@ _SHORTEST = 2  # tokens that a match begins with
 _CHAIN = 8  # earlier places where they stand, which are compared
 _QUICK_S = 5e-4  # a token that takes less: looking after every one of them would show,
 _PAUSE = 6  # so after a look that finds nothing to guess so many pass without one
+_WORTH = 1.1  # times the tokens a second that guesses must promise: both measurements are rough
 _CREDIT = 2.0, 8.0  # forwards of one token that guessing may lose at first, and of its gains at most
 _INTEREST = 0.01, 0.03  # that it may lose again for each token decoded without guesses, and for each that would have been guessed
 
@@ -169,7 +170,7 @@ class Speculation:
         if not lookup.source or self._credit <= 0:
             return []
         rates, matched = self._rates, lookup.matched
-        best, chosen, tokens, expected, right = 1.0, 0, 1, 1.0, 1.0
+        best, chosen, tokens, expected, right = _WORTH, 0, 1, 1.0, 1.0
         for size, cost in self._costs.sizes:
             if size > most + 1 or right < 0.02:
                 break

@@ -242,6 +242,29 @@ def test_bench_at_a_depth_with_a_quantized_head(bitnet: Bitnet, model_folder: Pa
     assert "\nhead cost  int4 against stored: same top-1 " in done.stdout
 
 
+@pytest.mark.usefixtures("known_machine")
+def test_bench_replays_texts_with_guesses_and_without(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "replay.txt"
+    file.write_text("one two three four five\n=====\none two three four five six\n" + "one two three four five " * 4)
+    done = bitnet("bench", model_folder, "--speculate", "--replay", file, "--repetitions", 2, "--json")
+    assert done.exit_code == 0 and done.stderr == ""
+    head, names, row, record = done.stdout.splitlines()
+    found = json.loads(record)
+    assert set(found) == {"model", "shape", "head", "isa", "codec", "threads", "replays"} and "medians of 2 rounds, in turns" in head
+    (gain,) = found["replays"]
+    assert names.split()[:2] == ["text", "prompt"] and row.split()[0] == gain["name"] == str(file)
+    assert gain["prompt_tokens"] > 0 and gain["tokens"] > 60 and len(gain["speedups"]) == 2 and gain["tokens_a_forward"] >= 1
+    assert gain["speedup"] == pytest.approx(sum(gain["speedups"]) / 2) and gain["first_speedup"] == gain["speedups"][0]
+    file.write_text("no divider")
+    done = bitnet("bench", model_folder, "--speculate", "--replay", file)
+    assert done.exit_code == 2
+    assert done.stderr == f"error: {file}: expected a prompt, a line =====, and the text that follows the prompt\n"
+    assert "--replay is for --speculate" in bitnet("bench", "--replay", file).stderr
+    assert "--speculate takes no --depth" in bitnet("bench", "--speculate", "--depth", 3).stderr
+    done = bitnet("bench", "--shape", "article-12x512", "--speculate", "--repetitions", 1)  # whose context holds all three
+    assert done.exit_code == 0 and [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["summary", "edit", "story"]
+
+
 @pytest.fixture
 def choices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty place for choices, and no time to measure them."""

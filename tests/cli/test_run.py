@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -42,6 +43,18 @@ def test_json_is_one_object_with_exactly_the_contract_s_keys(bitnet: Bitnet, mod
     assert found["peak_rss_bytes"] > 1 << 20 and found["time_to_first_token_s"] > 0
     assert json.loads(bitnet(*args, "--threads", 3).stdout)["text"] == found["text"]
     assert bitnet(*args[:-1]).stdout.rstrip("\n") == ("Once" + found["text"]).rstrip("\n")
+
+
+def test_guesses_change_nothing_but_the_summary(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from test_speculation import Free
+
+    monkeypatch.setattr("bitnet.transformer.Costs", Free)
+    args = ("run", model_folder, "-p", "one two one two one two", "-n", 60, "--temperature", 0)
+    done = [bitnet(*args, *flag) for flag in ((), ("--speculate",), ("--no-speculate",))]
+    assert [d.exit_code for d in done] == [0, 0, 0] and len({d.stdout for d in done}) == 1
+    for guessing in done[:2]:
+        assert re.search(r"\nspeculation: \d+ of \d+ guesses right, \d+\.\d\d tokens a forward\n$", guessing.stderr)
+    assert "speculation" not in done[2].stderr
 
 
 def test_one_token_has_no_decoding_rate(bitnet: Bitnet, model_folder: Path) -> None:

@@ -102,6 +102,8 @@ def measure(
 
     Raises `UsageError` where the context holds less than the prompt and LEAST_TOKENS of the text, which is cut to what it holds.
     """
+    if rounds < 1:
+        raise UsageError(f"repetitions is {rounds}; expected a whole number >= 1")
     prompt = tokenizer.encode(replay.prompt)
     ids = tokenizer.encode(replay.text, add_special=False)
     context = engine.config.max_context

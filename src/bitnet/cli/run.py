@@ -83,6 +83,10 @@ def continue_prompt(
     if timings["time_to_first_token_s"] is not None:
         timings["time_to_first_token_s"] += waited_s  # from the start of the process: what the user waited
     click.echo(summary(timings), err=True)
+    if (did := stream.generation.speculated) is not None and did.drafted:
+        click.echo(
+            f"speculation: {did.accepted} of {did.drafted} guesses right, {did.accepted / did.forwards + 1:.2f} tokens a forward", err=True
+        )
     if model.head_tuned is not None:
         click.echo(model.head_tuned.notice(), err=True)
     if as_json:
