@@ -149,7 +149,8 @@ class TorchModel:
         buffers = [b for name in linears for b in self.linears[name].buffers()]
         return sum(b.numel() * b.element_size() for b in (*buffers, *self.vectors.values()))
 
-    def cache(self) -> TorchCache:
+    def cache(self, adapter: Any = None) -> TorchCache:
+        assert adapter is None, "the engine makes adapters for its own native model alone"
         return TorchCache(self.config, self.device)
 
     @torch.inference_mode()
