@@ -134,9 +134,8 @@ def clip(args: argparse.Namespace, place: Path) -> dict[str, Any]:
                     optim.zero_grad(set_to_none=True)
                     losses.append(loss.item())
                 found.setdefault(setting, {}).setdefault(name, []).append({"norms": norms, "loss": float(np.mean(losses[-20:]))})
-    print(
-        "| layers | variance of norms, plain | clipped | ratio | the same of ln(norm) | loss, plain | clipped |\n|---|---|---|---|---|---|---|"
-    )
+    print("| layers | variance of norms, plain | clipped | ratio | ratio of ln(norm)'s | loss, plain | clipped |")
+    print("|---|---|---|---|---|---|---|")
     summary: dict[str, Any] = {}
     for setting, kinds in found.items():
         half = {k: np.array([r["norms"][args.steps // 2 :] for r in rows]) for k, rows in kinds.items()}
