@@ -198,8 +198,8 @@ def test_a_frozen_layer_is_the_same_product_and_passes_gradients() -> None:
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [({"rule": "mean"}, "rule is 'mean'"), ({"scale": 5}, "scale is 5"), ({"alpha": -1}, "alpha is -1"), ({"activations": "int4"}, "activations"),
-     ({"clip": 0}, "clip is 0")],
+    [({"rule": "mean"}, "rule is 'mean'"), ({"scale": 5}, "scale is 5"), ({"alpha": -1}, "alpha is -1"),
+     ({"activations": "int4"}, "activations"), ({"clip": 0}, "clip is 0")],
 )  # fmt: skip
 def test_what_is_no_quantization(options: dict[str, object], said: str) -> None:
     with pytest.raises(UsageError, match=said):

@@ -92,7 +92,7 @@ def test_a_trained_checkpoint_is_what_the_engine_runs(trained: dict[str, Path], 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])
 def test_the_same_greedy_tokens_in_torch_and_in_the_engine(trained: dict[str, Path], scheme: str, tmp_path: Path, corpus: Path) -> None:
-    """Over 208 tokens, in windows of the context. Where torch's likeliest two are closer than the tolerance, either will do."""
+    """Over 208 tokens, by windows. Where torch's likeliest two are closer than the tolerance, either will do."""
     engine = TernaryTransformer.from_pretrained(trained[scheme] / "model")
     compared = 0
     for seed in range(4):
@@ -112,6 +112,8 @@ def test_the_three_schemes_start_alike_and_see_the_same_tokens(corpus: Path, tmp
     from bitnet.train.parallel import Processes
     from bitnet.train.run import _Prepared
 
+    for scheme in ("ternary", "binary", "fp16"):
+        (tmp_path / scheme).mkdir()
     prepared = [_Prepared(mini(scheme=s), corpus, tmp_path / s, Processes()) for s in ("ternary", "binary", "fp16")]
     start = new_model(MINI_SHAPE, 300, 64, 3).state_dict()
     for each in prepared:
@@ -347,12 +349,16 @@ def test_every_example_is_seen_once_in_a_pass() -> None:
 
 
 def test_distil_from_a_teacher_of_either_kind(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    import random_models
+
     from bitnet.convert import convert
 
-    gguf = tmp_path / "teacher.gguf"
-    convert(trained["fp16"] / "model", gguf, format="gguf-f16")
+    folder, gguf = tmp_path / "teacher", tmp_path / "teacher.gguf"
+    random_models.llama(seed=1, vocab_size=300, bos_token_id=0, eos_token_id=0).save_pretrained(folder)
+    (folder / "tokenizer.json").write_text((trained["fp16"] / "tokenizer.json").read_text())
+    convert(folder, gguf, format="gguf-f32")
     losses = []
-    for teacher in (trained["fp16"] / "model", gguf):
+    for teacher in (folder, gguf):
         out = tmp_path / f"from-{teacher.name}"
         run(mini(task="distil", teacher=str(teacher), teacher_share=1.0, steps=40, checkpoint_every=40), corpus, out)
         losses.append([float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())])
@@ -364,8 +370,8 @@ def test_the_distillation_loss_is_zero_for_the_teacher_itself(trained: dict[str,
     base = Base(str(trained["fp16"] / "model"))
     tokens = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
     teacher = loop.Teacher(base.model.eval(), 1.0, 2.0)
-    assert abs(float(loop._distil_loss(base.model, tokens, tokens, 40, teacher))) < 1e-5
-    half = float(loop._distil_loss(base.model, tokens, tokens, 40, loop.Teacher(base.model, 0.25, 1.0)))
+    assert abs(float(loop._distil_loss(base.model, tokens, tokens, 40, True, teacher))) < 1e-5
+    half = float(loop._distil_loss(base.model, tokens, tokens, 40, True, loop.Teacher(base.model, 0.25, 1.0)))
     assert half == pytest.approx(0.75 * float(loop._loss(base.model, tokens, tokens, 40)), rel=1e-5)
 
 
@@ -382,7 +388,7 @@ def test_heal(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: st
 
     text = "".join(stories(20))
     if scheme == "ternary":
-        convert(trained["fp16"] / "model", tmp_path / "cut.gguf", format="gguf-q2_0", quantization="ternary",
+        convert(trained["fp16"] / "model", tmp_path / "cut.gguf", format="gguf-i2_s", quantization="ternary",
                 ternarization=Ternarization("absmean"), allow_requantize=True)  # fmt: skip
         before = score_text(TernaryTransformer.from_pretrained(tmp_path / "cut.gguf"), text).bits_per_byte
     else:
@@ -408,7 +414,7 @@ def test_ternary_lora_as_the_article_prints_it(trained: dict[str, Path], tmp_pat
     config.write_text(f'base_model: "{trained[base] / "model"}"\nrank: 4\nalpha: 8\nquantize: "ternary"\nlora_dropout: 0.05\n')
     (tmp_path / "t.txt").write_text("<|endoftext|>\n".join(f"{s.strip()} The end of it.\n" for s in stories(100)))
     out = tmp_path / "run"
-    steps = ["--set", "training.steps=40", "--set", "context=32", "--set", "training.batch_tokens=256", "--set", "training.decay_steps=10"]
+    steps = ["--set", "training.steps=80", "--set", "context=32", "--set", "training.batch_tokens=512", "--set", "training.decay_steps=10"]
     done = bitnet("train", "--config", config, "--data", tmp_path / "t.txt", "--out", out, "--ternary", *steps)
     assert done.exit_code == 0, done.output
     from bitnet.files import safetensors
@@ -419,7 +425,7 @@ def test_ternary_lora_as_the_article_prints_it(trained: dict[str, Path], tmp_pat
         assert all(len({*np.abs(row)} - {0}) <= 1 for row in rows), name  # ternary: one magnitude in a row
     assert len(tensors) == 28 and any(t.dense().any() for n, t in tensors.items() if "lora_B" in n)
     losses = [float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())]
-    assert losses[-1] < 0.9 * losses[0]
+    assert losses[-1] < losses[0] - 0.1
     state = final(out)["model"]
     assert set(state) == {n.replace(".weight", ".default.weight") for n in tensors}  # of the base nothing is kept
     # the engine gives what torch trained
@@ -520,7 +526,7 @@ def test_glue_files_of_other_kinds(tmp_path: Path) -> None:
     assert found["qnli"].prompts == ["question: Who?\nsentence: Him.\nlabel:"] and found["qnli"].words == ["not_entailment"]
     for text, said in (
         ("a\tb\n1\t2\n", "has no column label"),
-        ("sentence\tlabel\nx\n", "lack columns"),
+        ("sentence\tlabel\nx\n", "have not the 2 columns"),
         ("x\tlabel\n1\t2\n", "has no column sentence"),
     ):
         (tmp_path / "bad").write_text(text)
@@ -534,7 +540,7 @@ def test_the_command_line(corpus: Path, tmp_path: Path, bitnet: Callable[..., Re
     done = bitnet("train", "--config", config, "--data", corpus, "--out", tmp_path / "run", "--quantization", "ternary", "--json")
     assert done.exit_code == 0 and '"step": 2' in done.stdout.splitlines()[-1]
     again = bitnet("train", "--config", config, "--data", corpus, "--out", tmp_path / "run")
-    assert again.exit_code == 0 and "complete already" in again.stdout
+    assert again.exit_code == 0 and again.stdout.endswith("complete\n")
     for words, said in (
         (["--config", tmp_path / "no.yaml"], "not found"),
         (["--config", config], "nothing to train on: add --data"),

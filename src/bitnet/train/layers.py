@@ -125,7 +125,8 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
     """codes [out, in] times scales [1 or out, groups], float32 [out, in]."""
     if scales.shape[1] == 1:
         return codes * scales
-    return (codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)).flatten(1)
+    runs: Tensor = codes.unflatten(1, (scales.shape[1], -1)) * scales.unsqueeze(2)
+    return runs.flatten(1)
 
 
 class _Product(torch.autograd.Function):

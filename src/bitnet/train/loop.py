@@ -118,6 +118,7 @@ def train(
     wrapped = spread(model, parallel, processes)
     optims = optimizers(model, schedule)
     first, spent_s, spent_cpu_s = _resume(out, model, optims)
+    also = () if teacher is None else (teacher,)
     objective: Any = _distil_loss if teacher is not None else _loss
     run = torch.compile(objective, dynamic=False) if compiled and schedule.compile else objective
     blend = torch.ones((), device=processes.device) if schedule.blend_steps > first else None
@@ -148,7 +149,7 @@ def train(
             for at in range(0, len(rows), size):
                 part = list(rows[at : at + size])
                 mine, wanted = tokens[part].to(processes.device), targets[part].to(processes.device)
-                share = run(wrapped, mine, wanted, count) if teacher is None else run(wrapped, mine, wanted, count, teacher)
+                share = run(wrapped, mine, wanted, count, schedule.bf16, *also)
                 (share * processes.count).backward()  # the mean over processes is taken of gradients
                 loss += share.detach()
             mean = float(processes.sum(loss))
@@ -185,24 +186,24 @@ def train(
                 processes.wait()
 
 
-def _loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int) -> Tensor:
+def _loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, bf16: bool = True) -> Tensor:
     """The sum over these targets of the cross-entropy, by the number of all targets of the step."""
-    return _cross_entropy(_logits(model, tokens), targets) / count
+    return _cross_entropy(_logits(model, tokens, bf16), targets) / count
 
 
-def _distil_loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, teacher: Teacher) -> Tensor:
+def _distil_loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, bf16: bool, teacher: Teacher) -> Tensor:
     """share * KL(teacher || student) * temperature^2 + (1 - share) * cross-entropy (Hinton et al., arXiv:1503.02531), likewise."""
-    logits, t = _logits(model, tokens), teacher.temperature
+    logits, t = _logits(model, tokens, bf16), teacher.temperature
     with torch.no_grad():
-        theirs = _logits(teacher.model, tokens)[..., : logits.shape[-1]]
+        theirs = _logits(teacher.model, tokens, bf16)[..., : logits.shape[-1]]
     kl = nn.functional.kl_div((logits / t).log_softmax(-1), (theirs / t).log_softmax(-1), reduction="none", log_target=True).sum(-1)
     kl = (kl * (targets != IGNORED)).sum() * t * t
     return (teacher.share * kl + (1 - teacher.share) * _cross_entropy(logits, targets)) / count
 
 
-def _logits(model: nn.Module, tokens: Tensor) -> Tensor:
+def _logits(model: nn.Module, tokens: Tensor, bf16: bool = True) -> Tensor:
     """float32 [rows, length, vocab]"""
-    with torch.autocast(tokens.device.type, dtype=torch.bfloat16):
+    with torch.autocast(tokens.device.type, dtype=torch.bfloat16, enabled=bf16):
         logits: Tensor = model(input_ids=tokens, use_cache=False).logits
     return logits.float()
 

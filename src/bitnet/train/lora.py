@@ -34,7 +34,8 @@ def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
         there = ", ".join(sorted({n.rpartition(".")[2] for n in linears}))
         raise UsageError(f"target_modules: no linear layer ends with {missing[0]!r}; there are {there}")
     config = LoraConfig(r=recipe.rank, lora_dropout=recipe.lora_dropout, target_modules=ends, task_type="CAUSAL_LM")
-    config.lora_alpha, config.base_model_name_or_path = recipe.alpha, base  # type: ignore[assignment]
+    config.lora_alpha = recipe.alpha  # type: ignore[assignment]
+    model.name_or_path = base  # type: ignore[assignment]
     found = get_peft_model(model, config)
     if recipe.quantize == "ternary":
         ternarize_model(found, "*.lora_?.default", quantization=FACTORS)

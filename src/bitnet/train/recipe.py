@@ -25,6 +25,13 @@ from bitnet.train.schedule import Schedule
 
 TASKS = ("pretrain", "distil", "heal", "lora", "instruct", "classify")
 SCHEMES = ("fp16", "binary", "ternary")
+# what `training` is where a recipe leaves it open; None of it is new to a model that has learned already
+_TRAINING: dict[Any, dict[str, Any]] = {
+    "heal": {"matrix_lr": 0.004, "vector_lr": 0.001},
+    "lora": {"optimizer": "adamw", "matrix_lr": 0.005},
+    "instruct": {"matrix_lr": 0.003, "vector_lr": 0.001},
+    "classify": {"matrix_lr": 0.004, "vector_lr": 0.001},
+}
 
 
 def _at_least(least: float, most: float = math.inf, above: bool = False) -> dict[str, Any]:
@@ -125,6 +132,8 @@ class Recipe:
         if "task" not in values:
             guess = {"rank": "lora", "quantize": "lora", "teacher": "distil", "labels": "classify", "base_model": "heal"}
             values = {"task": next((task for key, task in guess.items() if key in values), "pretrain"), **values}
+        if isinstance(values.get("training", {}), Mapping):
+            values = {**values, "training": {**_TRAINING.get(values["task"], {}), **values.get("training", {})}}
         recipe: Recipe = _section(Recipe, values, where, "")
         if recipe.task in ("pretrain", "distil") and recipe.model is None:
             raise UsageError(f"{where}: task {recipe.task} makes a new model, whose shape is missing; add model: with hidden_size, ...")
@@ -143,7 +152,10 @@ class Recipe:
             if shape.hidden_size // shape.num_attention_heads % 2:
                 raise UsageError(f"{where}: model: heads of {shape.hidden_size // shape.num_attention_heads}; rope needs an even size")
         recipe.training.check(where, recipe.context)
-        recipe.quantization.quantization(recipe.scheme)
+        try:
+            recipe.quantization.quantization(recipe.scheme)
+        except UsageError as error:
+            raise UsageError(f"{where}: quantization.{error}") from None
         return recipe
 
     def plain(self) -> dict[str, Any]:
@@ -201,9 +213,8 @@ def _value(hint: Any, value: Any, where: str, key: str, limits: Mapping[str, Any
         raise UsageError(f"{where}: {key} is {value!r}; expected {names[hint]}")
     if (choices := limits.get("choices")) and value not in choices:
         near = difflib.get_close_matches(str(value), choices, 1, 0.5)
-        raise UsageError(
-            f"{where}: {key} is {value!r}; expected one of {', '.join(choices)}" + (f": did you mean {near[0]}?" if near else "")
-        )
+        does = f"; did you mean {near[0]}?" if near else ""
+        raise UsageError(f"{where}: {key} is {value!r}; expected one of {', '.join(choices)}{does}")
     if hint in (int, float) and "least" in limits:
         least, most, above = limits["least"], limits.get("most", math.inf), limits.get("above", False)
         if not (least < value if above else least <= value) or not value <= most or not math.isfinite(value):

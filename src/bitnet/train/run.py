@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from tokenizers import Tokenizer
 
@@ -147,6 +148,7 @@ class _Prepared:
             from bitnet.train.lora import add_adapter
 
             freeze(self.model)
+            torch.manual_seed(recipe.seed)
             self.model = add_adapter(self.model, recipe, recipe.base_model)
         else:
             article = recipe.quantization.alphas == "article"

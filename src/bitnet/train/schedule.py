@@ -36,6 +36,7 @@ class Schedule:
     snap: float = field(default=0.5, metadata=_limits(0, 1))
     checkpoint_every: int = field(default=100, metadata=_limits(1))  # steps
     divergence: float = field(default=3.0, metadata=_limits(0, above=True))  # nats above the best mean of 10 steps, after which it stops
+    bf16: bool = True  # products in bfloat16 (autocast); else in float32
     compile: bool = True
 
     def rate(self, step: int) -> float:
