@@ -99,8 +99,8 @@ class TernaryTransformer:
         - codec: of ternary layers in memory, "t2" or "b3", with the same results; "auto" for what tuning chose, else base-3 on AVX-512 VBMI
         - tokenizer: a tokenizer.json instead of the model's own
         - revision, file: of a model from the Hub, its branch, tag or commit ("main"), and one .gguf or .safetensors of it
-        - adapter: a low-rank adapter's folder as PEFT saves it, which runs beside the weights; adapters: several, {name: folder}, of which
-          each request names one; "default" is the name of the one that needs no naming
+        - adapter: a low-rank adapter (PEFT's folder, or llama.cpp's GGUF), which runs beside the weights; adapters: several, {name: path},
+          of which each request names one; "default" is the name of the one that needs no naming
 
         Raises `UsageError` for arguments, `FormatError` for damaged files, `UnsupportedModelError` for what this build cannot run exactly.
         """

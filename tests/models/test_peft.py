@@ -228,6 +228,8 @@ def test_what_would_not_be_the_adapter_is_refused(tmp_path: Path, changes: dict[
 
 def test_what_is_no_adapter(tmp_path: Path) -> None:
     base = config(random_models.save(random_models.llama(seed=3), tmp_path / "base"))
+    with pytest.raises(BitNetError, match=r"nothing: no such folder or file; expected an adapter's folder as PEFT saves it, or llama"):
+        read_adapter(tmp_path / "nothing", base)
     with pytest.raises(BitNetError, match=r"holds no adapter_config.json; expected an adapter's folder as PEFT saves it"):
         read_adapter(tmp_path / "base", base)
     (tmp_path / "a").mkdir()

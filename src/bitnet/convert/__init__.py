@@ -82,7 +82,7 @@ def convert(
     calibration: tokens, int32 [sequences, tokens] (layerwise.sequences makes them of a text), from which outputs' errors are known.
     tokenizer_json: a file to be used instead of the model's own tokenizer.
     allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
-    merge_adapter: the folder of a low-rank adapter to add to the weights; ternary ones return to the grid that they have.
+    merge_adapter: a low-rank adapter (PEFT's folder, or llama.cpp's GGUF) to add to the weights; ternary ones return to their grid.
     verify_written: read the file back and compare everything, before it takes the target's place.
 
     Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was

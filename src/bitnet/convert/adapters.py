@@ -230,7 +230,7 @@ def survival(before: Mapping[str, Weight], after: Mapping[str, Weight], parts: M
             d = delta(low, first, last).astype(np.float64)
             r = other.values(first, last).astype(np.float64) - one.values(first, last)
             sums += np.array([(d * d).sum(), (r * d).sum(), ((r - d) ** 2).sum()])
-            if one.codes is not None and other.codes is not None:
+            if one.codes is not None and other.codes is not None and one.scheme == other.scheme == "ternary":
                 changed += int((one.codes(first, last) != other.codes(first, last)).sum())
         found.append(Merged(name, float(sums[0]), float(sums[1]), float(sums[2]), changed, int(np.prod(one.shape))))
     return found

@@ -58,6 +58,8 @@ def read_adapter(path: PathLike, config: ModelConfig) -> StoredAdapter:
     folder, where = Path(path), shown(path)
     if folder.is_file():
         return StoredAdapter(folder, lora_gguf.read(folder, config))
+    if not folder.exists():
+        raise FormatError(f"{where}: no such folder or file; expected an adapter's folder as PEFT saves it, or llama.cpp's .gguf")
     if not is_adapter(folder):
         raise FormatError(f"{where}: holds no {CONFIG_FILE}; expected an adapter's folder as PEFT saves it")
     found = json_object(read_file(folder / CONFIG_FILE, MAX_CONFIG_BYTES), f"{where}/{CONFIG_FILE}")
