@@ -260,7 +260,7 @@ def test_bench_replays_texts_with_guesses_and_without(bitnet: Bitnet, model_fold
     assert done.exit_code == 2
     assert done.stderr == f"error: {file}: expected a prompt, a line =====, and the text that follows the prompt\n"
     assert "--replay is for --speculate" in bitnet("bench", "--replay", file).stderr
-    assert "--speculate takes no --depth" in bitnet("bench", "--speculate", "--depth", 3).stderr
+    assert "--speculate takes no --prompt-tokens, --new-tokens, --depth" in bitnet("bench", "--speculate", "--depth", 3).stderr
     done = bitnet("bench", "--shape", "article-12x512", "--speculate", "--repetitions", 1)  # whose context holds all three
     assert done.exit_code == 0 and [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["summary", "edit", "story"]
 

@@ -51,7 +51,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @click.option("--new-tokens", type=int, default=64, show_default=True, metavar="N", help="Tokens to decode.")
 @click.option("--depth", type=int, default=0, show_default=True, metavar="N", help="Tokens in the context before the first decoded one.")
 @click.option("--batch", type=int, default=1, show_default=True, metavar="N", help="Sequences at once.")
-@click.option("--repetitions", type=int, default=5, show_default=True, metavar="N", help="The medians are printed.")
+@click.option("--repetitions", type=int, metavar="N", help="The medians are printed. Default: 5; of --speculate 3.")
 @click.option(
     "--compare",
     metavar="SCHEMES",
@@ -68,7 +68,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @debug_option
 def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
-    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
+    prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int | None, adapter: str | None, lora: int | None,
     compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool, **cache: Any,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
@@ -90,10 +90,14 @@ def command(
         raise click.UsageError("--picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary")
     if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1 or beside):
         raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, --adapter, --lora or --tune")
-    if speculate and (tune or compare is not None or depth or batch != 1 or beside):
-        raise click.UsageError("--speculate takes no --depth, --batch, --adapter, --lora, --compare or --tune")
+    if speculate and (tune or compare is not None or prompt_tokens is not None or new_tokens != 64 or depth or batch != 1 or beside):
+        raise click.UsageError(
+            "--speculate takes no --prompt-tokens, --new-tokens, --depth, --batch, --adapter, --lora, --compare or --tune"
+        )
     if replay and not speculate:
         raise click.UsageError("--replay is for --speculate")
+    if repetitions is None:
+        repetitions = 3 if speculate else 5
     check_options(threads=threads)
     kv = kv_format(**cache)
     if kv != KvFormat() and (tune or compare is not None or speculate):
