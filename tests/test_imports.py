@@ -46,7 +46,8 @@ LAYERS = {
     },
     "evaluate": {"chat", "engine", "files", "models", "tokenizer", "transformer", "weights"},
     "bench": {"_native", "engine", "evaluate", "generation", "machine", "models", "shapes", "transformer", "tuning", "weights"},
-    "train": {"ternary", "packing", "files", "machine", "models", "evaluate", "transformer"},  # the last two score what was exported
+    # evaluate and transformer score what was exported; convert reads what training starts from
+    "train": {"chat", "convert", "evaluate", "files", "machine", "models", "packing", "ternary", "tokenizer", "transformer"},
     "cli": {"*"},
     "__init__": {"machine", "ternary", "transformer", "cli"},
     "__main__": {"cli"},

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bitnet.convert.formats import FORMATS
 from bitnet.convert.hf import config_of, names_of
@@ -25,19 +25,20 @@ from bitnet.train.recipe import Shape
 
 
 def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
-    """A BitNetForCausalLM, initialized from the seed; every linear layer is torch's own."""
+    """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
     torch.manual_seed(seed)
-    config = BitNetConfig(
+    kind, made = (LlamaConfig, LlamaForCausalLM) if shape.architecture == "llama" else (BitNetConfig, BitNetForCausalLM)
+    config = kind(
         vocab_size=vocab_size,
         max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=end_id,
         eos_token_id=end_id,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        **{k: v for k, v in vars(shape).items() if k != "rope_theta"},
+        **{k: v for k, v in vars(shape).items() if k not in ("rope_theta", "architecture")},
     )
     config._attn_implementation = "sdpa"
-    return BitNetForCausalLM(config)
+    return made(config)
 
 
 class Base:
