@@ -27,6 +27,8 @@ from bitnet.train.recipe import Shape
 def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
     """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
     torch.manual_seed(seed)
+    kind: Any
+    made: Any
     kind, made = (LlamaConfig, LlamaForCausalLM) if shape.architecture == "llama" else (BitNetConfig, BitNetForCausalLM)
     config = kind(
         vocab_size=vocab_size,
