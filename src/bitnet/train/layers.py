@@ -162,8 +162,8 @@ class _Product(torch.autograd.Function):
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
             one = factor is not None and factor.numel() == 1  # then it is cheaper after the product
-            grad_x = ((g if factor is None or one else (grad * factor).to(w.dtype)) @ w).to(ctx.input_dtype)
-            grad_x = grad_x * factor if one else grad_x
+            grad_x = (g if factor is None or one else (grad * factor).to(w.dtype)) @ w
+            grad_x = (grad_x * factor if one else grad_x).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             x = q if step is None else (q * step).to(w.dtype)  # what layers that share an input share, too
             grad_weight = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float()
