@@ -33,6 +33,7 @@ from bitnet.train.run import run  # noqa: E402
 from bitnet.transformer import TernaryTransformer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
+GOLDEN = ROOT / "tests" / "golden" / "gguf"
 INT8_NOISE = 0.047  # derived in tests/models/test_against_transformers.py
 
 
@@ -395,6 +396,30 @@ def test_heal(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: st
         before = score_text(TernaryTransformer.from_pretrained(trained["fp16"] / "model", weights="binary"), text).bits_per_byte
     after = score_text(TernaryTransformer.from_pretrained(tmp_path / "run" / "model"), text).bits_per_byte
     assert after < 0.9 * before
+
+
+FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "bitnet")
+
+
+@pytest.mark.parametrize("source", [*FAMILIES, *sorted(GOLDEN.glob("*.gguf"))], ids=lambda s: getattr(s, "stem", s))
+def test_a_base_in_torch_is_what_the_engine_runs(tmp_path: Path, source: Any) -> None:
+    """Every family and format that training can start from; packed layers packed."""
+    import random_models
+
+    from bitnet.models import open_checkpoint
+    from bitnet.train.models import _as_transformers
+    from bitnet.weights import load_engine
+
+    if isinstance(source, str):
+        random_models.save(getattr(random_models, source)(seed=1), tmp_path)
+        source = tmp_path
+    model, _ = _as_transformers(open_checkpoint(source), packed=True)
+    engine = load_engine(open_checkpoint(source))
+    ids = [(7 * i) % min(200, engine.config.vocab_size) for i in range(40)]
+    ours = engine.forward([(engine.sequence(), ids)], all_logits=True)
+    with torch.no_grad():
+        theirs = model.eval()(input_ids=torch.tensor([ids])).logits[0].numpy()
+    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() < INT8_NOISE
 
 
 def test_packed_masters_ternarize_to_themselves(trained: dict[str, Path]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from bitnet.convert.hf import config_of, names_of
 from bitnet.convert.source import read
 from bitnet.errors import BitNetError, UnsupportedModelError
 from bitnet.files.hf import Checkpoint
-from bitnet.models import LINEARS, open_checkpoint
+from bitnet.models import LINEARS, adapter_for, open_checkpoint
 from bitnet.train.layers import FrozenTernaryLinear
 from bitnet.train.recipe import Shape
 
@@ -78,6 +79,7 @@ def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[st
     form = FORMATS["hf-dense-f32"]
     config = config_of(found, form, found.weights)
     names = names_of(found, config, str(checkpoint.path))
+    norm_offset = adapter_for(config, str(checkpoint.path)).config(config, str(checkpoint.path)).norm_offset
     for key in ("bos_token_id", "eos_token_id"):
         if key not in config and (ids := _gguf_id(checkpoint, key)) is not None:
             config[key] = ids
@@ -96,8 +98,9 @@ def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[st
                 old = model.get_submodule(module)
                 model.set_submodule(module, FrozenTernaryLinear(codes, scales, None if old.bias is None else old.bias.detach()))
                 continue
+            off = weight.offset - norm_offset if weight.kind.endswith("norm") else 0.0  # gemma's in GGUF are 1 + w
             for first, last in weight.spans():
-                parameters[name][first:last] = torch.from_numpy(weight.values(first, last).copy())
+                parameters[name][first:last] = torch.from_numpy(weight.values(first, last) + np.float32(off))
             if weight.codes is not None and weight.kind in LINEARS:
                 _make_masters(parameters[name], weight.scales)
                 packed_names.append(module)
