@@ -66,7 +66,8 @@ LAYERS = {
         "tuning",
         "weights",
     },
-    "train": {"ternary", "packing", "files", "machine", "models", "evaluate", "transformer"},  # the last two score what was exported
+    # evaluate and transformer score what was exported; convert reads what training starts from
+    "train": {"chat", "convert", "evaluate", "files", "machine", "models", "packing", "ternary", "tokenizer", "transformer"},
     "cli": {"*"},
     "__init__": {"machine", "ternary", "transformer", "cli"},
     "__main__": {"cli"},

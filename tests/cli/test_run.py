@@ -103,7 +103,7 @@ def test_an_unknown_option(bitnet: Bitnet, model_folder: Path) -> None:
 
 def test_the_embedded_model_is_the_default(bitnet: Bitnet) -> None:
     if not embedded_models():
-        pytest.skip("no embedded model in this tree yet: it is written by `python -m bitnet.train`")
+        pytest.skip("no embedded model in this tree yet: it is written by `bitnet train`")
     done = bitnet("run", "-p", "Once upon a time", "-n", 20, "--seed", 1, "--json")
     found = json.loads(done.stdout)
     assert found["model"] == "tinyllm-ternary-v2" and found["codec"] in ("t2", "b3") and found["generated_tokens"] > 0

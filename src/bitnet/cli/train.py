@@ -11,7 +11,7 @@ import click
 
 from bitnet import __version__
 from bitnet.cli.errors import Guarded
-from bitnet.cli.options import output_options, ternary_options
+from bitnet.cli.options import output_options
 from bitnet.errors import UsageError
 from bitnet.machine import require_numpy
 
@@ -21,6 +21,8 @@ _OPTIONS = (
     click.option(
         "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Instead of what the recipe says: scheme=binary. Repeatable."
     ),
+    click.option("--quantization", type=click.Choice(["ternary", "binary", "fp16"]), help="Instead of the recipe's scheme."),
+    click.option("--ternary", is_flag=True, help="The same as --quantization ternary; of an adapter: its A and B."),
     click.option("--data", type=Path, metavar="PATH", help="What to train on: the folder of the recipe's files, or one file."),
     click.option("--out", type=Path, metavar="FOLDER", help="The run, which is resumed from here. Default: runs/ and the config's name."),
     click.option("--export", type=Path, metavar="FOLDER", help="Write the model (or adapter) here. Default: OUT/model (OUT/adapter)."),
@@ -41,7 +43,6 @@ def _options(function: F) -> F:
 
 @click.command("train", short_help="Train a model by a recipe.")
 @_options
-@ternary_options
 @output_options
 def command(**options: Any) -> None:
     """Train a model by a recipe. The same command again resumes where the run was, after whatever ended it.
@@ -53,7 +54,6 @@ def command(**options: Any) -> None:
 
 @click.command("bitnet-trainer", cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
 @_options
-@ternary_options
 @output_options
 @click.version_option(__version__, prog_name="bitnet-trainer")
 def trainer(**options: Any) -> None:
@@ -68,14 +68,18 @@ def trainer_main() -> None:
 
 
 def train(
-    config: Path, changes: tuple[str, ...], data: Path | None, out: Path | None, export: Path | None, evaluation: Path | None,
-    card: Path | None, device: str, spread: str, as_json: bool,
+    config: Path, changes: tuple[str, ...], quantization: str | None, ternary: bool, data: Path | None, out: Path | None,
+    export: Path | None, evaluation: Path | None, card: Path | None, device: str, spread: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Trains, and shows how it goes on stderr: a bar on a terminal, else a line for every tenth step."""
     import sys
 
     from bitnet.cli.progress import DelayedBar
 
+    if ternary and quantization not in (None, "ternary"):
+        raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
+    asked = [f"scheme={quantization or 'ternary'}"] if quantization or ternary else []
+    asked += ["quantize=ternary"] if asked == ["scheme=ternary"] else []
     if not config.is_file():
         raise UsageError(f"{config}: not found; --config names a recipe, a YAML file (recipes/ has some)")
     for path in (evaluation, card):
@@ -84,7 +88,7 @@ def train(
     try:
         from bitnet.train.recipe import Recipe
 
-        recipe = Recipe.load(config, changes)
+        recipe = Recipe.load(config, (*changes, *asked))
         from bitnet.train.run import run
     except ImportError as error:
         raise UsageError(f"training needs {error.name}, which is not installed: pip install 'bitnet-ternary[train]'") from None

@@ -132,7 +132,8 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """y = x^ W^T, where x^ is x by int8 steps or x itself, and W^ = codes * scales; gradients straight through to x and to `weight`.
 
-    A scale that a whole row shares leaves with the sum, which then is one of integers.
+    A scale that a whole row shares leaves with the sum, which then is one of integers. The result is of the `dtype` of the product, as
+    that of `nn.Linear` is under autocast.
     """
 
     @staticmethod
@@ -148,21 +149,24 @@ class _Product(torch.autograd.Function):
         else:
             q, step = x, None
         q = q.to(dtype)
+        ctx.input_dtype = x.dtype
         ctx.save_for_backward(q, step, w, factor, (weight.detach().abs() <= clip) if clip is not None and weight is not None else None)
         y = (q @ w.t()).float()
         y = y if factor is None else y * factor
-        return (y if step is None else y * step).to(x.dtype)
+        return (y if step is None else y * step).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         q, step, w, factor, passes = ctx.saved_tensors
-        g = grad.float()
+        g = grad.to(w.dtype)
         grad_x = grad_weight = None
         if ctx.needs_input_grad[0]:
-            grad_x = ((g if factor is None else g * factor).to(w.dtype) @ w).to(grad.dtype)
+            one = factor is not None and factor.numel() == 1  # then it is cheaper after the product
+            grad_x = (g if factor is None or one else (grad * factor).to(w.dtype)) @ w
+            grad_x = (grad_x * factor if one else grad_x).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
-            g = (g if step is None else g * step).to(w.dtype).flatten(0, -2)  # [tokens, out]
-            grad_weight = (g.t() @ q.flatten(0, -2)).float()
+            x = q if step is None else (q * step).to(w.dtype)  # what layers that share an input share, too
+            grad_weight = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float()
             if passes is not None:
                 grad_weight = grad_weight * passes
         return grad_x, grad_weight, None, None, None, None, None

@@ -9,35 +9,39 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from bitnet.convert.formats import FORMATS
 from bitnet.convert.hf import config_of, names_of
 from bitnet.convert.source import read
 from bitnet.errors import BitNetError, UnsupportedModelError
 from bitnet.files.hf import Checkpoint
-from bitnet.models import LINEARS, open_checkpoint
+from bitnet.models import LINEARS, adapter_for, open_checkpoint
 from bitnet.train.layers import FrozenTernaryLinear
 from bitnet.train.recipe import Shape
 
 
 def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
-    """A BitNetForCausalLM, initialized from the seed; every linear layer is torch's own."""
+    """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
     torch.manual_seed(seed)
-    config = BitNetConfig(
+    kind: Any
+    made: Any
+    kind, made = (LlamaConfig, LlamaForCausalLM) if shape.architecture == "llama" else (BitNetConfig, BitNetForCausalLM)
+    config = kind(
         vocab_size=vocab_size,
         max_position_embeddings=context,
         tie_word_embeddings=True,
         bos_token_id=end_id,
         eos_token_id=end_id,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
-        **{k: v for k, v in vars(shape).items() if k != "rope_theta"},
+        **{k: v for k, v in vars(shape).items() if k not in ("rope_theta", "architecture")},
     )
     config._attn_implementation = "sdpa"
-    return BitNetForCausalLM(config)
+    return made(config)
 
 
 class Base:
@@ -75,6 +79,7 @@ def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[st
     form = FORMATS["hf-dense-f32"]
     config = config_of(found, form, found.weights)
     names = names_of(found, config, str(checkpoint.path))
+    norm_offset = adapter_for(config, str(checkpoint.path)).config(config, str(checkpoint.path)).norm_offset
     for key in ("bos_token_id", "eos_token_id"):
         if key not in config and (ids := _gguf_id(checkpoint, key)) is not None:
             config[key] = ids
@@ -93,8 +98,9 @@ def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[st
                 old = model.get_submodule(module)
                 model.set_submodule(module, FrozenTernaryLinear(codes, scales, None if old.bias is None else old.bias.detach()))
                 continue
+            off = weight.offset - norm_offset if weight.kind.endswith("norm") else 0.0  # gemma's in GGUF are 1 + w
             for first, last in weight.spans():
-                parameters[name][first:last] = torch.from_numpy(weight.values(first, last).copy())
+                parameters[name][first:last] = torch.from_numpy(weight.values(first, last) + np.float32(off))
             if weight.codes is not None and weight.kind in LINEARS:
                 _make_masters(parameters[name], weight.scales)
                 packed_names.append(module)

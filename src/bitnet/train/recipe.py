@@ -40,7 +40,7 @@ def _at_least(least: float, most: float = math.inf, above: bool = False) -> dict
 
 @dataclass(frozen=True)
 class Shape:
-    """Of a new model: fields of transformers' BitNetConfig."""
+    """Of a new model: fields of transformers' BitNetConfig or LlamaConfig."""
 
     hidden_size: int = field(metadata=_at_least(8))
     intermediate_size: int = field(metadata=_at_least(8))
@@ -49,7 +49,8 @@ class Shape:
     num_key_value_heads: int = field(metadata=_at_least(1))
     rms_norm_eps: float = field(default=1e-5, metadata=_at_least(0, 1, above=True))
     rope_theta: float = field(default=10_000.0, metadata=_at_least(1))
-    hidden_act: str = field(default="relu2", metadata={"choices": ("relu2", "silu")})
+    # bitnet: relu(gate)^2 * up and sub-norms before o_proj and down_proj; llama: silu(gate) * up and none
+    architecture: str = field(default="bitnet", metadata={"choices": ("bitnet", "llama")})
 
 
 @dataclass(frozen=True)
@@ -130,7 +131,7 @@ class Recipe:
     @staticmethod
     def parse(values: Mapping[str, Any], where: str) -> Recipe:
         if "task" not in values:
-            guess = {"rank": "lora", "quantize": "lora", "teacher": "distil", "labels": "classify", "base_model": "heal"}
+            guess = {"rank": "lora", "lora_dropout": "lora", "teacher": "distil", "labels": "classify", "base_model": "heal"}
             values = {"task": next((task for key, task in guess.items() if key in values), "pretrain"), **values}
         if isinstance(values.get("training", {}), Mapping):
             values = {**values, "training": {**_TRAINING.get(values["task"], {}), **values.get("training", {})}}
