@@ -3,7 +3,8 @@
 What was computed lies in pages of 256 tokens, and a page depends on the tokens up to its end, on the adapter and on the cache's format, and
 on nothing else: so a tree whose edges are pages of tokens finds the longest beginning that is there. A sequence shares its pages instead
 of copying them; one that must write into a page that others hold gets its own copy first (native/kv_cache.h), so a beginning may end
-anywhere in a page. Logits are the same bits as without. Beyond the budget the pages leave that were used least recently, the far end of a text first.
+anywhere in a page. Logits are the same bits as without. Beyond the budget the pages leave that were used least recently, the far end of a
+text first.
 """
 
 from __future__ import annotations
