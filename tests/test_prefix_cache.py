@@ -175,9 +175,9 @@ def test_generations_of_one_model_share(bits: int) -> None:
     expected = [without.generate(prompt + end, seed=1, max_new_tokens=40) for end in ("", "The dog", "A cat")]
     found = [one.generate(prompt + end, seed=1, max_new_tokens=40) for end in ("", "The dog", "A cat")]
     assert [a.token_ids for a in found] == [b.token_ids for b in expected]
-    reused, sizes = ([a.timings[key] for a in found] for key in ("reused_tokens", "prompt_tokens"))
+    reused, sizes = [a.reused_tokens for a in found], [a.timings["prompt_tokens"] for a in found]
     assert reused[0] == 0 and all(r > 0.95 * n for r, n in zip(reused[1:], sizes[1:], strict=True))
-    assert [b.timings["reused_tokens"] for b in expected] == [0, 0, 0] and without.prefixes is None
+    assert [b.reused_tokens for b in expected] == [0, 0, 0] and without.prefixes is None
     stream = one.stream(prompt + "The dog", seed=1, max_new_tokens=40)  # one that is left early, and another in its midst
     assert next(stream) and one.generate(prompt + "The dog", seed=1, max_new_tokens=40).token_ids == expected[1].token_ids
     assert "".join([stream.generation.text, *stream]) == expected[1].text

@@ -26,8 +26,7 @@ class Timings(TypedDict):
 
     load_s: float  # of the model, before this generation
     prompt_tokens: int
-    reused_tokens: int  # of the prompt, that an earlier generation had read
-    prefill_tok_s: float | None  # of the others
+    prefill_tok_s: float | None  # of the tokens that no earlier generation had read
     time_to_first_token_s: float | None  # from the start of the generation to the first picked token
     generated_tokens: int
     decode_tok_s: float | None  # tokens after the first, over the time spent on them (not on whoever reads the stream)
@@ -42,6 +41,7 @@ class Generation:
     token_ids: list[int] = field(repr=False)  # without the end-of-text token
     finish_reason: FinishReason | None
     timings: Timings = field(repr=False)
+    reused_tokens: int = field(default=0, repr=False)  # of the prompt, that an earlier generation had read
     speculated: Speculated | None = field(default=None, repr=False)  # None where nothing was to be guessed
 
 
@@ -126,7 +126,7 @@ class GenerationStream(Iterator[str]):
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
         speculated = None if self._speculation is None else self._speculation.speculated
-        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), speculated)
+        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._reused, speculated)
 
     def _run(self) -> Generator[str, None, None]:
         """The loop, and what it computed is kept for later ones that begin alike."""
@@ -208,7 +208,6 @@ class GenerationStream(Iterator[str]):
         return Timings(
             load_s=self._load_s,
             prompt_tokens=len(self._prompt_ids),
-            reused_tokens=self._reused,
             prefill_tok_s=(len(self._prompt_ids) - self._reused) / self._prefill_s if self._prefill_s > 0 else None,
             time_to_first_token_s=self._prefill_s or None,
             generated_tokens=len(self._ids),

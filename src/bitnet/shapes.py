@@ -9,7 +9,7 @@ import numpy as np
 from bitnet.engine import CODECS, Adapter, Engine, check_codec, chosen_codec, new_native
 from bitnet.errors import UsageError
 from bitnet.models import LINEARS, ModelConfig
-from bitnet.models.config import weight_shapes
+from bitnet.models.config import LONGEST_CONTEXT, weight_shapes
 from bitnet.models.low_rank import LowRank
 from bitnet.models.rope import Rope
 from bitnet.weights import QUANTIZED, layer_norms, scheme_bits
@@ -64,13 +64,13 @@ def random_engine(
     weights: str = "ternary",
     codec: str = "auto",
     seed: int = 1,
-    context: int = 0,
+    context: int | None = None,
 ) -> Engine:
     """A model of one of `SHAPES` with random weights, made in memory: for speed, not for text.
 
     `head`: scheme of the embedding and head, "f16", "int8", "int4" or "ternary" (two-bit, in groups as the layers are).
     `weights`: scheme of the layers, one of `WEIGHTS`, with the scales and the steps of activations that it has in a loaded model.
-    `codec`: of ternary layers, "t2", "b3" or "auto". `context`: tokens that it must hold, if those are more.
+    `codec`: of ternary layers, "t2", "b3" or "auto". `context`: tokens that it holds instead of the shape's own.
     """
     if shape not in SHAPES:
         raise UsageError(f"no shape is called {shape!r}; there are {', '.join(SHAPES)}")
@@ -81,12 +81,14 @@ def random_engine(
     check_codec(codec)
     if codec != "auto" and weights != "ternary":
         raise UsageError(f"codec is {codec!r} and weights {weights!r}; codecs are for ternary layers, leave it out")
+    if context is not None and not 1 <= context <= LONGEST_CONTEXT:
+        raise UsageError(f"max_context is {context}; expected 1 to {LONGEST_CONTEXT} tokens")
     s = SHAPES[shape]
     config = ModelConfig(
         architecture="bitnet" if s.bitnet else "qwen3" if s.qk_norms else "llama", vocab_size=s.vocab, hidden_size=s.width,
-        n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, ffn_size=s.ffn, max_context=max(s.context, context),
-        norm_eps=1e-5, rope=Rope(500_000.0), activation="relu2" if s.bitnet else "silu", sub_norms=s.bitnet, tied=s.tied,
-        attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
+        n_layers=s.layers, n_heads=s.heads, n_kv_heads=s.kv_heads, head_dim=s.head_dim, ffn_size=s.ffn,
+        max_context=s.context if context is None else context, norm_eps=1e-5, rope=Rope(500_000.0),
+        activation="relu2" if s.bitnet else "silu", sub_norms=s.bitnet, tied=s.tied, attention_scale=s.head_dim**-0.5, qk_norms=s.qk_norms,
     )  # fmt: skip
     native = new_native(config, threads, QUANTIZED.get(weights, 0))
     ternary_codec = chosen_codec(codec, native.isa, scale_group=s.group)

@@ -9,6 +9,7 @@ import re
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,7 @@ class TernaryTransformer:
         kv_bits_k: int | None = None,
         kv_bits_v: int | None = None,
         prefix_cache_bytes: int | None = None,
+        max_context: int | None = None,
         device: str = "cpu",
         threads: int | None = None,
         zero_skip: bool | str = "auto",
@@ -88,6 +90,7 @@ class TernaryTransformer:
           head that share a scale in a quantized cache, a multiple of 16 that divides the head
         - prefix_cache_bytes: memory for keys and values of earlier calls, by which one that begins with the same tokens starts at once,
           with the same results; 0: none; None: 512 MiB
+        - max_context: tokens that a sequence may hold, also more than the model was made for (docs/kv-cache.md); None: as many as that
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
         - zero_skip: "auto", True or False (this build runs dense; True warns)
@@ -106,12 +109,14 @@ class TernaryTransformer:
         """
         from bitnet.engine import check_codec
         from bitnet.models import canonical, open_checkpoint
+        from bitnet.models.config import with_context
         from bitnet.models.peft import read_adapter
         from bitnet.tuning import Settings, settle
         from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
 
         check_options(device=device, threads=threads, zero_skip=zero_skip)
         kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
+        context = None if max_context is None else _integer("max_context", max_context, at_least=1)
         budget = None if prefix_cache_bytes is None else _integer("prefix_cache_bytes", prefix_cache_bytes, at_least=0)
         check_weights(weights, activation_group, head or "stored")
         check_codec(codec)
@@ -125,6 +130,8 @@ class TernaryTransformer:
         checkpoint = open_checkpoint(path, i2_s)
         found = canonical(checkpoint)
         kv.group(found.config.head_dim)
+        if context is not None:
+            found = replace(found, config=with_context(found.config, context))
         weights = as_stored_if_ternary(weights, checkpoint, found)
         as_tuned = weights == "stored" and activation_group is None and elsewhere is None  # what was measured
         use = settle(path, codec, head, threads) if as_tuned else Settings(codec, head or "stored", threads)

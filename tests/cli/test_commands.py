@@ -154,6 +154,7 @@ BENCH_KEYS = {
     "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
     "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
     "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights", "adapter",
+    "kv_cache", "kv_memory_bytes_per_token", "attention_ms",
 }  # fmt: skip
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)
 
@@ -182,6 +183,18 @@ def test_bench_of_a_model_and_a_shape(bitnet: Bitnet, model_folder: Path) -> Non
     assert (found["model"], found["shape"], found["head"]) == (None, "article-12x512", "int8")
     assert found["head_cost"]["model"] == EMBEDDED_MODEL and found["head_cost"]["head"] == "int8"
     assert f"head cost  {EMBEDDED_MODEL}, as random weights cannot tell, int8 against stored: same top-1 9" in done.stdout
+
+
+@pytest.mark.usefixtures("known_machine")
+def test_bench_of_a_quantized_cache(bitnet: Bitnet, model_folder: Path) -> None:
+    done = bitnet("bench", model_folder, *QUICK, "--depth", 2, "--kv-bits", 4, "--kv-bits-k", 8, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    token = 2 * 2 * (32 + 2 + 16 + 2)  # layers, heads of 32 values, a scale each
+    assert (found["kv_cache"], found["kv_memory_bytes_per_token"]) == ("K8V4", token) and found["attention_ms"] > 0
+    assert found["kv_bytes_per_token"] == token * (3 + 4 + 5 + 6) / 4 and f"KV cache   K8V4, {token} bytes a token" in done.stdout
+    done = bitnet("bench", "--shape", "article-12x512", *QUICK, "--depth", 4100, "--max-context", 4200, "--kv-bits", 4, "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert done.exit_code == 0 and (found["depth"], found["kv_memory_bytes_per_token"]) == (4100, 12 * 8 * 2 * (32 + 2))
 
 
 @pytest.mark.usefixtures("known_machine")

@@ -10,7 +10,9 @@ sqrt(12) * 1.4 % = 4.7 % of the logits' norm. A wrong activation or norm is off 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +20,10 @@ import pytest
 
 from bitnet import packing, ternary
 from bitnet.engine import Engine
-from bitnet.errors import UnsupportedModelError
+from bitnet.errors import UnsupportedModelError, UsageError
 from bitnet.files import safetensors
-from bitnet.models import open_checkpoint
+from bitnet.models import canonical, open_checkpoint
+from bitnet.models.config import with_context
 from bitnet.weights import load_engine
 
 random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")
@@ -89,6 +92,52 @@ def test_dense_families(tmp_path: Path, family: str, changes: dict, dtype: str) 
 def test_rope_scaling(tmp_path: Path, kind: str) -> None:
     folder = random_models.save(random_models.llama(seed=2, rope_parameters=ROPES[kind]), tmp_path)
     ours, theirs = our_logits(folder), random_models.logits(random_models.reload(folder), IDS)
+    assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0, 4.0])
+def test_dynamic_rope_beyond_the_trained_context(tmp_path: Path, factor: float) -> None:
+    """transformers stretches by the length of the one forward, here 300; we by the context that was asked for."""
+    rope = {"rope_type": "dynamic", "factor": factor, "rope_theta": 1e4}
+    folder = random_models.save(random_models.llama(seed=2, rope_parameters=rope), tmp_path)
+    ids = np.random.default_rng(1).integers(0, 200, 300).tolist()
+    theirs = random_models.logits(random_models.reload(folder), ids)
+    checkpoint = open_checkpoint(folder)
+    model = canonical(checkpoint)
+    assert model.config.max_context == 128
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        longer = replace(model, config=with_context(model.config, 300))
+    engine = load_engine(checkpoint, model=longer, threads=2)
+    ours = engine.forward([(engine.sequence(), ids)], all_logits=True)
+    assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
+    plain = load(folder)
+    with pytest.raises(UsageError, match="300 tokens; the model's context is 128"):
+        plain.forward([(plain.sequence(), ids)])
+
+
+@pytest.mark.parametrize("kind", [None, "linear", "llama3", "yarn"])
+def test_a_longer_context_is_computed_as_asked(tmp_path: Path, kind: str | None) -> None:
+    changes = {"rope_parameters": ROPES[kind]} if kind else {}
+    folder = random_models.save(random_models.llama(seed=2, **changes), tmp_path)
+    ids = np.random.default_rng(1).integers(0, 200, 300).tolist()
+    checkpoint = open_checkpoint(folder)
+    with pytest.warns(UserWarning, match="max_context is 300; the model was made for 128 tokens, and beyond them its text may be noise"):
+        longer = replace(canonical(checkpoint), config=with_context(canonical(checkpoint).config, 300))
+    engine = load_engine(checkpoint, model=longer, threads=2)
+    ours, theirs = engine.forward([(engine.sequence(), ids)], all_logits=True), random_models.logits(random_models.reload(folder), ids)
+    assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gemma3_text"])
+def test_windows_over_several_pages(tmp_path: Path, family: str) -> None:
+    changes = {"max_position_embeddings": 1024, "sliding_window": 270}
+    changes |= {"use_sliding_window": True, "max_window_layers": 1} if family == "qwen2" else {}
+    folder = random_models.save(getattr(random_models, family)(**changes), tmp_path)
+    ids = np.random.default_rng(1).integers(0, 200, 700).tolist()
+    engine, theirs = load(folder), random_models.logits(random_models.reload(folder), ids)
+    sequence = engine.sequence()
+    ours = np.concatenate([engine.forward([(sequence, ids[at : at + 150])], all_logits=True) for at in range(0, 700, 150)])
     assert np.abs(ours - theirs).max() <= F16_FLIP * np.abs(theirs).max()
 
 

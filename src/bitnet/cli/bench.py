@@ -5,14 +5,23 @@ from __future__ import annotations
 import json
 import time
 import warnings
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
 import click
 
-from bitnet.cli.options import EMBEDDED_MODEL, adapter_option, debug_option, json_option, kv_options, ternary_options, threads_option
+from bitnet.cli.options import (
+    EMBEDDED_MODEL,
+    adapter_option,
+    debug_option,
+    json_option,
+    kv_options,
+    max_context_option,
+    ternary_options,
+    threads_option,
+)
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
@@ -59,6 +68,7 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 )
 @click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
 @kv_options
+@max_context_option
 @adapter_option
 @click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--speculate", is_flag=True, help="Replay a summary, an edit and a story, with guesses from the text before and without.")
@@ -69,7 +79,8 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int | None, adapter: str | None, lora: int | None,
-    compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool, **cache: Any,
+    compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool,
+    max_context: int | None, **cache: Any,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -119,8 +130,9 @@ def command(
         found = speculated(model, shape, weights, head, codec, threads, repetitions, replay)
     else:
         found = benched(
-            model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora, kv
-        )
+            model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora, kv,
+            max_context,
+        )  # fmt: skip
     if as_json:
         click.echo(json.dumps(found))
 
@@ -165,7 +177,7 @@ def speculated(
     from bitnet.transformer import load_tokenizer, resolve
 
     replays = [read(file) for file in files] or builtin()
-    engine, _ = build(model, shape, weights, head, codec, threads, 4096)
+    engine, _ = build(model, shape, weights, head, codec, threads, None)
     source = EMBEDDED_MODEL if model is None else model  # whose tokens a shape takes
     checkpoint = open_checkpoint(resolve(source))
     tokenizer = load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size)
@@ -195,7 +207,7 @@ def speculated(
 def benched(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
-    kv: KvFormat,
+    kv: KvFormat, max_context: int | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
@@ -203,7 +215,7 @@ def benched(
     from bitnet.cli.progress import DelayedBar
 
     start = time.perf_counter()
-    engine, use = build(model, shape, weights, head, codec, threads, max(prompt_tokens or 0, depth + new_tokens))
+    engine, use = build(model, shape, weights, head, codec, threads, max_context)
     engine.kv = kv
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
@@ -258,11 +270,12 @@ def benched(
 
 
 def build(
-    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None, tokens: int
+    model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None, max_context: int | None
 ) -> tuple[Engine, Settings | None]:
-    """The model's engine, or one with random weights that holds so many tokens. Refuses, with numbers, what does not fit into memory."""
+    """The model's engine, or one with random weights. Refuses, with numbers, what does not fit into memory."""
     from bitnet import machine
-    from bitnet.models import open_checkpoint
+    from bitnet.models import canonical, open_checkpoint
+    from bitnet.models.config import with_context
     from bitnet.shapes import random_engine, shape_bytes
 
     if shape is not None:
@@ -273,22 +286,24 @@ def build(
         if weights not in SHAPE_WEIGHTS:
             raise click.UsageError(f"--weights {weights} is for a MODEL; a --shape takes {', '.join(SHAPE_WEIGHTS)}")
         machine.require_memory(f"shape {shape} with head {head}", shape_bytes(shape, head, weights))
-        return random_engine(shape, threads=threads, head=head, weights=weights, codec=codec, seed=1, context=tokens), None
+        return random_engine(shape, threads=threads, head=head, weights=weights, codec=codec, seed=1, context=max_context), None
     if weights is not None and weights not in MODEL_WEIGHTS:
         raise click.UsageError(f"--weights {weights} is for a --shape; a MODEL takes {', '.join(MODEL_WEIGHTS)}")
     if head is not None and head not in MODEL_HEADS:
         raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes {', '.join(MODEL_HEADS)}")
-    from bitnet.models import canonical
     from bitnet.transformer import resolve
     from bitnet.tuning import Settings, settle
     from bitnet.weights import as_stored_if_ternary, load_engine
 
     path = resolve(EMBEDDED_MODEL if model is None else model)
     checkpoint = open_checkpoint(path)
-    weights = as_stored_if_ternary(weights or "stored", checkpoint, canonical(checkpoint))
+    found = canonical(checkpoint)
+    weights = as_stored_if_ternary(weights or "stored", checkpoint, found)
     as_stored = weights == "stored"  # what tuning measured
     use = settle(path, codec, head, threads) if as_stored else Settings(codec, head or "stored", threads)
-    return load_engine(checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights), use
+    if max_context is not None:
+        found = replace(found, config=with_context(found.config, max_context))
+    return load_engine(checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, model=found), use
 
 
 def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:

@@ -55,8 +55,10 @@ def command(
     from bitnet.evaluate.perplexity import read_text, score_text
     from bitnet.transformer import TernaryTransformer
 
-    if bool(data) == bool(kv_report):
-        raise click.UsageError("expected --data FILE... or --kv-report FILE" + (", not both" if data else ""))
+    if data and kv_report:
+        raise click.UsageError("--data and --kv-report exclude each other")
+    if not data and not kv_report:
+        raise click.UsageError("Missing option '--data'.")
     if kv_report:
         return report_kv(model, kv_report, max_bytes, as_json, zero_skip=zero_skip_argument(zero_skip), **engine)
     texts = [(name, read_text(Path(name), max_bytes)) for name in data]

@@ -32,6 +32,9 @@ adapter_option = click.option(
 
 _prompt = click.option("--prompt", "-p", required=True, metavar="TEXT", help="The text to continue.")
 
+max_context_option = click.option(
+    "--max-context", type=int, metavar="N", help="Tokens that a context may hold. Default: as many as the model was made for."
+)
 kv_options = _all(  # kv_bits, kv_bits_k, kv_bits_v, kv_group_size
     click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache: 16, 8 or 4."),
     click.option("--kv-bits-k", type=int, metavar="BITS", help="Of keys alone. Default: --kv-bits."),
@@ -44,6 +47,9 @@ _engine = [
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     kv_options,
     click.option("--prefix-cache-bytes", type=int, metavar="N", help="Memory to keep the beginnings of earlier prompts in; 0: none."),
+    click.option(
+        "--max-context", type=int, metavar="N", help="Tokens that a context may hold. Default: as many as the model was made for."
+    ),
     click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
     click.option(
         "--head",

@@ -41,6 +41,7 @@ def command(model: str, **options: Any) -> None:
 def continue_prompt(
     source: str, *, prompt: str, as_json: bool, threads: int | None, device: str, kv_bits: int, kv_group_size: int, zero_skip: bool | None,
     kv_bits_k: int | None = None, kv_bits_v: int | None = None, prefix_cache_bytes: int | None = None,
+    max_context: int | None = None,
     head: str | None, weights: str, activation_group: int | None, i2_s: str, adapter: str | None = None, tokenizer: str | None = None,
     revision: str | None = None, file: str | None = None, chat: bool = False, system: str | None = None,
     chat_template: str | None = None, **sampling: Any,
@@ -58,6 +59,7 @@ def continue_prompt(
         kv_bits_v=kv_bits_v,
         kv_group_size=kv_group_size,
         prefix_cache_bytes=prefix_cache_bytes,
+        max_context=max_context,
         device=device,
         threads=threads,
         zero_skip=zero_skip_argument(zero_skip),

@@ -29,7 +29,10 @@ CLASSES = {
 }  # fmt: skip
 DTYPES = {"f32": "float32", "f16": "float16", "bf16": "bfloat16"}  # ours -> config.json's
 _WRITTEN = {"f32": "F32", "f16": "F16", "bf16": "BF16"}  # ours -> safetensors'
-_ROPE = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"), "yarn": ("factor", "beta_fast", "beta_slow")}
+_ROPE = {
+    "linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
+    "yarn": ("factor", "beta_fast", "beta_slow"),
+}  # fmt: skip
 _QUANTIZATION = ("quantization_config", "quantization", "torch_dtype", "dtype", "transformers_version", "auto_map")
 
 

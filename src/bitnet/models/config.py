@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import shown
 from bitnet.models.fields import integer, number
 from bitnet.models.rope import Rope, read_rope
 
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")
+LONGEST_CONTEXT = 1 << 24  # tokens; float32 tells all positions apart
 SILU = {"silu": "silu", "swish": "silu"}  # hidden_act -> ours
 
 
@@ -43,6 +45,21 @@ class ModelConfig:
     sliding_window: int = 0  # positions, its own included
     rope_local: Rope | None = None  # of the windowed layers; None: as the others
     rope_interleaved: bool = False  # pairs are neighbours (2i, 2i+1), as GGUF orders llama's rows
+
+
+def with_context(c: ModelConfig, tokens: int) -> ModelConfig:
+    """The same model for a context of so many tokens, also of more than it was trained for. Raises `UsageError` for less than 1.
+
+    More is warned of, unless the rope is "dynamic", which is made for it.
+    """
+    if not 1 <= tokens <= LONGEST_CONTEXT:
+        raise UsageError(f"max_context is {tokens}; expected 1 to {LONGEST_CONTEXT} tokens")
+    if tokens > c.max_context and c.rope.kind != "dynamic":
+        warnings.warn(
+            f"max_context is {tokens}; the model was made for {c.max_context} tokens, and beyond them its text may be noise", stacklevel=3
+        )
+    local = None if c.rope_local is None else replace(c.rope_local, reach=tokens)
+    return replace(c, max_context=tokens, rope=replace(c.rope, reach=tokens), rope_local=local)
 
 
 def decoder_config(

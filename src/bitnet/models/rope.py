@@ -3,7 +3,9 @@
 Pair i of n = head_dim / 2 turns by theta^(-i/n) radians per position (RoFormer, arXiv:2104.09864). To reach longer contexts, models scale
 it:
 - linear (arXiv:2306.15595): every frequency divided by `factor`;
-- dynamic: plain up to the length it was trained for, which is as far as a context goes here;
+- dynamic: plain up to the length it was trained for. Where a longer context is asked for, theta grows with it, so that every pair turns as
+  far over the whole as it would have turned over less: theta (factor n / trained - (factor - 1))^(d / (d - 2)), n the context that is asked
+  for (transformers takes the length of the moment, and keeps keys that were rotated by another one);
 - llama3: slow pairs (wavelength above original / low_freq_factor) divided by `factor`, fast ones kept, those between interpolated;
 - yarn (arXiv:2309.00071): likewise, a ramp over the pairs that turn between beta_fast and beta_slow times within the original length; sine
   and cosine are multiplied by the attention factor, 0.1 ln(factor) + 1 unless given.
@@ -32,19 +34,23 @@ class Rope:
     theta: float
     kind: str = "default"  # one of KINDS
     factor: float = 1.0
-    original_context: int = 0  # tokens; llama3 and yarn
+    original_context: int = 0  # tokens; dynamic, llama3 and yarn
     low_freq_factor: float = 1.0  # llama3
     high_freq_factor: float = 4.0
     beta_fast: float = 32.0  # yarn
     beta_slow: float = 1.0
     truncate: bool = True  # yarn: the ramp begins and ends at whole pairs
     attention_factor: float = 1.0  # multiplies sine and cosine
+    reach: int = 0  # dynamic: tokens of the context that was asked for
     divisors: tuple[float, ...] = ()  # [head_dim / 2] that each frequency is divided by, where a file spells them out (GGUF's rope_freqs)
 
     def frequencies(self, head_dim: int) -> NDArray[np.float32]:
         """float32 [head_dim / 2], radians per position; in float32 and in this order, as models are trained."""
         exponents = np.arange(0, head_dim, 2, dtype=np.float32) / np.float32(head_dim)
-        plain: NDArray[np.float32] = np.asarray(np.float32(1) / np.power(np.float32(self.theta), exponents), np.float32)
+        theta = self.theta
+        if self.kind == "dynamic" and self.reach > self.original_context and head_dim > 2:
+            theta *= (self.factor * self.reach / self.original_context - (self.factor - 1)) ** (head_dim / (head_dim - 2))
+        plain: NDArray[np.float32] = np.asarray(np.float32(1) / np.power(np.float32(theta), exponents), np.float32)
         if self.divisors:
             plain = np.asarray(plain / np.array(self.divisors, np.float32), np.float32)
         scaled: NDArray[np.float32] = np.asarray(plain / np.float32(self.factor), np.float32)
@@ -92,14 +98,17 @@ def read_rope(rope: Any, hf: dict[str, Any], where: str, default_theta: float) -
     theta = number(rope if rope.get("rope_theta") is not None else hf, "rope_theta", where, default=default_theta)
     if theta <= 1:
         raise FormatError(f"{where}: rope_theta is {theta}; expected a number above 1")
-    if kind in ("default", "dynamic"):
-        return Rope(theta, str(kind))
+    if kind == "default":
+        return Rope(theta)
+    if kind == "dynamic":
+        trained = integer(hf, "max_position_embeddings", where, default=2048)
+        return Rope(theta, "dynamic", number(rope, "factor", where, default=1.0), trained)
     factor = number(rope, "factor", where)
     if kind == "linear":
         return Rope(theta, "linear", factor)
-    trained = rope if rope.get("original_max_position_embeddings") is not None else {}
+    given = rope if rope.get("original_max_position_embeddings") is not None else {}
     longest = integer(hf, "max_position_embeddings", where, default=2048)
-    original = integer(trained, "original_max_position_embeddings", where, default=longest)
+    original = integer(given, "original_max_position_embeddings", where, default=longest)
     if kind == "llama3":
         low, high = number(rope, "low_freq_factor", where), number(rope, "high_freq_factor", where)
         if high <= low:

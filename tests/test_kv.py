@@ -1,0 +1,177 @@
+"""Quantized caches in whole models: what a token sees was quantized when it was written, so the bits never depend on the batch."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from bitnet import TernaryTransformer, _native
+from bitnet.engine import Engine
+from bitnet.errors import UsageError
+from bitnet.evaluate.kv import kv_losses
+from bitnet.kv import KvFormat, kv_format
+from bitnet.models import open_checkpoint
+from bitnet.shapes import SHAPES, Shape, random_engine
+from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.weights import load_engine
+
+FORMATS = [KvFormat(8, 8), KvFormat(4, 4), KvFormat(4, 4, rotate=False), KvFormat(8, 4, 32), KvFormat(16, 4, 16), KvFormat(4, 16)]
+PROMPT = np.random.default_rng(0).integers(4000, size=400).tolist()
+Bitnet = Callable[..., Any]
+
+
+def embedded(threads: int = 2) -> Engine:
+    return load_engine(open_checkpoint(resolve(EMBEDDED_MODEL)), threads=threads)
+
+
+@pytest.mark.parametrize("kv", FORMATS, ids=str)
+def test_the_same_bits_in_any_batch_chunks_and_threads(kv: KvFormat) -> None:
+    engine, one_thread = embedded(), embedded(1)
+    whole = engine.forward([(engine.sequence(kv=kv), PROMPT)], all_logits=True)
+    assert not np.array_equal(whole, engine.forward([(engine.sequence(), PROMPT)], all_logits=True))
+    assert np.array_equal(whole, one_thread.forward([(one_thread.sequence(kv=kv), PROMPT)], all_logits=True))
+    chunks, other = engine.sequence(kv=kv), engine.sequence()
+    at = 0
+    for n in (1, 1, 15, 100, 130, 9, 1, 143):  # with a sequence of another format in the batch
+        both = engine.forward([(chunks, PROMPT[at : at + n]), (other, PROMPT[at : at + n])], all_logits=True)
+        assert np.array_equal(both[:n], whole[at : at + n])
+        at += n
+    chunks.truncate(270)
+    assert np.array_equal(engine.forward([(chunks, PROMPT[270:])], all_logits=True), whole[270:])
+
+
+@pytest.mark.parametrize("kv", FORMATS, ids=str)
+def test_the_same_bits_on_every_instruction_set(kv: KvFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for isa in [name for name, state in _native.self_test().items() if state == "ok"]:
+        monkeypatch.setenv("BITNET_ISA", isa)
+        engine = embedded()
+        assert engine.isa == isa
+        found.append(engine.forward([(engine.sequence(kv=kv), PROMPT[:300])], all_logits=True))
+    assert all(np.array_equal(found[0], other) for other in found[1:])
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_memory_is_what_the_bits_say(name: str) -> None:
+    s = SHAPES[name]
+    values = 2 * s.layers * s.kv_heads * s.head_dim
+    scales = 2 * values // 64  # f16, one for 64 values
+    sizes = {
+        kv: kv.bytes_per_token(s.layers, s.kv_heads, s.head_dim) for kv in (KvFormat(), KvFormat(8, 8), KvFormat(4, 4), KvFormat(8, 4))
+    }
+    assert list(sizes.values()) == [2 * values, values + scales, values // 2 + scales, 3 * values // 4 + scales]
+
+
+@pytest.mark.parametrize("head_dim", [16, 24, 96])
+@pytest.mark.parametrize("kv", [KvFormat(), KvFormat(8, 8), KvFormat(4, 4, 16), KvFormat(16, 4)], ids=str)
+def test_native_memory_is_what_python_says(head_dim: int, kv: KvFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(SHAPES, "tiny", Shape(2, 32, 32, 4, 2, 64, head_dim))
+    engine = random_engine("tiny", threads=1, head="f16")
+    if (kv.group_size == 16 and head_dim == 24) or (kv.quantized and kv.group_size == 64 and head_dim == 96):
+        with pytest.raises(
+            UsageError, match=f"kv_group_size is {kv.group_size}, this model's heads have {head_dim} values; expected a mul"
+        ):
+            engine.kv = kv
+        return
+    engine.kv = kv
+    sequence = engine.sequence()
+    assert sequence.bytes_per_token == engine.kv_bytes_per_token
+    engine.forward([(sequence, [1] * 257)])
+    assert [page.nbytes for page in sequence.pages()] == [256 * engine.kv_bytes_per_token] * 2
+
+
+def test_groups_that_fit() -> None:
+    assert [kv_format(4).group(n) for n in (16, 64, 128, 256)] == [0, 0, 64, 64]  # 0: the whole head
+    assert kv_format(4, kv_group_size=96).group(96) == 0 and kv_format(16, kv_group_size=7).group(64) == 0
+    for group in (7, 24, 48, 128):
+        with pytest.raises(
+            UsageError, match=f"kv_group_size is {group}, this model's heads have 64 values; expected a multiple of 16 that"
+        ):
+            kv_format(4, kv_group_size=group).group(64)
+    assert kv_format(4, kv_bits_k=8) == KvFormat(8, 4) and kv_format(kv_bits_v=4) == KvFormat(16, 4)
+
+
+def test_the_article_s_call() -> None:
+    model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, kv_bits=4, kv_group_size=64, device="cpu")
+    assert model.engine.kv == KvFormat(4, 4, 64) and model.engine.kv_bytes_per_token == 6 * 4 * 2 * (32 + 2)
+    out = model.generate("Once upon a time", max_new_tokens=30, temperature=0)
+    assert (
+        out.text
+        == TernaryTransformer.from_pretrained(kv_bits=4, threads=1).generate("Once upon a time", max_new_tokens=30, temperature=0).text
+    )
+
+
+def test_the_report_has_every_format_and_f16_loses_nothing() -> None:
+    model = TernaryTransformer.from_pretrained()
+    text = "Once upon a time, there was a little girl called Lily. She liked to play in the garden with her dog. " * 40
+    losses = kv_losses(model, text)
+    assert [(loss.length, loss.cache, loss.rotated) for loss in losses] == [
+        (512, "f16", False), *[(512, cache, rotated) for cache in ("8 bits", "K8V4", "4 bits") for rotated in (True, False)]
+    ]  # fmt: skip
+    exact, *others = losses
+    assert (
+        exact.kl == 0
+        and exact.top1 == exact.top1_second_half == 1
+        and exact.tokens == 511 * ((len(model.tokenizer.encode(text)) - 1) // 511)
+    )
+    assert all(0 < loss.kl < 0.1 and loss.kl_second_half > 0 and loss.perplexity < 1.2 * exact.perplexity for loss in others)
+    assert others[0].kl < others[2].kl < others[4].kl
+    windows = [model.tokenizer.encode(text)[1:][at : at + 511] for at in range(0, exact.tokens, 511)]
+    nll = 0.0
+    for window in windows:  # the perplexity, once more and plainly
+        rows = model.logits([*model.tokenizer.prefix_ids, *window])[:-1].astype(np.float64)
+        nll -= (rows[np.arange(511), window] - np.log(np.exp(rows).sum(axis=1))).sum()
+    assert exact.perplexity == pytest.approx(np.exp(nll / exact.tokens), rel=1e-9)
+
+
+def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The little dog ran after the ball. " * 100)
+    done = bitnet("eval", "--kv-report", text, "--json", "--max-bytes", 2500)
+    lines = done.stdout.splitlines()
+    found = json.loads(lines[-1])
+    assert done.exit_code == 0 and len(lines) == 1 + 7 + 1 and found["data"] == str(text) and len(found["results"]) == 7
+    assert lines[1].split()[:4] == ["512", "f16", "-", "6,144"] and lines[6].split()[:5] == ["512", "4", "bits", "yes", "1,632"]
+    done = bitnet("eval", "--data", text, "--kv-report", text)
+    assert done.exit_code == 2 and done.stderr == "error: --data and --kv-report exclude each other (see 'bitnet eval --help')\n"
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("--kv-bits", "5", "error: kv_bits is 5; expected 16, 8 or 4\n"),
+        ("--kv-bits-k", "2", "error: kv_bits_k is 2; expected 16, 8 or 4\n"),
+        ("--kv-bits-v", "0", "error: kv_bits_v is 0; expected 16, 8 or 4\n"),
+        (
+            "--kv-group-size", "48",
+            "error: kv_group_size is 48, this model's heads have 64 values; expected a multiple of 16 that divides them: 16, 32, 64\n",
+        ),
+        (
+            "--prefix-cache-bytes", "1000",
+            "error: prefix_cache_bytes is 1000, and one page of 256 tokens takes 417792 bytes in this model; expected at least that, or 0 "
+            "for no prefix cache\n",
+        ),
+        ("--prefix-cache-bytes", "-1", "error: prefix_cache_bytes is -1; expected a whole number >= 0\n"),
+        ("--max-context", "0", "error: max_context is 0; expected a whole number >= 1\n"),
+        ("--max-context", str(1 << 30), "error: max_context is 1073741824; expected 1 to 16777216 tokens\n"),
+    ],
+)  # fmt: skip
+def test_bad_values_are_one_line(bitnet: Bitnet, option: str, value: str, message: str) -> None:
+    done = bitnet("run", "-p", "a", "--kv-bits", "4", option, value)
+    assert (done.exit_code, done.stdout, done.stderr) == (2, "", message)
+
+
+def test_a_longer_context_must_be_asked_for() -> None:
+    prompt = "a " * 600
+    with pytest.raises(UsageError, match="the model's context holds 512 and one must be left"):
+        TernaryTransformer.from_pretrained().generate(prompt)
+    with pytest.warns(UserWarning, match="max_context is 2000; the model was made for 512 tokens, and beyond them its text may be noise"):
+        model = TernaryTransformer.from_pretrained(max_context=2000)
+    assert model.generate(prompt, max_new_tokens=3).timings["generated_tokens"] == 3
+    with pytest.raises(UsageError, match="the model's context holds 100"):
+        TernaryTransformer.from_pretrained(max_context=100).generate("a " * 100)
