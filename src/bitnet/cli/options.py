@@ -24,7 +24,7 @@ _engine = [
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     click.option("--kv-bits", type=int, default=16, show_default=True, metavar="BITS", help="Bits per value of the KV cache."),
     click.option("--kv-group-size", type=int, default=64, show_default=True, metavar="N", help="Values per scale in a quantized KV cache."),
-    click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
+    click.option("--zero-skip/--no-zero-skip", default=None, help="Do not read what zero gates make irrelevant. Default: if it pays."),
     click.option(
         "--head",
         type=click.Choice(["stored", "int8", "int4"]),
