@@ -341,6 +341,7 @@ NB_MODULE(_native, m) {
       .def_prop_rw("activation_group", [](PyModel& self) { return self.model.config.activation_group; },
                    [](PyModel& self, int group) {
                      if (group < 0 || group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
+                     if (group && self.model.skips_zeros()) throw std::invalid_argument("a model that skips zeros has one step per token");
                      self.model.config.activation_group = group;
                    })
       .def_prop_ro("profile", [](PyModel& self) {  // seconds of all forward passes since reset_profile
@@ -350,6 +351,7 @@ NB_MODULE(_native, m) {
       })
       .def("reset_profile", [](PyModel& self) { self.model.profile = {}; })
       .def_prop_ro("can_skip_zeros", [](PyModel& self) { return self.model.can_skip_zeros(); })
+      .def_prop_ro("skippable_bytes", [](PyModel& self) { return self.model.skippable_bytes(); })
       .def_prop_rw("skips_zeros", [](PyModel& self) { return self.model.skips_zeros(); },
                    [](PyModel& self, bool on) {
                      nb::gil_scoped_release release;

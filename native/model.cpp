@@ -81,6 +81,12 @@ bool Model::can_skip_zeros() const {
   return can;
 }
 
+int64_t Model::skippable_bytes() const {
+  int64_t bytes = 0;
+  for (const Layer& l : layers) bytes += l.up.laid_bytes() + l.down.laid_bytes();
+  return bytes;
+}
+
 void Model::skip_zeros(bool on) {
   const std::lock_guard<std::mutex> alone(busy);
   if (on && !can_skip_zeros()) throw std::invalid_argument("this model has no zeros to skip");

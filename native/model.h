@@ -79,6 +79,7 @@ struct Model {
   }
   // Lays up_proj and down_proj so that passes of few tokens skip zeros, or back. Throws std::invalid_argument.
   void skip_zeros(bool on);
+  int64_t skippable_bytes() const;  // of up_proj and down_proj
   bool skips_zeros() const { return layers[0].up.lie == Lie::rows; }
   void check_complete() const;  // throws std::invalid_argument that names what is missing
 

@@ -6,9 +6,9 @@
 
 namespace bitnet {
 namespace {
-constexpr int kFetchedBytes = 6144;     // of lines that are fetched while others are used
-constexpr int kPieceBytes = 16384;      // of lines that a thread takes at a time, about
-constexpr int kMostAhead = 96;          // lines: 6144 bytes of the shortest
+constexpr int kFetchedBytes = 8192;     // of lines that are fetched while others are used
+constexpr int kPieceBytes = 24576;      // of lines that a thread takes at a time, about
+constexpr int kMostAhead = 128;         // lines: 8192 bytes of the shortest
 
 // The numbers of a token's lines within words [first, end) of its marks, and then of up to `more` that follow.
 int list_lines(const uint64_t* bits, int first, int end, int words, int n_lines, int more, int32_t* out) {
@@ -89,10 +89,10 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
   if (by_rows && marks) std::memset(y, 0, size_t(n_tokens) * w.rows * sizeof(float));
   pool.run_ranges(words, piece, [&](int first, int end, int thread) {
     static thread_local std::vector<int32_t> list, dots;
-    list.resize(size_t(end - first + 2) * 64 + 2 * kMostAhead), dots.resize(size_t(end - first) * 64);
+    list.resize(size_t(end - first + 2) * 64 + 2 * kMostAhead + 64), dots.resize(size_t(end - first) * 64);
     if (!by_rows && !sums[thread].used) sums[thread].sums.assign(size_t(n_tokens) * column_rows, 0), sums[thread].used = true;
     for (int t = 0; t < n_tokens; t++) {
-      const int n = list_lines(marks ? marks->of(t) : nullptr, first, end, words, n_lines, ahead, list.data());
+      const int n = list_lines(marks ? marks->of(t) : nullptr, first, end, words, n_lines, ahead + 4, list.data());
       const int8_t* q = rows.q + t * rows.stride;
       if (!by_rows) {
         (base3 ? k.add_lines_b3 : k.add_lines_t2)(w.panels.data(), line_bytes, list.data(), n, ahead, q, &sums[thread].sums[size_t(t) * column_rows]);

@@ -23,6 +23,7 @@ LAYERS = {
     "prefix_cache": {"_native", "engine", "kv"},
     "weights": {"_native", "engine", "files", "machine", "models", "packing", "ternary"},
     "shapes": {"engine", "models", "weights"},
+    "zero_skip": {"engine"},
     "tuning": {"_native", "engine", "machine", "weights"},
     "sampling": set(),
     "speculation": set(),
@@ -49,8 +50,9 @@ LAYERS = {
         "train",  # for another device than the CPU, and then only
         "tuning",
         "weights",
+        "zero_skip",
     },
-    "evaluate": {"chat", "engine", "files", "kv", "models", "tokenizer", "transformer", "weights"},
+    "evaluate": {"chat", "engine", "files", "kv", "models", "tokenizer", "transformer", "weights", "zero_skip"},
     "bench": {
         "_native",
         "engine",
@@ -65,6 +67,7 @@ LAYERS = {
         "transformer",
         "tuning",
         "weights",
+        "zero_skip",
     },
     # evaluate and transformer score what was exported; convert reads what training starts from
     "train": {"chat", "convert", "evaluate", "files", "machine", "models", "packing", "ternary", "tokenizer", "transformer"},

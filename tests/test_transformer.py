@@ -228,11 +228,9 @@ def test_bad_options(options: dict[str, Any], expected: str) -> None:
     assert str(error.value) == expected
 
 
-def test_more_threads_than_cores_and_zero_skip_are_warnings() -> None:
+def test_more_threads_than_cores_are_a_warning() -> None:
     with pytest.warns(UserWarning, match=r"1000 threads on \d+ cores: more threads than cores are slower, not faster"):
         check_options(threads=1000)
-    with pytest.warns(UserWarning, match="zero skipping is not yet in this build; it runs dense, with the same result"):
-        check_options(zero_skip=True)
     with pytest.raises(UsageError, match="threads is 5000; expected 1 to 1024"):
         check_options(threads=5000)
 

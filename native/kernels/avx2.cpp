@@ -43,6 +43,11 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   return sum + (IntPart)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
+BITNET_INLINE int32_t sum_part(IntPart x) {
+  __m128i half = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+  half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(half, _mm_shuffle_epi32(half, 0xb1)));
+}
 BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)_mm256_unpacklo_epi8((__m256i)a, (__m256i)b); }
 BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)_mm256_unpackhi_epi8((__m256i)a, (__m256i)b); }
 BITNET_INLINE Words low_words(Words a, Words b) { return (Words)_mm256_unpacklo_epi16((__m256i)a, (__m256i)b); }

@@ -114,6 +114,7 @@ const char* first_difference(const Kernels& k) {
   alignas(64) int32_t dots[2 * kGemmTokens * 16], sums[kTokens * 2], exact[3][kTokens][16];
   alignas(64) float f[kTokens * kInputs], g[kInputs + 16], f1[kInputs + 16], f2[kInputs + 16];
   alignas(64) float s1[13 * 144], s2[13 * 144], y1[kTokens * 32], y2[kTokens * 32], all[kTokens * 30], products[2][2 * kGemmTokens * 16];
+  alignas(64) int32_t line_sums[2][640];
   alignas(64) uint16_t h1[kInputs], h2[kInputs], halves[kTokens * kInputs], brains[kTokens * kInputs];
   uint32_t state = 2463534242u;
   for (int round = 0; round < 3; round++) {
@@ -200,6 +201,30 @@ const char* first_difference(const Kernels& k) {
               if (memcmp(exact[n], dots + p * kGemmTokens * 16, tokens * sizeof exact[n][0])) wrong = "gemm";
           }
         if (wrong) return wrong;
+      }
+    }
+
+    // Lines of two vectors, some of them and a number that is no multiple of 4.
+    constexpr int kLine = 128, kLines = 13, kWhich[20] = {0, 2, 3, 5, 6, 7, 11, 12, 1, 4, 8, 9, 10, 0, 0, 0, 0, 0, 0, 0};
+    for (int base3 = 0; base3 < 2; base3++) {
+      for (int i = 0; i < kLine * kLines; i++) {
+        const int h = (int)(next_random(state) % 27), l = (int)(next_random(state) % 9);
+        panel[i] = (uint8_t)(base3 ? 9 * h + l + h / 7 : h % 3 | h / 9 << 2 | l % 3 << 4 | l / 3 << 6);
+      }
+      for (int n = kLines - 3; n <= kLines; n++) {
+        (base3 ? k.dot_lines_b3 : k.dot_lines_t2)(panel, kLine, kWhich, n, 2, x, dots);
+        (base3 ? kScalar.dot_lines_b3 : kScalar.dot_lines_t2)(panel, kLine, kWhich, n, 2, x, dots + 64);
+        if (memcmp(dots, dots + 64, n * sizeof *dots)) return "dot_lines";
+        memset(line_sums, 1, sizeof line_sums);
+        (base3 ? k.add_lines_b3 : k.add_lines_t2)(panel, kLine, kWhich, n, 2, x, line_sums[0]);
+        (base3 ? kScalar.add_lines_b3 : kScalar.add_lines_t2)(panel, kLine, kWhich, n, 2, x, line_sums[1]);
+        if (memcmp(line_sums[0], line_sums[1], sizeof line_sums[0])) return "add_lines";
+      }
+      for (int digit = 0; digit < 4 + base3; digit++) {
+        memset(tiles1, 0, sizeof tiles1), memset(tiles2, 0, sizeof tiles2);
+        (base3 ? k.unpack_columns_b3 : k.unpack_columns_t2)(panel + 64, kLine, 10, digit, tiles1, 256);
+        (base3 ? kScalar.unpack_columns_b3 : kScalar.unpack_columns_t2)(panel + 64, kLine, 10, digit, tiles2, 256);
+        if (memcmp(tiles1, tiles2, sizeof tiles1)) return "unpack_columns";
       }
     }
 

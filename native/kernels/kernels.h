@@ -89,7 +89,7 @@ using Unpack = void (*)(const uint8_t* panel, int64_t n_vectors, int64_t ahead, 
 
 // Lines: rows or columns of a ternary matrix that lie one by one, in line_bytes each, a multiple of 64, two-bit or base-3. In vector v of a
 // row digit s of byte b is input 64 (D v + s) + b, where D is how many digits a byte has; in one of a column digit s of byte 16 l + 4 i + k
-// is row 64 (D v + s) + 16 i + 4 l + k, so that four columns zipped byte by byte are tiles. which[i + ahead] is a line too, to be fetched.
+// is row 64 (D v + s) + 16 i + 4 l + k, so that four columns zipped byte by byte are tiles. which[n .. n + ahead + 4) are lines too, to be fetched.
 using DotLines = void (*)(const uint8_t* rows, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x,
                           int32_t* out /* [n]: sums of code * x */);
 // sums [rows in line_bytes] += codes of column * x of column, over the n columns

@@ -1,5 +1,5 @@
 // Lines: ternary matrices whose rows, or columns, lie one by one, so that those which count nothing are not read (kernels.h). Each
-// instruction set brings add_trits (sum + codes * x by fours, codes up to 2) and low_bytes, high_bytes, low_words, high_words: within
+// instruction set brings add_trits (sum + codes * x by fours, codes up to 2), sum_part (of its lanes) and low_bytes, high_bytes, low_words, high_words: within
 // every 16 bytes, elements of both vectors' first (last) halves in turn.
 #pragma once
 #include "integer_ops.h"
@@ -30,31 +30,36 @@ struct Base3Digits {
   }
 };
 
-BITNET_INLINE int32_t sum_of(IntPart x) {
-  int32_t sum = 0;
-  for (int l = 0; l < kLanes; l++) sum += x[l];
-  return sum;
-}
-
-template <class Digits>
-static void dot_lines(const uint8_t* lines, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x, int32_t* out) {
+// L lines at once, which share what is loaded of x.
+template <class Digits, int L>
+BITNET_INLINE void dot_some_lines(const Digits& digits, const uint8_t* lines, int64_t line_bytes, const int32_t* which, int ahead, const int8_t* x,
+                                  int32_t* out) {
   constexpr int D = Digits::kDigits;
-  const Digits digits;
-  for (int i = 0; i < n; i++) {
-    const uint8_t *line = lines + which[i] * line_bytes, *later = lines + which[i + ahead] * line_bytes;
-    const int8_t* at = x;
-    IntPart sums[D] = {};
-    for (int64_t b = 0; b < line_bytes; b += 64, at += 64 * D) {
-      __builtin_prefetch(later + b, 0, 3);
-      for (int p = 0; p < 64; p += kPartBytes) {
-        Words codes[D];
-        Digits::all(digits, load_words(line + b + p), codes);
-        for (int s = 0; s < D; s++) sums[s] = add_trits(sums[s], codes[s], load_words(reinterpret_cast<const uint8_t*>(at + 64 * s + p)));
+  const uint8_t *line[L], *later[L];
+  for (int i = 0; i < L; i++) line[i] = lines + which[i] * line_bytes, later[i] = lines + which[i + ahead] * line_bytes;
+  IntPart sums[L][D] = {};
+  for (int64_t b = 0; b < line_bytes; b += 64, x += 64 * D) {
+    for (int i = 0; i < L; i++) __builtin_prefetch(later[i] + b, 0, 2);
+    for (int p = 0; p < 64; p += kPartBytes) {
+      Words codes[L][D];
+      for (int i = 0; i < L; i++) Digits::all(digits, load_words(line[i] + b + p), codes[i]);
+      for (int s = 0; s < D; s++) {
+        const Words xs = load_words(reinterpret_cast<const uint8_t*>(x + 64 * s + p));
+        for (int i = 0; i < L; i++) sums[i][s] = add_trits(sums[i][s], codes[i][s], xs);
       }
     }
-    for (int s = 1; s < D; s++) sums[0] += sums[s];
-    out[i] = sum_of(sums[0]);
   }
+  for (int i = 0; i < L; i++) {
+    for (int s = 1; s < D; s++) sums[i][0] += sums[i][s];
+    out[i] = sum_part(sums[i][0]);
+  }
+}
+template <class Digits>
+static void dot_lines(const uint8_t* lines, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x, int32_t* out) {
+  const Digits digits;
+  int i = 0;
+  for (; i + 2 <= n; i += 2) dot_some_lines<Digits, 2>(digits, lines, line_bytes, which + i, ahead, x, out + i);
+  if (i < n) dot_some_lines<Digits, 1>(digits, lines, line_bytes, which + i, ahead, x, out + i);
 }
 
 // Four columns' bytes side by side: of every 16, words 4i .. 4i + 3 to out[i].
@@ -77,17 +82,18 @@ static void add_lines(const uint8_t* lines, int64_t line_bytes, const int32_t* w
       const int32_t line = which[first + (i < here ? i : here - 1)];
       columns[i] = lines + line * line_bytes, q[i] = i < here ? x[line] : 0;
     }
-    int fetched = 0;
+    // As many lines of memory as are used are fetched with them, evenly: a burst would keep the products waiting.
+    const uint8_t* later = lines + which[first + ahead] * line_bytes;
+    int64_t fetched = 0, next = first + ahead;
     for (int v = 0; v < n_vectors; v++) {
-      for (const int until = here * (v + 1) / n_vectors; fetched < until; fetched++) {
-        const uint8_t* later = lines + which[first + fetched + ahead] * line_bytes;
-        for (int64_t b = 0; b < line_bytes; b += 64) __builtin_prefetch(later + b, 0, 3);
-      }
       for (int p = 0; p < 64; p += kPartBytes) {
         int32_t* to = sums + 64 * D * v + p / 4;
-        IntPart acc[4 * D];
-        for (int j = 0; j < 4 * D; j++) acc[j] = *reinterpret_cast<IntPart*>(to + 16 * j);
+        IntPart acc[4 * D] = {};
         for (int quad = 0; quad < quads; quad++) {
+          for (int i = 0; p == 0 && i < 4; i++) {
+            __builtin_prefetch(later + fetched, 0, 2);
+            if ((fetched += 64) == line_bytes) later = lines + which[++next] * line_bytes, fetched = 0;
+          }
           Words zipped[4];
           zip_columns(columns + 4 * quad, 64 * v + p, zipped);
           const Words xs = (Words)(IntPart{} + reinterpret_cast<const int32_alias*>(q)[quad]);
@@ -97,7 +103,7 @@ static void add_lines(const uint8_t* lines, int64_t line_bytes, const int32_t* w
             for (int s = 0; s < D; s++) acc[4 * s + i] = add_trits(acc[4 * s + i], codes[s], xs);
           }
         }
-        for (int j = 0; j < 4 * D; j++) *reinterpret_cast<IntPart*>(to + 16 * j) = acc[j];
+        for (int j = 0; j < 4 * D; j++) *reinterpret_cast<IntPart*>(to + 16 * j) += acc[j];
       }
     }
   }

@@ -39,6 +39,7 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   return (IntPart)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
 #endif
 }
+BITNET_INLINE int32_t sum_part(IntPart x) { return vaddvq_s32((int32x4_t)x); }
 BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b); }
 BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b); }
 BITNET_INLINE Words low_words(Words a, Words b) { return (Words)vzip1q_u16((uint16x8_t)a, (uint16x8_t)b); }

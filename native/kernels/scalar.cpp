@@ -75,6 +75,7 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   for (int i = 0; i < 16; i++) sum[i / 4] += bytes[0][i] * bytes[1][i];
   return sum;
 }
+BITNET_INLINE int32_t sum_part(IntPart x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 typedef uint8_t SixteenBytes __attribute__((vector_size(16)));
 BITNET_INLINE Words low_bytes(Words a, Words b) {
   return (Words)__builtin_shufflevector((SixteenBytes)a, (SixteenBytes)b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);

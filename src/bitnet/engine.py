@@ -99,6 +99,8 @@ class Engine:
 
     @activation_group.setter
     def activation_group(self, group: int) -> None:
+        if group and self.zero_skip:
+            raise UsageError(f"activation_group is {group}; skipping zeros takes one step per token (0); load with zero_skip=False")
         if group and self.codec == "b3":
             raise UsageError(f"activation_group is {group}; {BASE3_STEPS}")
         if self.codec == "binary":
@@ -111,6 +113,44 @@ class Engine:
         if self.codec == "dense":
             return "float32"
         return f"int8 per {f'{self.activation_group} inputs' if self.activation_group else 'token'}"
+
+    @property
+    def can_skip_zeros(self) -> bool:
+        """Whether its feed-forwards have zeros to skip: relu^2, ternary weights with one scale a row, one step per token."""
+        return bool(getattr(self._native, "can_skip_zeros", False))
+
+    @property
+    def skippable_bytes(self) -> int:
+        """Of up_proj and down_proj, whose rows and columns may be skipped."""
+        return int(self._native.skippable_bytes)
+
+    @property
+    def zero_skip(self) -> bool:
+        """Whether passes of few tokens skip zeros. To set it lays up_proj and down_proj anew in their memory; same bits."""
+        return self.can_skip_zeros and bool(self._native.skips_zeros)
+
+    @zero_skip.setter
+    def zero_skip(self, on: bool) -> None:
+        if on and not self.can_skip_zeros:
+            raise UsageError("zero_skip is True; no relu^2 feed-forward with ternary weights, one scale a row and one step per token")
+        if on != self.zero_skip:
+            self._native.skips_zeros = on
+
+    def lines(self) -> tuple[int, int, int, int]:
+        """Since `reset_profile`, of the passes that skip: rows of up_proj, those read, columns of down_proj, those read."""
+        return tuple(self._native.lines) if self.can_skip_zeros else (0, 0, 0, 0)
+
+    def set_gate_bias(self, layer: int, bias: NDArray[np.float32]) -> None:
+        """Adds `bias`, float32 [ffn_size], to a layer's gates: random ones have too few zeros (bench/zero_skip.py)."""
+        self._native.set_vector(f"layers.{layer}.gate_bias", bias)
+
+    def count_zeros(self, on: bool) -> None:
+        """Begin to count `zeros` anew, or no longer."""
+        self._native.count_zeros(on)
+
+    def zeros(self) -> list[tuple[int, int, int]]:
+        """Per layer since `count_zeros`: gates whose activation is zero, inputs of down_proj that are as it reads them, of how many."""
+        return list(self._native.zeros)
 
     def reset_profile(self) -> None:
         """Begin to sum `profile` anew."""

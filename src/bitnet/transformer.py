@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from bitnet.models import ModelConfig
     from bitnet.prefix_cache import PrefixCache
     from bitnet.tuning import Choice
+    from bitnet.zero_skip import ZeroSkip
 
 EMBEDDED_MODEL = "tinyllm-ternary-v2"
 DEFAULT_ADAPTER = "default"  # which runs wherever no other is named, if there is one
@@ -44,11 +45,13 @@ class TernaryTransformer:
     """A loaded model. Make one with `TernaryTransformer.from_pretrained()`.
 
     `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one;
-    `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None; `adapters`: by name.
+    `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None; `adapters`: by name;
+    `zero_skip`: what was decided about skipping zeros, or None.
     """
 
     head_tuned: Choice | None = None
     _same_bits = True  # in a token's logits, alone or beside others: not on devices of torch
+    zero_skip: ZeroSkip | None = None
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0, chat_template: ChatTemplate | None = None):
         self.engine = engine
@@ -93,7 +96,7 @@ class TernaryTransformer:
         - max_context: tokens that a sequence may hold, also more than the model was made for (docs/kv-cache.md); None: as many as that
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
-        - zero_skip: "auto", True or False (this build runs dense; True warns)
+        - zero_skip: rows and columns of the feed-forward that meet a zero are not read; True, False, or "auto" where it is measured to pay
         - weights: of the linear layers, "stored" (block formats of other programs become int8), "f16" with float32 activations, or "int8",
           "int4", "fp4", "binary" or "ternary": quantized while loading, as `bitnet.ternary` defines them. Embedding and head are `head`'s
         - activation_group: inputs that share an int8 step where weights are integers; 0: one step per token; None: what the weights want
@@ -113,6 +116,7 @@ class TernaryTransformer:
         from bitnet.models.peft import read_adapter
         from bitnet.tuning import Settings, settle
         from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
+        from bitnet.zero_skip import TEXT, decide
 
         check_options(device=device, threads=threads, zero_skip=zero_skip)
         kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
@@ -148,6 +152,9 @@ class TernaryTransformer:
         model.prefixes = prefixes
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model._same_bits = elsewhere is None
+        model.zero_skip = decide(engine, zero_skip, loaded.encode(TEXT) if engine.can_skip_zeros else [])
+        if zero_skip is True and not model.zero_skip.on:
+            warnings.warn(f"nothing to skip: {model.zero_skip.why}; it runs dense, with the same result", stacklevel=2)
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
         return model
 
@@ -328,8 +335,6 @@ def check_options(
             raise UsageError(f"threads is {count}; expected 1 to {MOST_THREADS} (this machine has {cores} cores)")
         if count > cores:
             warnings.warn(f"{count} threads on {cores} cores: more threads than cores are slower, not faster", stacklevel=3)
-    if zero_skip is True:
-        warnings.warn("zero skipping is not yet in this build; it runs dense, with the same result", stacklevel=3)
 
 
 def prefix_cache(engine: Engine, budget_bytes: int | None) -> PrefixCache | None:

@@ -206,10 +206,12 @@ class _Loader:
         self.ternary_scheme = ternary_scheme  # native, of the linear layers
         self.native, self.quantization, self.weights, self.pool = native, model.quantization, weights, pool
         self.layout, self.tensors = checkpoint.layout, checkpoint.tensors
+        self.filling = ""  # which linear layer
         self.mapped_bytes = 0  # of files, since they were last given back
 
     def table(self, name: str, tensor: Tensor, shape: tuple[int, ...], scheme: str) -> None:
         """The embedding or the head."""
+        self.filling = name
         if self.weights == "f16" and scheme == "stored" and tensor.scheme not in _FLOATS:
             self._set_f16(name, tensor, shape)
         elif tensor.scheme in ("ternary", "binary") and scheme == "stored":
@@ -225,6 +227,7 @@ class _Loader:
 
     def linear(self, name: str, tensor: Tensor, shape: tuple[int, ...]) -> str:
         """One linear layer; returns the scheme that it runs in: one of `QUANTIZED`, or "dense"."""
+        self.filling = name
         q = self.quantization
         stays_dense = q is None or any(part in q.dense for part in (tensor.name, tensor.name.removesuffix(".weight")))
         if tensor.scheme in ("ternary", "binary"):
@@ -368,7 +371,10 @@ class _Loader:
         return "dense"
 
     def _matrix(self, scheme: str, shape: tuple[int, ...], n_groups: int = 1) -> Any:
-        return getattr(self.native, "Matrix", Matrix)(self.native, scheme, shape[0], shape[1], n_groups)
+        elsewhere = getattr(self.native, "Matrix", None)
+        if elsewhere is not None:
+            return elsewhere(self.native, scheme, shape[0], shape[1], n_groups)
+        return Matrix(self.native, scheme, shape[0], shape[1], n_groups, self.filling)
 
     def _made(
         self, tensor: Tensor, shape: tuple[int, ...], make: Callable[[NDArray[np.float32]], NDArray[Any]]

@@ -18,6 +18,7 @@ from bitnet.transformer import TernaryTransformer, embedded_models
 
 Bitnet = Callable[..., Result]
 KEYS = {
+    "zero_skip",
     "model", "text", "token_ids", "finish_reason", "isa", "codec", "head", "threads", "load_s", "prompt_tokens", "prefill_tok_s",
     "time_to_first_token_s", "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s",
     "peak_rss_bytes",
@@ -127,7 +128,8 @@ def test_damaged_models_are_one_line(bitnet: Bitnet, model_folder: Path, tmp_pat
 def test_warnings_are_one_line(bitnet: Bitnet, model_folder: Path) -> None:
     done = bitnet("run", model_folder, "-p", "a", "-n", 2, "--zero-skip")
     assert done.exit_code == 0
-    assert done.stderr.startswith("warning: zero skipping is not yet in this build; it runs dense, with the same result\nprompt: ")
+    why = "no relu^2 feed-forward with ternary weights, one scale a row and one step per token"
+    assert done.stderr.startswith(f"warning: nothing to skip: {why}; it runs dense, with the same result\nprompt: ")
 
 
 def test_undecodable_arguments_are_no_traceback(bitnet: Bitnet, model_folder: Path) -> None:
@@ -162,7 +164,7 @@ def test_the_article_s_command_line(model_folder: Path, tmp_path: Path) -> None:
     shutil.copy(model_folder / "tokenizer.json", tokenizer)
     args = ["--model", str(model_folder), "--tokenizer", str(tokenizer), "--prompt", "Once", "--zero-skip", "-n", "5", "--seed", "1"]
     done = CliRunner().invoke(article, args)
-    assert done.exit_code == 0 and done.stdout.startswith("Once") and done.stderr.startswith("warning: zero skipping")
+    assert done.exit_code == 0 and done.stdout.startswith("Once") and done.stderr.startswith("warning: nothing to skip: ")
     done = CliRunner().invoke(article, [*args, "--quantization", "ternary", "--ternary", "--json"])
     assert set(json.loads(done.stdout)) == KEYS
     tokenizer.unlink()

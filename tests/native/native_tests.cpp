@@ -415,6 +415,60 @@ uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c, 
   }
   return sum;
 }
+// up_proj in rows and down_proj in columns: back and forth gives the same bytes, and logits the same bits for any number of tokens.
+void test_zero_skipping(const std::vector<const Kernels*>& isas) {
+  for (Scheme scheme : {Scheme::ternary, Scheme::ternary_base3})
+    for (auto [hidden, ffn] : {std::pair{48, 80}, {40, 70}, {320, 700}})
+      for (const Kernels* k : isas)
+        for (int threads : {1, 3}) {
+          Config c{.n_layers = 2, .vocab_size = 50, .hidden_size = hidden, .ffn_size = ffn, .n_heads = 4, .n_kv_heads = 2, .head_dim = 10,
+                   .max_context = 300, .norm_eps = 1e-5f, .activation = Activation::relu2, .attention_scale = 0.3f, .sub_norms = hidden != 48};
+          rng.seed(5);
+          Model m(c, {false, false}, threads, k);
+          fill(m);
+          for (int i = 0; i < 2; i++) {
+            const std::string at = "layers." + std::to_string(i) + ".";
+            m.set_linear(at + "up", random_linear(*k, scheme, ffn, hidden, 1, rng(), nullptr, Lie::rows));
+            m.set_linear(at + "down", random_linear(*k, scheme, hidden, ffn, 1, rng(), nullptr, Lie::columns));
+            std::vector<float> bias(ffn, i ? -0.8f : -3.0f);  // some zeros, nearly all
+            m.set_vector(at + "gate_bias", bias.data(), ffn);
+            if (hidden == 40) m.set_vector(at + "up_bias", bias.data(), ffn);
+          }
+          m.check_complete();
+          std::vector<int32_t> ids(60);
+          for (int32_t& id : ids) id = int32_t(rng() % 50);
+          std::vector<std::vector<uint8_t>> before, after;
+          auto bytes = [&](std::vector<std::vector<uint8_t>>& to) {
+            for (const Layer& l : m.layers)
+              for (const Linear* w : {&l.up, &l.down}) to.emplace_back(w->panels.data(), w->panels.data() + w->laid_bytes());
+          };
+          bytes(before);
+          std::vector<float> dense, part;
+          KvCache a(c), b(c), d(c);
+          check(run(m, {{&a, ids.data(), 60}}, true, dense, 60), "forward finishes", k->name);
+          m.skip_zeros(true);
+          m.zeros.assign(2, Zeros{});
+          for (int at = 0, step = 1; at < 60; at += step, step = step % 9 + 1) {
+            const int n = std::min(step, 60 - at), other = at % 2 + 1;
+            run(m, {{&b, ids.data() + at, n}, {&d, ids.data(), other}}, true, part, n + other);
+            check(std::equal(part.begin(), part.begin() + n * 50, dense.begin() + at * 50), "same bits with zeros skipped", k->name, hidden, at);
+            d.truncate(0);
+          }
+          b.truncate(0);
+          run(m, {{&b, ids.data(), 60}}, true, part, 60);
+          check(part == dense, "same bits of many tokens by rows and columns", k->name, hidden);
+          for (int at = 0; at < 60; at++) {
+            b.truncate(at);
+            run(m, {{&b, ids.data() + at, 1}}, true, part, 1);
+            check(std::equal(part.begin(), part.end(), dense.begin() + at * 50), "same bits token by token", k->name, hidden, at);
+          }
+          check(m.profile.up_rows_read < m.profile.up_rows && m.profile.down_columns_read < m.profile.down_columns, "something is skipped", k->name);
+          check(m.zeros[1].gates > 0 && m.zeros[1].inputs >= m.zeros[1].gates && m.zeros[1].inputs < m.zeros[1].values, "zeros are counted", k->name);
+          m.skip_zeros(false);
+          bytes(after);
+          check(before == after, "back to the same bytes", k->name, hidden);
+        }
+}
 }  // namespace
 
 int main() {
@@ -436,6 +490,7 @@ int main() {
   c.head_dim = 32;
   const uint64_t mixed = test_forward(isas, c, {8, 4, 16, true});
   std::printf("logits %016" PRIx64 " %016" PRIx64 " %016" PRIx64 " %016" PRIx64 "\n", first, second, four_bits, mixed);  // the same on every machine
+  test_zero_skipping(isas);
   std::printf("%s on %s: %d failures\n", failures ? "FAILED" : "passed", names.c_str(), failures);
   return failures ? 1 : 0;
 }

@@ -21,6 +21,7 @@ from bitnet.cli.options import (
     max_context_option,
     ternary_options,
     threads_option,
+    zero_skip_argument,
 )
 
 if TYPE_CHECKING:
@@ -69,6 +70,10 @@ CODEC_NAMES = ("auto", "t2", "b3")  # bitnet.engine.CODECS
 @click.option("--picture", metavar="FILE", help="With --compare: draw it too (.png, .svg, .pdf; needs matplotlib).")
 @kv_options
 @max_context_option
+@click.option(
+    "--zero-skip/--no-zero-skip", default=None, help="Skip what zero gates make irrelevant, measured against dense. Default: if it pays."
+)
+@click.option("--gate-zeros", type=float, metavar="SHARE", help="Of a --shape with relu^2: shift its gates until this share is zero.")
 @adapter_option
 @click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
 @click.option("--speculate", is_flag=True, help="Replay a summary, an edit and a story, with guesses from the text before and without.")
@@ -80,7 +85,7 @@ def command(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int | None, adapter: str | None, lora: int | None,
     compare: str | None, picture: str | None, speculate: bool, replay: tuple[str, ...], tune: bool, as_json: bool,
-    max_context: int | None, **cache: Any,
+    zero_skip: bool | None, gate_zeros: float | None, max_context: int | None, **cache: Any,
 ) -> None:  # fmt: skip
     """Measure speed against the memory bandwidth of this machine.
 
@@ -93,6 +98,8 @@ def command(
 
     if model is not None and shape is not None:
         raise click.UsageError("MODEL and --shape exclude each other")
+    if gate_zeros is not None and shape is None:
+        raise click.UsageError("--gate-zeros is for a --shape, whose gates are random; a MODEL has its own zeros")
     if lora is not None and adapter is not None:
         raise click.UsageError("--adapter and --lora exclude each other")
     beside = adapter is not None or lora is not None
@@ -131,7 +138,7 @@ def command(
     else:
         found = benched(
             model, shape, weights, head, codec, threads, prompt_tokens, new_tokens, depth, batch, repetitions, adapter, lora, kv,
-            max_context,
+            max_context, zero_skip, gate_zeros,
         )  # fmt: skip
     if as_json:
         click.echo(json.dumps(found))
@@ -207,16 +214,21 @@ def speculated(
 def benched(
     model: str | None, shape: str | None, weights: str | None, head: str | None, codec: str, threads: int | None,
     prompt_tokens: int | None, new_tokens: int, depth: int, batch: int, repetitions: int, adapter: str | None, lora: int | None,
-    kv: KvFormat, max_context: int | None,
+    kv: KvFormat, max_context: int | None, zero_skip: bool | None, gate_zeros: float | None,
 ) -> dict[str, Any]:  # fmt: skip
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
     from bitnet.bench.speed import kv_bytes_per_token, measure, read_bandwidths
+    from bitnet.bench.zero_skip import shift_gates
     from bitnet.cli.progress import DelayedBar
+    from bitnet.zero_skip import decide
 
     start = time.perf_counter()
     engine, use = build(model, shape, weights, head, codec, threads, max_context)
     engine.kv = kv
+    if gate_zeros is not None:
+        shift_gates(engine, gate_zeros)
+    skip = decide(engine, zero_skip_argument(zero_skip), skip_ids(model, engine))
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
@@ -260,8 +272,12 @@ def benched(
         "outside_matmul_share": speed.outside_matmul_share,
         "head_cost": None,
         "adapter": None,
+        "zero_skip": skip.record(),
     }
     click.echo("\n".join(rows(result, use)))
+    click.echo(f"{'zero skip':<10} {skip.text()}")
+    if engine.can_skip_zeros and (zero_skip or gate_zeros is not None):
+        result["zero_skip"] |= printed_skipping(engine, sizes, repetitions)
     if beside is not None:
         result["adapter"] = printed_adapter_cost(engine, beside, adapter or f"random, rank {lora}", sizes, repetitions)
     if engine.head in MODEL_HEADS and engine.head != "stored":
@@ -304,6 +320,32 @@ def build(
     if max_context is not None:
         found = replace(found, config=with_context(found.config, max_context))
     return load_engine(checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, model=found), use
+
+
+def skip_ids(model: str | None, engine: Engine) -> list[int]:
+    """Tokens on which zeros are counted: of a text for a model, random ones for a shape, which has no text."""
+    import numpy as np
+
+    from bitnet.zero_skip import COUNTED_TOKENS
+
+    return list(np.random.default_rng(0).integers(engine.config.vocab_size, size=COUNTED_TOKENS).tolist())
+
+
+def printed_skipping(engine: Engine, sizes: dict[str, Any], repetitions: int) -> dict[str, Any]:
+    """Decoding with skipping and without, in turns, and what of the saved bytes became saved time."""
+    from bitnet.bench.zero_skip import measure_skipping
+
+    found = measure_skipping(engine, **{key: value for key, value in sizes.items() if key != "prompt_tokens"}, repetitions=repetitions)
+    size = engine.weight_bytes_per_token
+    predicted, share = found.predicted(size), found.share_of_gain(size)
+    lines = [
+        f"{found.gate_zeros:.1%} of the gates zero, {found.input_zeros:.1%} of down_proj's inputs; "
+        f"read: {found.up_rows_read:.1%} of the rows, {found.down_columns_read:.1%} of the columns, {found.saved_bytes / 1e6:,.1f} MB less",
+        f"in turns: {found.skip_tok_s:,.1f} tokens/s, {found.speedup:.3f} x the {found.dense_tok_s:,.1f} without; the bytes predict "
+        f"{predicted:.3f} x: {share:.0%} of their time is saved; {'the same tokens' if found.same_tokens else 'OTHER TOKENS'}",
+    ]
+    click.echo("\n".join(f"{'':<10} {line}" for line in lines))
+    return {**asdict(found), "speedup": found.speedup, "predicted_speedup": predicted, "share_of_gain": share}
 
 
 def adapter_of(engine: Engine, path: str | None, rank: int | None) -> Adapter | None:

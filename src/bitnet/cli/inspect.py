@@ -25,12 +25,17 @@ MAX_ACCURACY_BYTES = 16_384  # of --data: some 4,000 tokens
 @click.command("inspect", short_help="Show what a model is made of.")
 @model_argument
 @click.option("--accuracy", is_flag=True, help="Measure what integer weights and activations cost, against the exact path.")
-@click.option("--data", metavar="FILE", help="With --accuracy: the text to measure on. Default: a short built-in one.")
-@click.option("--threads", type=int, metavar="N", help="With --accuracy: threads. Default: one per core.")
+@click.option(
+    "--zeros", is_flag=True, help="Count what is zero, layer by layer: gates, inputs of down_proj, weights and whole tiles of them."
+)
+@click.option("--data", metavar="FILE", help="With --accuracy or --zeros: the text to measure on. Default: a short built-in one.")
+@click.option("--threads", type=int, metavar="N", help="With --accuracy or --zeros: threads. Default: one per core.")
 @hub_options
 @json_option
 @debug_option
-def command(model: str, accuracy: bool, data: str | None, threads: int | None, as_json: bool, **hub: str | None) -> None:
+def command(
+    model: str, accuracy: bool, zeros: bool, data: str | None, threads: int | None, as_json: bool, **hub: str | None
+) -> None:  # fmt: skip
     """Show what a model is made of: its configuration, and the parameters, schemes and bytes of its tensors.
 
     MODEL is the embedded model's name (the default), a folder in Hugging Face layout, one file, or org/name from the Hub.
@@ -47,8 +52,52 @@ def command(model: str, accuracy: bool, data: str | None, threads: int | None, a
         with DelayedBar("accuracy") as bar:
             found["accuracy"] = measured(checkpoint, data, threads, bar)
         click.echo("\n".join(accuracy_lines(found["accuracy"])))
+    if zeros:
+        with DelayedBar("zeros") as bar:
+            found["zeros"] = counted_zeros(checkpoint, data, threads, bar)
+        click.echo("\n".join(zeros_lines(found["zeros"])))
     if as_json:
         click.echo(json.dumps({"model": model, **found}))
+
+
+def counted_zeros(checkpoint: Any, data: str | None, threads: int | None, progress: Any) -> dict[str, Any]:
+    """Zeros of the activations on the built-in text or the beginning of `data`, and of the ternary weights."""
+    from dataclasses import asdict
+    from pathlib import Path
+
+    from bitnet.evaluate.perplexity import read_text
+    from bitnet.evaluate.sample import text as sample_text
+    from bitnet.evaluate.zeros import MOST_TOKENS, activation_zeros, weight_zeros
+    from bitnet.models import canonical
+    from bitnet.transformer import load_tokenizer
+
+    text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
+    config = canonical(checkpoint).config
+    ids = load_tokenizer(checkpoint, config.vocab_size).encode(text)[: min(MOST_TOKENS, config.max_context)]
+    layers = [asdict(layer) for layer in activation_zeros(checkpoint, ids, threads)]
+    weights = [asdict(kind) for kind in weight_zeros(checkpoint, progress)]
+    return {"activation": config.activation, "tokens": len(ids), "layers": layers, "weights": weights}
+
+
+def zeros_lines(found: dict[str, Any]) -> list[str]:
+    """The zeros as two tables for people."""
+    layers, weights = found["layers"], found["weights"]
+    mean = {key: sum(layer[key] for layer in layers) / len(layers) for key in ("gates", "inputs")}
+    out = [f"zeros over {found['tokens']} tokens, {found['activation']}: gates are rows of up_proj, inputs columns of down_proj, to skip"]
+    out += [f"  {'layer':<6} {'gates':>8} {'inputs':>8}"]
+    out += [f"  {layer['layer']:<6} {layer['gates']:>8.2%} {layer['inputs']:>8.2%}" for layer in [*layers, {"layer": "mean", **mean}]]
+    if found["activation"] != "relu2":
+        out.append(f"  {found['activation']} has no zeros but by underflow: nothing to skip")
+    if not weights:
+        return [*out, "no packed ternary weights: no zero tiles to count"]
+    tiles = list(weights[0]["tiles"])
+    out += ["zeros among the ternary weights; tiles are rows x inputs that are all zero", "  " + " ".join(
+        [f"{'part':<6}", *(f"{name:>9}" for name in ("weights", *tiles, "rows", "columns"))]
+    )]  # fmt: skip
+    for kind in weights:
+        shares = [kind["weights"], *kind["tiles"].values(), kind["rows"], kind["columns"]]
+        out.append("  " + " ".join([f"{kind['part']:<6}", *(f"{share:>9.3%}" for share in shares)]))
+    return out
 
 
 def measured(checkpoint: Any, data: str | None, threads: int | None, progress: Any) -> list[dict[str, Any]]:

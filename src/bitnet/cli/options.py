@@ -50,7 +50,7 @@ _engine = [
     click.option(
         "--max-context", type=int, metavar="N", help="Tokens that a context may hold. Default: as many as the model was made for."
     ),
-    click.option("--zero-skip/--no-zero-skip", default=None, help="Skip what zero activations make irrelevant; this build runs dense."),
+    click.option("--zero-skip/--no-zero-skip", default=None, help="Do not read what zero gates make irrelevant. Default: if it pays."),
     click.option(
         "--head",
         type=click.Choice(["stored", "int8", "int4"]),

@@ -156,6 +156,15 @@ def summary(t: Timings) -> str:
     )
 
 
+def zero_skip_record(model: TernaryTransformer) -> dict[str, Any] | None:
+    """What was decided about skipping, and what share of the rows and columns was read since."""
+    if model.zero_skip is None:
+        return None
+    rows, rows_read, columns, columns_read = model.engine.lines()
+    read = {"up_rows_read": rows_read / rows if rows else None, "down_columns_read": columns_read / columns if columns else None}
+    return {**model.zero_skip.record(), **read}
+
+
 def record(source: str, model: TernaryTransformer, stream: GenerationStream, timings: Timings) -> dict[str, Any]:
     """The JSON object of `run --json`."""
     from bitnet import machine
@@ -173,5 +182,6 @@ def record(source: str, model: TernaryTransformer, stream: GenerationStream, tim
         **timings,
         "weight_bytes_per_token": engine.weight_bytes_per_token,
         "bandwidth_gb_s": engine.weight_bytes_per_token * timings["decode_tok_s"] / 1e9 if timings["decode_tok_s"] else None,
+        "zero_skip": zero_skip_record(model),
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }

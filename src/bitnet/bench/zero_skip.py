@@ -1,0 +1,98 @@
+"""What skipping zeros brings: decoding with it and without, in turns, beside what the bytes that are not read predict.
+
+A shape's random gates are zero as often as asked: a bias shifts each layer's gates until that share of their activations is zero. What
+decides at run time are the computed gates, as in a model.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from statistics import median
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from bitnet.bench.speed import TOKEN_SEED, decode, prefill
+from bitnet.errors import UsageError
+from bitnet.zero_skip import zero_shares
+
+if TYPE_CHECKING:
+    from bitnet.engine import Engine
+
+SHIFTED_TOKENS = 64  # on which a shift is found
+_HALVINGS = 14  # of a shift between -16 and 16, which is wider than any random gate
+
+
+@dataclass(frozen=True)
+class Skipping:
+    """Medians of repetitions that take turns; shares are of both halves of up_proj and down_proj that decoding reads."""
+
+    gate_zeros: float  # share of the gates whose activation is exactly zero
+    input_zeros: float  # of down_proj's inputs that are zero as int8
+    up_rows_read: float
+    down_columns_read: float
+    saved_bytes: float  # a step
+    dense_tok_s: float
+    skip_tok_s: float
+    same_tokens: bool  # the greedy tokens of both
+
+    @property
+    def speedup(self) -> float:
+        return self.skip_tok_s / self.dense_tok_s
+
+    def predicted(self, weight_bytes: int) -> float:
+        """The speedup if time were bytes."""
+        return weight_bytes / (weight_bytes - self.saved_bytes)
+
+    def share_of_gain(self, weight_bytes: int) -> float:
+        """How much of the time that the saved bytes take was saved."""
+        saved = 1 - 1 / self.speedup
+        return saved / (self.saved_bytes / weight_bytes) if self.saved_bytes else 0.0
+
+
+def shift_gates(engine: Engine, zeros: float) -> None:
+    """Biases of each layer's gate by which this share of its activations is zero. Raises `UsageError` for a share that none has."""
+    if not 0 < zeros < 1:
+        raise UsageError(f"gate-zeros is {zeros}; expected a share between 0 and 1")
+    if engine.config.activation != "relu2":
+        raise UsageError(
+            f"gate-zeros is for shapes with relu^2 feed-forwards, such as bitnet-2b-4t; this one has {engine.config.activation}"
+        )
+    config = engine.config
+    ids = np.random.default_rng(TOKEN_SEED).integers(config.vocab_size, size=SHIFTED_TOKENS).tolist()
+    low, high = np.full(config.n_layers, -16.0), np.full(config.n_layers, 16.0)
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        for layer, shift in enumerate(middle):
+            engine.set_gate_bias(layer, np.full(config.ffn_size, shift, np.float32))
+        found = np.array([gates for gates, _ in zero_shares(engine, ids)])
+        low, high = np.where(found < zeros, low, middle), np.where(found < zeros, middle, high)
+
+
+def measure_skipping(engine: Engine, *, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int) -> Skipping:
+    """Decodes both ways in turns, and leaves the engine as it was. Raises `UsageError` for an engine that cannot skip."""
+    before = engine.zero_skip
+    ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, depth + 1))
+    sequences = [engine.sequence() for _ in range(batch)]
+    prefill(engine, sequences, ids[:, :depth])
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    tokens: dict[bool, list[int]] = {}
+    lines = (0, 0, 0, 0)
+    try:
+        for _ in range(repetitions):
+            for on in (False, True):
+                engine.zero_skip = on
+                decode(engine, sequences, ids[:, depth], depth, 1)  # not counted: what was laid anew is touched
+                engine.reset_profile()
+                taken, tokens[on] = decode(engine, sequences, ids[:, depth], depth, new_tokens)
+                seconds[on].append(taken)
+                lines = engine.lines() if on else lines
+        shares = zero_shares(engine, [int(ids[0, depth]), *tokens[True]][: engine.config.max_context])
+    finally:
+        engine.zero_skip = before
+    rows, rows_read, columns, columns_read = lines
+    up, down = (rows_read / rows, columns_read / columns) if rows and columns else (1.0, 1.0)
+    half = engine.skippable_bytes / 2
+    gates, inputs = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    rates = {on: batch * new_tokens / median(taken) for on, taken in seconds.items()}
+    return Skipping(gates, inputs, up, down, half * (2 - up - down), rates[False], rates[True], tokens[False] == tokens[True])
