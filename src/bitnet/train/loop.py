@@ -37,6 +37,7 @@ class Schedule:
     decay_mixture: dict[str, float]  # the same, while the rate decays
     snap: float = 0.5
     checkpoint_every: int = 250
+    gate_l1: float = 0.0  # weight of L1 on the gates (gate_l1.py)
 
     def rate(self, step: int) -> float:
         """Factor on both learning rates at `step`, in (0, 1]."""

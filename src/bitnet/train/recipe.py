@@ -13,6 +13,7 @@ from transformers import BitNetConfig, BitNetForCausalLM
 
 from bitnet.errors import BitNetError
 from bitnet.train.data import Source, documents, encode, read_sources, train_tokenizer
+from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_linears
 from bitnet.train.loop import Schedule
 
@@ -64,6 +65,7 @@ class Recipe:
         config._attn_implementation = "sdpa"
         model = BitNetForCausalLM(config)
         ternarize_linears(model)
+        penalize_gates(model, float(self.training.get("gate_l1", 0.0)))
         return model
 
     def sources(self, folder: Path, tokenizer: Tokenizer | None = None) -> tuple[Tokenizer, list[Source]]:
