@@ -39,8 +39,10 @@ void Marks::set(int n_tokens, int n, const Flag& flag) {
   for (int t = 0; t < n_tokens; t++)
     for (int w = 0; w < words_; w++) {
       alignas(64) uint8_t flags[64] = {};
-      const int here = std::min(64, n - 64 * w);
-      for (int i = 0; i < here; i++) flags[i] = flag(t, 64 * w + i);
+      if (const int here = n - 64 * w; here >= 64)
+        for (int i = 0; i < 64; i++) flags[i] = flag(t, 64 * w + i);
+      else
+        for (int i = 0; i < here; i++) flags[i] = flag(t, 64 * w + i);
       uint64_t bits = 0;
       for (int b = 0; b < 8; b++) {
         uint64_t eight;
@@ -77,7 +79,6 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
   const int ahead = std::clamp(int(kFetchedBytes / line_bytes), 1, kMostAhead);
   const int piece = std::clamp(int(kPieceBytes / (line_bytes * 64 * std::max(share, 0.05))), 1, 64);
   const bool worth_sharing = share * n_lines * line_bytes * n_tokens >= 32768;
-  auto scale_of = [&](int row) { return m.scales[row / kPanelRows * m.panel_scales + row % kPanelRows]; };
 
   // Kept by threads: [pieces of lines], and for columns the sums
   static thread_local std::vector<Partial> partials;
@@ -89,7 +90,8 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
   if (by_rows && marks) std::memset(y, 0, size_t(n_tokens) * w.rows * sizeof(float));
   pool.run_ranges(words, piece, [&](int first, int end, int thread) {
     static thread_local std::vector<int32_t> list, dots;
-    list.resize(size_t(end - first + 2) * 64 + 2 * kMostAhead + 64), dots.resize(size_t(end - first) * 64);
+    static thread_local std::vector<float> values;
+    values.resize(size_t(end - first) * 64), list.resize(size_t(end - first + 2) * 64 + 2 * kMostAhead + 64), dots.resize(size_t(end - first) * 64);
     if (!by_rows && !sums[thread].used) sums[thread].sums.assign(size_t(n_tokens) * column_rows, 0), sums[thread].used = true;
     for (int t = 0; t < n_tokens; t++) {
       const int n = list_lines(marks ? marks->of(t) : nullptr, first, end, words, n_lines, ahead + 4, list.data());
@@ -102,10 +104,15 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
       const int32_t correction = m.bias * rows.run_sums[t];
       const float step = rows.steps[t];
       float* to = y + int64_t{t} * w.rows;
-      for (int i = 0; i < n; i++) {
-        const float value = float(dots[i] - correction) * scale_of(list[i]) * step;
-        to[list[i]] = w.bias.size() ? value + w.bias[list[i]] : value;
+      if (m.panel_scales == 0) {  // one for all rows
+        const float scale = m.scales[0];
+        for (int i = 0; i < n; i++) values[i] = float(dots[i] - correction) * scale * step;
+      } else {
+        for (int i = 0; i < n; i++) values[i] = float(dots[i] - correction) * m.scales[list[i]] * step;
       }
+      for (int i = 0; i < n; i++) to[list[i]] = values[i];
+      if (w.bias.size())
+        for (int i = 0; i < n; i++) to[list[i]] += w.bias[list[i]];
     }
   }, worth_sharing);
   if (by_rows) return;
@@ -123,7 +130,10 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
     float* to = y + int64_t{t} * w.rows;
     for (int row0 = 0; row0 < w.rows; row0 += kPanelRows) {
       const float* scales = m.scales + row0 / kPanelRows * m.panel_scales;
-      for (int r = 0; r < std::min(kPanelRows, w.rows - row0); r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
+      if (row0 + kPanelRows <= w.rows)
+        for (int r = 0; r < kPanelRows; r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
+      else
+        for (int r = 0; r < w.rows - row0; r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
     }
     if (w.bias.size())
       for (int r = 0; r < w.rows; r++) to[r] += w.bias[r];

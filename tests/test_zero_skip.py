@@ -11,13 +11,12 @@ from click.testing import Result
 
 from bitnet import TernaryTransformer, zero_skip
 from bitnet.bench.zero_skip import measure_skipping, shift_gates
-from bitnet.engine import CODECS, Engine
+from bitnet.engine import CODECS, Engine, new_native
 from bitnet.errors import UsageError
 from bitnet.evaluate.zeros import _counts
 from bitnet.models import LINEARS, ModelConfig
 from bitnet.models.config import weight_shapes
 from bitnet.models.rope import Rope
-from bitnet.shapes import new_native
 from bitnet.weights import layer_norms
 
 EMBEDDED = "tinyllm-ternary-v2"

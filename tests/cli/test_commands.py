@@ -153,7 +153,7 @@ def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.Monk
 BENCH_KEYS = {
     "model", "token_ids", "finish_reason", "isa", "codec", "threads", "load_s", "prompt_tokens", "prefill_tok_s", "time_to_first_token_s",
     "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s", "peak_rss_bytes", "shape", "head",
-    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights", "adapter",
+    "batch", "roofline_gb_s", "depth", "kv_bytes_per_token", "outside_matmul_share", "head_cost", "weights", "adapter", "zero_skip",
     "kv_cache", "kv_memory_bytes_per_token", "attention_ms",
 }  # fmt: skip
 QUICK = ("--prompt-tokens", 8, "--new-tokens", 4, "--repetitions", 1, "--threads", 1)

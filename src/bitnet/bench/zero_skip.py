@@ -50,6 +50,12 @@ class Skipping:
         return saved / (self.saved_bytes / weight_bytes) if self.saved_bytes else 0.0
 
 
+def random_ids(engine: Engine) -> list[int]:
+    """As many tokens as a shift is found on."""
+    ids: list[int] = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=SHIFTED_TOKENS).tolist()
+    return ids
+
+
 def shift_gates(engine: Engine, zeros: float) -> None:
     """Biases of each layer's gate by which this share of its activations is zero. Raises `UsageError` for a share that none has."""
     if not 0 < zeros < 1:
@@ -59,7 +65,7 @@ def shift_gates(engine: Engine, zeros: float) -> None:
             f"gate-zeros is for shapes with relu^2 feed-forwards, such as bitnet-2b-4t; this one has {engine.config.activation}"
         )
     config = engine.config
-    ids = np.random.default_rng(TOKEN_SEED).integers(config.vocab_size, size=SHIFTED_TOKENS).tolist()
+    ids = random_ids(engine)
     low, high = np.full(config.n_layers, -16.0), np.full(config.n_layers, 16.0)
     for _ in range(_HALVINGS):
         middle = (low + high) / 2

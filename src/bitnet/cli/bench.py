@@ -228,7 +228,7 @@ def benched(
     engine.kv = kv
     if gate_zeros is not None:
         shift_gates(engine, gate_zeros)
-    skip = decide(engine, zero_skip_argument(zero_skip), skip_ids(model, engine))
+    skip = decide(engine, zero_skip_argument(zero_skip), skip_ids(model, shape, engine))
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
     if prompt_tokens is None:
@@ -322,13 +322,15 @@ def build(
     return load_engine(checkpoint, threads=use.threads, head=use.head, codec=use.codec, weights=weights, model=found), use
 
 
-def skip_ids(model: str | None, engine: Engine) -> list[int]:
-    """Tokens on which zeros are counted: of a text for a model, random ones for a shape, which has no text."""
-    import numpy as np
+def skip_ids(model: str | None, shape: str | None, engine: Engine) -> list[int]:
+    """Tokens on which zeros are counted: of the built-in text for a model, random ones for a shape, which knows none."""
+    from bitnet.bench.zero_skip import random_ids
+    from bitnet.models import open_checkpoint
+    from bitnet.transformer import resolve
 
-    from bitnet.zero_skip import COUNTED_TOKENS
-
-    return list(np.random.default_rng(0).integers(engine.config.vocab_size, size=COUNTED_TOKENS).tolist())
+    if shape is not None or not engine.can_skip_zeros:
+        return random_ids(engine)
+    return sample_ids(open_checkpoint(resolve(EMBEDDED_MODEL if model is None else model)))
 
 
 def printed_skipping(engine: Engine, sizes: dict[str, Any], repetitions: int) -> dict[str, Any]:
@@ -339,8 +341,8 @@ def printed_skipping(engine: Engine, sizes: dict[str, Any], repetitions: int) ->
     size = engine.weight_bytes_per_token
     predicted, share = found.predicted(size), found.share_of_gain(size)
     lines = [
-        f"{found.gate_zeros:.1%} of the gates zero, {found.input_zeros:.1%} of down_proj's inputs; "
-        f"read: {found.up_rows_read:.1%} of the rows, {found.down_columns_read:.1%} of the columns, {found.saved_bytes / 1e6:,.1f} MB less",
+        f"{found.gate_zeros:.1%} of the gates zero, {found.input_zeros:.1%} of down_proj's inputs; read: {found.up_rows_read:.1%} of the "
+        f"rows, {found.down_columns_read:.1%} of the columns, {found.saved_bytes / 1e6:,.1f} MB less",
         f"in turns: {found.skip_tok_s:,.1f} tokens/s, {found.speedup:.3f} x the {found.dense_tok_s:,.1f} without; the bytes predict "
         f"{predicted:.3f} x: {share:.0%} of their time is saved; {'the same tokens' if found.same_tokens else 'OTHER TOKENS'}",
     ]

@@ -20,6 +20,7 @@ from bitnet.chat import ChatTemplate, find_template
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files.replacing import fcntl, write_text
 from bitnet.train import data, examples, loop, parallel
+from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
 from bitnet.train.models import Base, freeze, new_model
 from bitnet.train.recipe import Recipe
@@ -85,6 +86,7 @@ class _Prepared:
         if not processes.first:
             processes.wait()  # the first process encodes, the others find what it wrote
         self.sources = self._sources(recipe, out)
+        penalize_gates(self.model, self.schedule.gate_l1)
         if processes.first and processes.count > 1:
             processes.wait()
         self.compiled = self.schedule.compile and self.sources[0].targets is None and recipe.task != "lora"  # examples differ in length

@@ -30,6 +30,7 @@ class Schedule:
     warmup_steps: int = field(default=20, metadata=_limits(1))
     decay_steps: int = field(default=100, metadata=_limits(1))  # linear to zero at the end
     blend_steps: int = field(default=0, metadata=_limits(0))  # over which layers go from full precision to their integers
+    gate_l1: float = field(default=0.0, metadata=_limits(0))  # weight of L1 on the gates of relu^2 (gate_l1.py)
     max_grad_norm: float = field(default=1.0, metadata=_limits(0, above=True))
     mixture: dict[str, float] | None = None  # text file -> weight; None: every text by its tokens
     decay_mixture: dict[str, float] | None = None  # the same, while the rate decays; None: as before

@@ -1,0 +1,33 @@
+"""L1 on the gates of relu^2 feed-forwards: more of them become zero, so that more can be skipped (docs/zero-skip.md).
+
+Adds `weight` times the mean of relu(gate), over tokens and gates of each layer, to what is minimized. Only the positive gates feel it: a
+zero one is where it should be. It enters as a gradient, not in the loss, which keeps saying how well the text is predicted.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class _PenalizedGate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, weight: float) -> Tensor:
+        ctx.save_for_backward(gate > 0)
+        ctx.weight = weight
+        return gate.view_as(gate)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (positive,) = ctx.saved_tensors
+        return gradient + positive.to(gradient.dtype) * (ctx.weight / positive.numel()), None
+
+
+def penalize_gates(model: nn.Module, weight: float) -> int:
+    """Hooks every `gate_proj` of `model`; returns how many there are. A weight of 0 leaves the model as it is."""
+    gates = [module for name, module in model.named_modules() if name.endswith("gate_proj")] if weight else []
+    for gate in gates:
+        gate.register_forward_hook(lambda _module, _inputs, output: _PenalizedGate.apply(output, weight))
+    return len(gates)
