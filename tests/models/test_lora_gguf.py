@@ -91,6 +91,8 @@ def test_what_is_refused(
 
 
 def test_another_file_is_refused(tmp_path: Path, base: ModelConfig) -> None:
+    with pytest.raises(BitNetError, match="is a low-rank adapter and no model; run its base, with --adapter"):
+        open_checkpoint(write(tmp_path / "lora.gguf", arrays(base), KEYS))
     (tmp_path / "a.gguf").write_text("hello")
     with pytest.raises(BitNetError, match=r"a\.gguf: is a file, and no GGUF; expected llama\.cpp's adapter"):
         read_adapter(tmp_path / "a.gguf", base)

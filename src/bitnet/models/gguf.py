@@ -60,6 +60,8 @@ def checkpoint_of(file: gguf.GgufFile, path: PathLike) -> Checkpoint:
     """What the file says of its model, in Hugging Face's terms."""
     where, metadata, tensors = shown(file.path), file.metadata, file.tensors
     architecture = metadata.get("general.architecture")
+    if metadata.get("general.type") == "adapter":
+        raise UnsupportedModelError(f"{where}: is a low-rank adapter and no model; run its base, with --adapter and this file")
     if not isinstance(architecture, str) or architecture not in ARCHITECTURES:
         raise UnsupportedModelError(
             f"{where}: architecture {shown(repr(architecture))}; this build runs {', '.join(ARCHITECTURES)}. Another would run as noise"
