@@ -158,10 +158,9 @@ class ManyTokens {
 };
 
 // From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.
-int many_tokens(const Kernels& k, Scheme scheme, const QuantizedRows& x) {
+int many_tokens(const Kernels& k, const QuantizedRows& x) {
   if (x.n_runs > 1 && x.runs[0].inputs < 64) return 33;
-  if (!k.begin_gemm) return 8;
-  return scheme == Scheme::ternary_base3 ? 4 : 5;
+  return k.begin_gemm ? 5 : 8;
 }
 
 void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int first, int end, float* y) {
@@ -258,7 +257,7 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
   const bool lines = w0.lie != Lie::panels;
-  const bool many = w0.integer() && n_tokens >= many_tokens(k, w0.scheme, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
+  const bool many = w0.integer() && n_tokens >= many_tokens(k, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   if (lines && !many) {  // one after another: as many as the batch has
     if (beside) pool.run(beside->pieces(), [&](int i, int) { beside->multiply_a(i); });
     for (const Product& p : products) multiply_lines(k, pool, *p.w, x, nullptr, p.y);

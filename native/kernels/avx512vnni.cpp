@@ -203,7 +203,7 @@ struct Digits {
 struct Base3 {
   template <int T>
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
-    constexpr int N = T == 1 ? 5 : T == 2 ? 2 : 1;
+    constexpr int N = T <= 4 ? 5 : 2;  // one chain a token would wait five times a vector for its own last sum
     const Digits digits;
     __m512i sums[T][N];
     for (int t = 0; t < T; t++)

@@ -1,6 +1,6 @@
 // Integer products, written once over 16 lanes and compiled once per instruction set, which brings its codecs: structs with
 //   template <int T> static void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots)
-// the sums of code * x of 16 rows for T tokens (1, 2, 4 or 8), and fp4_codes, a table of 16 entries.
+// the sums of code * x of 16 rows for T tokens (1, 2, 3, 4 or 8), and fp4_codes, a table of 16 entries.
 #pragma once
 #include "float_ops.h"
 
@@ -51,6 +51,7 @@ static void multiply(const IntegerMatrix& w, const QuantizedRows& x, int panel, 
   const int end = panel + n_panels;
   if (x.n_tokens == 1) return multiply_tokens<Codec, 1>(w, x, panel, end, 0, y);
   if (x.n_tokens == 2) return multiply_tokens<Codec, 2>(w, x, panel, end, 0, y);
+  if (x.n_tokens == 3) return multiply_tokens<Codec, 3>(w, x, panel, end, 0, y);
   if (x.n_tokens == 4) return multiply_tokens<Codec, 4>(w, x, panel, end, 0, y);
   if (x.n_tokens == 8) return multiply_tokens<Codec, 8>(w, x, panel, end, 0, y);
   for (int p = panel; p < end; p++) {  // a panel stays in the cache for all tokens

@@ -113,9 +113,9 @@ class Costs:
         tries = self._tries[tokens] = self._tries.get(tokens, 0) + 1
         known = self._seconds.get(tokens, seconds)
         step = min(seconds - known, 0) if tries <= _TRIES else max(-known, min(known, 4 * (seconds - known))) / 16
-        self._seconds[tokens] = known + step
+        self._seconds[tokens] = known = max(known + step, 1e-9)
         if tokens == 1:
-            self.one_s = known + step
+            self.one_s = known
             if tries % 16 != 1:
                 return
             for size in SIZES:  # a cost that kept its size from being tried is believed a little less each time
