@@ -77,7 +77,7 @@ def shift_gates(engine: Engine, zeros: float) -> None:
 
 
 def measure_skipping(engine: Engine, *, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int) -> Skipping:
-    """Reads the same random tokens both ways, one by one, in turns, and leaves the engine as it was. Raises `UsageError` where it cannot skip."""
+    """Reads the same random tokens both ways, one by one, in turns; leaves the engine as it was. Raises `UsageError` where it cannot."""
     before = engine.zero_skip
     ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, depth + new_tokens))
     sequences = [engine.sequence() for _ in range(batch)]
