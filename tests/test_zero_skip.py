@@ -131,3 +131,10 @@ def test_inspect_counts_zeros(bitnet: Callable[..., Result]) -> None:
     assert zeros["activation"] == "relu2" and len(zeros["layers"]) == 6 and {kind["part"] for kind in zeros["weights"]} == set(LINEARS)
     assert all(0 < layer["gates"] <= layer["inputs"] < 1 for layer in zeros["layers"])
     assert "zeros among the ternary weights" in done.stdout
+
+
+def test_nothing_to_skip_is_a_warning(bitnet: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "can_skip_zeros", False)
+    done = bitnet("run", "-p", "a", "-n", 2, "--zero-skip")
+    why = "no relu^2 feed-forward with ternary weights, one scale a row and one step per token"
+    assert done.stderr.startswith(f"warning: nothing to skip: {why}; it runs dense, with the same result\nprompt: ")
