@@ -66,7 +66,7 @@ def test_zeros_are_what_was_asked_and_lines_are_skipped() -> None:
     shares = zero_skip.zero_shares(engine, list(range(64)))
     assert all(0.6 < gates < 0.95 and gates <= inputs for gates, inputs in shares)
     found = measure_skipping(engine, new_tokens=8, repetitions=1)
-    assert found.same_tokens and 0 < found.up_rows_read < 0.4 and 0 < found.down_columns_read <= found.up_rows_read
+    assert found.same_bits and 0 < found.up_rows_read < 0.4 and 0 < found.down_columns_read <= found.up_rows_read
     assert found.saved_bytes == pytest.approx(engine.skippable_bytes / 2 * (2 - found.up_rows_read - found.down_columns_read))
     assert not engine.zero_skip
 
@@ -131,3 +131,10 @@ def test_inspect_counts_zeros(bitnet: Callable[..., Result]) -> None:
     assert zeros["activation"] == "relu2" and len(zeros["layers"]) == 6 and {kind["part"] for kind in zeros["weights"]} == set(LINEARS)
     assert all(0 < layer["gates"] <= layer["inputs"] < 1 for layer in zeros["layers"])
     assert "zeros among the ternary weights" in done.stdout
+
+
+def test_nothing_to_skip_is_a_warning(bitnet: Callable[..., Result], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Engine, "can_skip_zeros", False)
+    done = bitnet("run", "-p", "a", "-n", 2, "--zero-skip")
+    why = "no relu^2 feed-forward with ternary weights, one scale a row and one step per token"
+    assert done.stderr.startswith(f"warning: nothing to skip: {why}; it runs dense, with the same result\nprompt: ")

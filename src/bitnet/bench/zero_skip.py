@@ -6,18 +6,19 @@ decides at run time are the computed gates, as in a model.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from statistics import median
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from bitnet.bench.speed import TOKEN_SEED, decode, prefill
+from bitnet.bench.speed import TOKEN_SEED, prefill
 from bitnet.errors import UsageError
 from bitnet.zero_skip import zero_shares
 
 if TYPE_CHECKING:
-    from bitnet.engine import Engine
+    from bitnet.engine import Engine, Sequence
 
 SHIFTED_TOKENS = 64  # on which a shift is found
 _HALVINGS = 14  # of a shift between -16 and 16, which is wider than any random gate
@@ -34,7 +35,7 @@ class Skipping:
     saved_bytes: float  # a step
     dense_tok_s: float
     skip_tok_s: float
-    same_tokens: bool  # the greedy tokens of both
+    same_bits: bool  # of the last logits of both
 
     @property
     def speedup(self) -> float:
@@ -76,24 +77,24 @@ def shift_gates(engine: Engine, zeros: float) -> None:
 
 
 def measure_skipping(engine: Engine, *, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int) -> Skipping:
-    """Decodes both ways in turns, and leaves the engine as it was. Raises `UsageError` for an engine that cannot skip."""
+    """Reads the same random tokens both ways, one by one, in turns; leaves the engine as it was. Raises `UsageError` where it cannot."""
     before = engine.zero_skip
-    ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, depth + 1))
+    ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(batch, depth + new_tokens))
     sequences = [engine.sequence() for _ in range(batch)]
     prefill(engine, sequences, ids[:, :depth])
     seconds: dict[bool, list[float]] = {False: [], True: []}
-    tokens: dict[bool, list[int]] = {}
+    logits: dict[bool, np.ndarray] = {}
     lines = (0, 0, 0, 0)
     try:
         for _ in range(repetitions):
             for on in (False, True):
                 engine.zero_skip = on
-                decode(engine, sequences, ids[:, depth], depth, 1)  # not counted: what was laid anew is touched
+                _read(engine, sequences, ids[:, depth : depth + 1], depth)  # not counted: what was laid anew is touched
                 engine.reset_profile()
-                taken, tokens[on] = decode(engine, sequences, ids[:, depth], depth, new_tokens)
+                taken, logits[on] = _read(engine, sequences, ids[:, depth:], depth)
                 seconds[on].append(taken)
                 lines = engine.lines() if on else lines
-        shares = zero_shares(engine, [int(ids[0, depth]), *tokens[True]][: engine.config.max_context])
+        shares = zero_shares(engine, ids[0, depth:].tolist())
     finally:
         engine.zero_skip = before
     rows, rows_read, columns, columns_read = lines
@@ -101,4 +102,14 @@ def measure_skipping(engine: Engine, *, new_tokens: int, depth: int = 0, batch: 
     half = engine.skippable_bytes / 2
     gates, inputs = (sum(column) / len(shares) for column in zip(*shares, strict=True))
     rates = {on: batch * new_tokens / median(taken) for on, taken in seconds.items()}
-    return Skipping(gates, inputs, up, down, half * (2 - up - down), rates[False], rates[True], tokens[False] == tokens[True])
+    return Skipping(gates, inputs, up, down, half * (2 - up - down), rates[False], rates[True], np.array_equal(logits[False], logits[True]))
+
+
+def _read(engine: Engine, sequences: list[Sequence], ids: np.ndarray, depth: int) -> tuple[float, np.ndarray]:
+    """(seconds for the tokens `ids`, int [batch, steps], after `depth` others, one of each sequence at a time; the last logits)."""
+    for sequence in sequences:
+        sequence.truncate(depth)
+    start = time.perf_counter()
+    for step in ids.T:
+        logits = engine.forward([(sequence, [int(token)]) for sequence, token in zip(sequences, step, strict=True)])
+    return time.perf_counter() - start, logits

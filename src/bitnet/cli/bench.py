@@ -344,7 +344,7 @@ def printed_skipping(engine: Engine, sizes: dict[str, Any], repetitions: int) ->
         f"{found.gate_zeros:.1%} of the gates zero, {found.input_zeros:.1%} of down_proj's inputs; read: {found.up_rows_read:.1%} of the "
         f"rows, {found.down_columns_read:.1%} of the columns, {found.saved_bytes / 1e6:,.1f} MB less",
         f"in turns: {found.skip_tok_s:,.1f} tokens/s, {found.speedup:.3f} x the {found.dense_tok_s:,.1f} without; the bytes predict "
-        f"{predicted:.3f} x: {share:.0%} of their time is saved; {'the same tokens' if found.same_tokens else 'OTHER TOKENS'}",
+        f"{predicted:.3f} x: {share:.0%} of their time is saved; {'the same bits' if found.same_bits else 'OTHER BITS'}",
     ]
     click.echo("\n".join(f"{'':<10} {line}" for line in lines))
     return {**asdict(found), "speedup": found.speedup, "predicted_speedup": predicted, "share_of_gain": share}
