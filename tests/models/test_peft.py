@@ -244,9 +244,10 @@ def test_what_is_no_adapter(tmp_path: Path) -> None:
 def test_an_adapter_that_peft_itself_wrote(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft", reason="peft is not installed")
     folder = random_models.save(random_models.llama(seed=9), tmp_path / "base")
+    # patterns in the order of their names, in which PEFT saves them, whatever order they had
     lora = peft.LoraConfig(
         r=8, lora_alpha=24, target_modules=["q_proj", "down_proj"], rank_pattern={r"(up|down)_proj": 3}, layers_to_transform=[1, 2],
-        alpha_pattern={r"layers\.[01]\..*down_proj": 5, ".*proj": 7}, init_lora_weights=False, task_type="CAUSAL_LM",
+        alpha_pattern={r"(.*\.)?layers\.[01]\..*down_proj": 5, ".*proj": 7}, init_lora_weights=False, task_type="CAUSAL_LM",
     )  # fmt: skip
     random_models.torch.manual_seed(0)
     adapted = peft.get_peft_model(random_models.reload(folder), lora).eval()
