@@ -25,7 +25,7 @@ class Marks {
   int n() const { return n_; }          // lines
   // Lines that multiply_lines reads: where most are needed it reads all of them, as one stream, which is faster.
   int64_t read() const { return any_ > kStreamShare * n_ ? n_ : any_; }
-  static constexpr double kStreamShare = 0.45;
+  static constexpr double kStreamShare = 0.7;
 
  private:
   template <typename Flag>
