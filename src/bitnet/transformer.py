@@ -46,12 +46,12 @@ class TernaryTransformer:
 
     `engine`: token ids in, logits out; `tokenizer`; `load_s`: seconds it took to load; `chat_template`: None for a model without one;
     `head_tuned`: the choice of `bitnet bench --tune` by which the head is not the stored one, or None; `adapters`: by name;
-    `zero_skip`: what was decided about skipping zeros, or None.
     """
 
     head_tuned: Choice | None = None
     _same_bits = True  # in a token's logits, alone or beside others: not on devices of torch
-    zero_skip: ZeroSkip | None = None
+    _zero_skip: ZeroSkip | None = None
+    _zero_skip_open = False  # it is decided when the first text is asked for
 
     def __init__(self, engine: Engine, tokenizer: Tokenizer, load_s: float = 0.0, chat_template: ChatTemplate | None = None):
         self.engine = engine
@@ -116,7 +116,7 @@ class TernaryTransformer:
         from bitnet.models.peft import read_adapter
         from bitnet.tuning import Settings, settle
         from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
-        from bitnet.zero_skip import TEXT, decide
+        from bitnet.zero_skip import decide
 
         check_options(device=device, threads=threads, zero_skip=zero_skip)
         kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
@@ -152,11 +152,23 @@ class TernaryTransformer:
         model.prefixes = prefixes
         model.adapters = {name: engine.adapter(low_ranks) for name, low_ranks in parts.items()}
         model._same_bits = elsewhere is None
-        model.zero_skip = decide(engine, zero_skip, loaded.encode(TEXT) if engine.can_skip_zeros else [])
-        if zero_skip is True and not model.zero_skip.on:
-            warnings.warn(f"nothing to skip: {model.zero_skip.why}; it runs dense, with the same result", stacklevel=2)
+        if zero_skip == "auto" and engine.can_skip_zeros:
+            model._zero_skip_open = True  # to look takes longer than to load
+        else:
+            model._zero_skip = decide(engine, zero_skip, [])
+        if zero_skip is True and model._zero_skip is not None and not model._zero_skip.on:
+            warnings.warn(f"nothing to skip: {model._zero_skip.why}; it runs dense, with the same result", stacklevel=2)
         model.head_tuned = use.tuned if use.head_tuned and use.head != "stored" else None
         return model
+
+    @property
+    def zero_skip(self) -> ZeroSkip | None:
+        """What is decided about skipping zeros, "auto" by the first text that is asked for, or by this; None where nobody decides."""
+        if self._zero_skip_open:
+            from bitnet.zero_skip import TEXT, decide
+
+            self._zero_skip, self._zero_skip_open = decide(self.engine, "auto", self.tokenizer.encode(TEXT)), False
+        return self._zero_skip
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
         """One more adapter, or another one by this name; running generations keep theirs. Raises as `from_pretrained` does."""
@@ -230,10 +242,12 @@ class TernaryTransformer:
         )
         count = _integer("max_new_tokens", max_new_tokens, at_least=1)
         stops = _stop_strings(stop)
+        ids = self._prompt_ids(prompt)
+        _ = self.zero_skip
         return GenerationStream(
             self.engine,
             self.tokenizer,
-            self._prompt_ids(prompt),
+            ids,
             max_new_tokens=count,
             sampling=sampling,
             stops=stops,

@@ -19,7 +19,7 @@ TEXT = "Once upon a time there was a small town by the sea. Every morning the bo
 COUNTED_TOKENS = 32  # of the text, whose zeros are counted
 TIMED_TOKENS = 5  # decoded each way
 LEAST_BYTES = 8 << 20  # of up_proj and down_proj together: less is read from the cache, where nothing is saved
-LEAST_ZEROS = 0.5  # of the gates: below, scattered reads lose what they save
+LEAST_ZEROS = 0.6  # of the gates: below, scattered reads lose what they save
 LEAST_GAIN = 1.02  # of the time for a token
 
 

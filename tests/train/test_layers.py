@@ -81,7 +81,7 @@ def test_bfloat16_products_differ_by_two_roundings() -> None:
     exact = layer(X).detach()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         rounded = layer(X).detach()
-    # the operands are integers, exact in bfloat16; its product is rounded, and once more after the scales, each by 2^-8 of itself at most (8 bits)
+    # the operands are integers, exact in bfloat16; its product is rounded, and once more after the scales, by 2^-8 of itself at most
     assert not torch.equal(exact, rounded) and torch.all((exact - rounded).abs() <= exact.abs() * (2**-7 + 2**-16) + 1e-7)
 
 

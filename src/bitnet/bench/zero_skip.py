@@ -97,12 +97,24 @@ def measure_skipping(engine: Engine, *, new_tokens: int, depth: int = 0, batch: 
         shares = zero_shares(engine, ids[0, depth:].tolist())
     finally:
         engine.zero_skip = before
-    rows, rows_read, columns, columns_read = lines
-    up, down = (rows_read / rows, columns_read / columns) if rows and columns else (1.0, 1.0)
-    half = engine.skippable_bytes / 2
+    up, down = _read_shares(lines)
     gates, inputs = (sum(column) / len(shares) for column in zip(*shares, strict=True))
     rates = {on: batch * new_tokens / median(taken) for on, taken in seconds.items()}
-    return Skipping(gates, inputs, up, down, half * (2 - up - down), rates[False], rates[True], np.array_equal(logits[False], logits[True]))
+    return Skipping(gates, inputs, up, down, _saved(engine, lines), rates[False], rates[True], np.array_equal(logits[False], logits[True]))
+
+
+def unread_bytes(engine: Engine) -> float:
+    """Of weights, that a step of the passes since `reset_profile` did not read."""
+    return _saved(engine, engine.lines()) if engine.zero_skip else 0.0
+
+
+def _read_shares(lines: tuple[int, int, int, int]) -> tuple[float, float]:
+    rows, rows_read, columns, columns_read = lines
+    return (rows_read / rows, columns_read / columns) if rows and columns else (1.0, 1.0)
+
+
+def _saved(engine: Engine, lines: tuple[int, int, int, int]) -> float:
+    return engine.skippable_bytes / 2 * (2 - sum(_read_shares(lines)))
 
 
 def _read(engine: Engine, sequences: list[Sequence], ids: np.ndarray, depth: int) -> tuple[float, np.ndarray]:

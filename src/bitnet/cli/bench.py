@@ -219,7 +219,7 @@ def benched(
     """Measures, prints the table, and gives the JSON object."""
     from bitnet import machine
     from bitnet.bench.speed import kv_bytes_per_token, measure, read_bandwidths
-    from bitnet.bench.zero_skip import shift_gates
+    from bitnet.bench.zero_skip import shift_gates, unread_bytes
     from bitnet.cli.progress import DelayedBar
     from bitnet.zero_skip import decide
 
@@ -228,6 +228,8 @@ def benched(
     engine.kv = kv
     if gate_zeros is not None:
         shift_gates(engine, gate_zeros)
+    if shape is not None and zero_skip is None and gate_zeros is None:
+        zero_skip = False  # the zeros of random weights tell nothing
     skip = decide(engine, zero_skip_argument(zero_skip), skip_ids(model, shape, engine))
     load_s = time.perf_counter() - start
     beside = adapter_of(engine, adapter, lora)
@@ -242,6 +244,7 @@ def benched(
         speed = measure(engine, **sizes, repetitions=repetitions, progress=bar)
         roofline_gb_s = median([*before, *read_bandwidths(engine.threads)])
     steps_per_s = speed.decode_tok_s / batch
+    read_bytes = engine.weight_bytes_per_token - unread_bytes(engine)
     result: dict[str, Any] = {
         "model": None if shape else model or EMBEDDED_MODEL,
         "token_ids": speed.token_ids,
@@ -257,7 +260,7 @@ def benched(
         "decode_tok_s": speed.decode_tok_s,
         "ms_per_token": 1000 / speed.decode_tok_s,
         "weight_bytes_per_token": engine.weight_bytes_per_token,
-        "bandwidth_gb_s": engine.weight_bytes_per_token * steps_per_s / 1e9,
+        "bandwidth_gb_s": read_bytes * steps_per_s / 1e9,
         "peak_rss_bytes": peak_rss_bytes,
         "shape": shape,
         "weights": weights or ("ternary" if shape else "stored"),
