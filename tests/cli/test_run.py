@@ -31,6 +31,7 @@ def test_the_prompt_and_its_continuation_are_on_stdout_and_the_summary_on_stderr
     assert done.stdout.startswith("Once upon a time") and done.stdout.endswith("\n") and len(done.stdout) > 18
     assert "prompt: 17 tokens, " in done.stderr and "decode: 12 tokens, " in done.stderr
     assert "first token: " in done.stderr and "load: " in done.stderr
+    assert re.search(r"^zero skipping off: \d.* stay in the cache$", done.stderr, re.M)  # what "auto" decided
 
 
 def test_json_is_one_object_with_exactly_the_contract_s_keys(bitnet: Bitnet, model_folder: Path) -> None:

@@ -85,6 +85,8 @@ def continue_prompt(
     if timings["time_to_first_token_s"] is not None:
         timings["time_to_first_token_s"] += waited_s  # from the start of the process: what the user waited
     click.echo(summary(timings), err=True)
+    if model.zero_skip is not None and model.engine.can_skip_zeros:
+        click.echo(f"zero skipping {model.zero_skip.text()}", err=True)
     if (did := stream.generation.speculated) is not None and did.drafted:
         click.echo(
             f"speculation: {did.accepted} of {did.drafted} guesses right, {did.accepted / did.forwards + 1:.2f} tokens a forward", err=True
