@@ -19,6 +19,7 @@ from bitnet import generation, speculation
 from bitnet.errors import UsageError
 from bitnet.generation import GenerationStream
 from bitnet.sampling import Sampling
+from bitnet.shapes import random_adapter
 from bitnet.speculation import SIZES, Costs, Lookup, Speculation
 from bitnet.transformer import TernaryTransformer
 
@@ -288,6 +289,15 @@ def test_the_embedded_model_says_the_same(sampling: dict[str, Any], threads: int
     assert found.token_ids == alone.token_ids and found.text == alone.text and alone.speculated is None
     assert found.speculated is not None and found.speculated.accepted > 0
     assert found.speculated.drafted > found.speculated.accepted or sampling["temperature"] == 0
+
+
+def test_adapters_say_the_same() -> None:
+    model = TernaryTransformer.from_pretrained(threads=2)
+    model.adapters["one"], model._costs = random_adapter(model.engine, 8, seed=1), Free()
+    asked: dict[str, Any] = {"adapter": "one", "max_new_tokens": 100, "temperature": 0}
+    alone, found = model.generate(REPEATS * 8, speculate=False, **asked), model.generate(REPEATS * 8, **asked)
+    assert found.token_ids == alone.token_ids and found.speculated is not None and found.speculated.accepted > 0
+    assert not np.array_equal(model.logits([1, 2], adapter="one"), model.logits([1, 2]))
 
 
 def test_windows_of_attention(tmp_path: Any) -> None:
