@@ -26,7 +26,9 @@ from tokenizers import Tokenizer  # noqa: E402
 
 from bitnet.errors import FormatError, UsageError  # noqa: E402
 from bitnet.packing import bf16_bits  # noqa: E402
+from bitnet.ternary import quantize_int8  # noqa: E402
 from bitnet.train import checkpoint, data, loop  # noqa: E402
+from bitnet.train.layers import dequantized  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
 from bitnet.train.run import run  # noqa: E402
@@ -401,14 +403,13 @@ def test_heal(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: st
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "bitnet")
 
 
-# off by more than the tolerance: its Q6_K table is int8 in the engine and float here, or for a reason not found yet
-_BITNET_GGUF = pytest.param(GOLDEN / "bitnet.gguf", marks=pytest.mark.xfail(reason="a Q6_K table is int8 in the engine; to be looked into"))
-_GGUF = [path for path in sorted(GOLDEN.glob("*.gguf")) if path.stem != "bitnet"]
-
-
-@pytest.mark.parametrize("source", [*FAMILIES, *_GGUF, _BITNET_GGUF], ids=lambda s: getattr(s, "stem", s))
+@pytest.mark.parametrize("source", [*FAMILIES, *sorted(GOLDEN.glob("*.gguf"))], ids=lambda s: getattr(s, "stem", s))
 def test_a_base_in_torch_is_what_the_engine_runs(tmp_path: Path, source: Any) -> None:
-    """Every family and format that training can start from; packed layers packed."""
+    """Every family and format that training can start from; packed layers packed.
+
+    bitnet.gguf's table is Q6_K, int8 in the engine: 0.4 % off, which the int8 steps of random layers make 3 % of the logits (a table off by
+    0.1 % at random makes 2.8 %). So torch gets the engine's table there, and what is left meets the tolerance of all others.
+    """
     import random_models
 
     from bitnet.models import open_checkpoint
@@ -420,6 +421,10 @@ def test_a_base_in_torch_is_what_the_engine_runs(tmp_path: Path, source: Any) ->
         source = tmp_path
     model, _ = _as_transformers(open_checkpoint(source), packed=True)
     engine = load_engine(open_checkpoint(source))
+    if source.stem == "bitnet":
+        table = model.get_input_embeddings().weight
+        codes, scales = quantize_int8(table.detach().numpy(), 32)
+        table.data = dequantized(torch.from_numpy(codes).float(), torch.from_numpy(scales))
     ids = [(7 * i) % min(200, engine.config.vocab_size) for i in range(40)]
     ours = engine.forward([(engine.sequence(), ids)], all_logits=True)
     with torch.no_grad():
