@@ -103,16 +103,18 @@ void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int 
   int longest = 0;
   for (const Token& t : tokens) longest = std::max(longest, t.position + 1);
   const int blocks = int(starts.size()) - 1;
-  // Too few items to share out evenly: the heads of one key/value head in two halves.
-  const int halves = group % 2 == 0 && blocks * c.n_kv_heads % pool.size() && blocks * c.n_kv_heads < 8 * pool.size() ? 2 : 1;
-  const int heads = group / halves, n_items = blocks * c.n_kv_heads * halves;
-  const int64_t stride = (longest + 63 + 63) / 16 * 16, per_thread = ((stride + 2 * dim + 1) * kTokens * heads + 15) / 16 * 16;
+  // Few items that cannot be shared out evenly: those left over go in two halves of their query heads.
+  const int n_whole_items = blocks * c.n_kv_heads, left = group % 2 == 0 && n_whole_items < 8 * pool.size() ? n_whole_items % pool.size() : 0;
+  const int whole = n_whole_items - left, n_items = whole + 2 * left;
+  const int64_t stride = (longest + 63 + 63) / 16 * 16, per_thread = ((stride + 2 * dim + 1) * kTokens * group + 15) / 16 * 16;
   scratch.floats.reserve(size_t(per_thread) * pool.size());  // per thread and query: scores, query, result, total
   scratch.quantized.resize(pool.size());
   pool.run(n_items, [&](int item, int thread) {
-    const int block = blocks - 1 - item / (c.n_kv_heads * halves);  // the longest first
+    const bool half = item >= whole;
+    const int which = half ? whole + (item - whole) / 2 : item, heads = half ? group / 2 : group;
+    const int block = blocks - 1 - which / c.n_kv_heads;  // the longest first
     const int first = starts[block], n = starts[block + 1] - first, n_queries = n * heads;
-    const int kv = item / halves % c.n_kv_heads, first_head = kv * group + item % halves * heads;
+    const int kv = which % c.n_kv_heads, first_head = kv * group + (half ? (item - whole) % 2 * heads : 0);
     KvCache& cache = *tokens[first].cache;
     const KvFormat& format = cache.format();
     QuantizedAttention& quantized = scratch.quantized[thread];
