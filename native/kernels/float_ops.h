@@ -37,6 +37,23 @@ BITNET_INLINE float max_lanes(v16 x) {
   return m;
 }
 
+// All lanes together, by halves: for what is the same in any order, the largest of numbers or a sum of integers.
+template <class Vector, class Both> BITNET_INLINE auto fold_lanes(Vector v, Both both) {
+  auto x = v.part[0];
+  for (int p = 1; p < kParts; p++) x = both(x, v.part[p]);
+  if constexpr (kLanes == 16) {
+    x = both(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
+    x = both(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
+    x = both(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
+    x = both(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
+    return x[0];
+  } else {
+    auto all = x[0];
+    for (int l = 1; l < kLanes; l++) all = both(all, x[l]);
+    return all;
+  }
+}
+
 // exp(x) for x <= 0, about 2 ulp; 0 below -87. 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2 in two parts
 // (Cody and Waite); p is the Taylor polynomial of degree 7, whose remainder is below 2^-26.
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
@@ -329,7 +346,7 @@ static void split_weights(const float* p, const uint16_t* scales, int n, int8_t*
   v16 w[4], most = splat(1e-30f);
   const int n_vectors = n / 16;
   for (int i = 0; i < n_vectors; i++) w[i] = load(p + 16 * i) * load_f16(scales + 16 * i), most = vmax(w[i], most);
-  const float top = max_lanes(most), inverse = 16256.0f / top;
+  const float top = fold_lanes(most, [](auto a, auto b) __attribute__((always_inline)) { return a > b ? a : b; }), inverse = 16256.0f / top;
   i16x high_sums = splat_int(0), low_sums = splat_int(0);
   for (int i = 0; i < n_vectors; i++) {
     const i16x whole = as_int(w[i] * inverse + 12582912.0f) - 0x4b400000, upper = (whole + 64) >> 7, lower = whole - (upper << 7);
@@ -337,8 +354,8 @@ static void split_weights(const float* p, const uint16_t* scales, int n, int8_t*
     high_sums += upper, low_sums += lower;
   }
   *low_step = top / 16256.0f, *high_step = 128.0f * *low_step;
-  *high_sum = *low_sum = 0;
-  for (int l = 0; l < 16; l++) *high_sum += high_sums[l], *low_sum += low_sums[l];
+  const auto add = [](auto a, auto b) __attribute__((always_inline)) { return a + b; };
+  *high_sum = fold_lanes(high_sums, add), *low_sum = fold_lanes(low_sums, add);
 }
 
 // Q queries and B blocks at once: Q B sums that do not wait for one another. A score is one chain, dimension after dimension.
