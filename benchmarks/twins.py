@@ -11,6 +11,7 @@ higher log-probability; sentences begin with the token that begins a text. EVAL_
 from __future__ import annotations
 
 import argparse
+import csv
 import json
 import math
 import sys
@@ -92,11 +93,30 @@ def table(results: dict[str, dict[str, Any]]) -> list[str]:
     return lines
 
 
+def draw(runs: Path, path: Path) -> None:
+    """The three runs' losses over tokens."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4), dpi=100)
+    for scheme in ("fp16", "ternary", "binary"):
+        with (runs / f"twin-{scheme}" / "log.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        axes.plot([int(r["tokens"]) / 1e6 for r in rows], [float(r["loss"]) for r in rows], label=scheme, linewidth=1)
+    axes.set(xlabel="million tokens", ylabel="training loss, nats a token", title="Twins: one shape, one order of tokens")
+    axes.legend(frameon=False)
+    figure.tight_layout()
+    figure.savefig(path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--runs", type=Path, required=True, help="folder of twin-fp16, twin-binary, twin-ternary")
     parser.add_argument("--eval", type=Path, required=True, help="folder of *.txt and blimp/*.jsonl")
     parser.add_argument("--out", type=Path, required=True, help="write the figures here, JSON")
+    parser.add_argument("--picture", type=Path, help="draw the three runs' losses here")
     parser.add_argument("--max-bytes", type=int, help="of each text")
     parser.add_argument("--pairs", type=int, help="of each BLiMP file")
     parser.add_argument("--schemes", default=",".join(SCHEMES))
@@ -115,6 +135,8 @@ def main() -> None:
             print(f"{scheme}: done", file=sys.stderr, flush=True)
     args.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
     print("\n".join(table(results)))
+    if args.picture:
+        draw(args.runs, args.picture)
 
 
 if __name__ == "__main__":
