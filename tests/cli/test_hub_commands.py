@@ -71,7 +71,7 @@ def test_run_downloads_once_and_gives_the_same_text(hub: FakeHub, bitnet: Bitnet
     assert hub.downloads() == NEEDED
     lines = first.stderr.splitlines()
     assert lines[0] == f"{NAME}@main (commit {COMMIT[:12]}), licence: mit"
-    assert [line.split()[0] for line in lines[1:]] == ["download", "disk", "memory", "prompt:", "first"]
+    assert [line.split()[0] for line in lines[1:]] == ["download", "disk", "memory", "prompt:", "first", "zero"]
 
     again = bitnet(*RUN, "--json")
     assert hub.downloads() == NEEDED and again.stderr.startswith("prompt: ")
@@ -81,7 +81,7 @@ def test_run_downloads_once_and_gives_the_same_text(hub: FakeHub, bitnet: Bitnet
     assert offline.stdout == local.stdout and offline.stderr.startswith("prompt: ")
     away = bitnet(*RUN, HF_ENDPOINT="http://127.0.0.1:9")
     assert away.stdout == local.stdout and away.stderr.startswith("notice: http://127.0.0.1:9 cannot be reached")
-    assert [line.split()[0] for line in away.stderr.splitlines()] == ["notice:", "prompt:", "first"]
+    assert [line.split()[0] for line in away.stderr.splitlines()] == ["notice:", "prompt:", "first", "zero"]
 
 
 def test_eval_inspect_and_revision(hub: FakeHub, repo: Repo, bitnet: Bitnet, tmp_path: Path) -> None:
