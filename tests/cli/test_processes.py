@@ -56,7 +56,7 @@ def test_ctrl_c_at_a_terminal(model_folder: Path, process_environment: dict[str,
     assert process.returncode == 130
     assert b"Once upon a time" in shown and shown.endswith(b"\n")
     text = errors.decode()
-    assert text.startswith("prompt: 17 tokens, ") and "Traceback" not in text and text.count("\n") == 2
+    assert text.startswith("prompt: 17 tokens, ") and "Traceback" not in text and text.count("\n") == 3
     assert termios.tcgetattr(theirs) == before
     os.close(ours)
     os.close(theirs)
