@@ -133,7 +133,7 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
 def refusal(read: Callable[[], object], kind: type[BitNetError] = FormatError) -> str:
     """The one line with which `read` fails, in time."""
     seconds = []
-    while not seconds or (seconds[-1] >= 1 and len(seconds) < 3):  # others on the machine take caches away, even from the process's own time
+    while not seconds or (seconds[-1] >= 1 and len(seconds) < 3):  # others on the machine slow even the process's own time
         started = time.process_time()
         with pytest.raises(BitNetError) as caught:
             read()
