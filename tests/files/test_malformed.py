@@ -132,13 +132,10 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
 
 def refusal(read: Callable[[], object], kind: type[BitNetError] = FormatError) -> str:
     """The one line with which `read` fails, in time."""
-    seconds = []
-    while not seconds or (seconds[-1] >= 1 and len(seconds) < 3):  # others on the machine slow even the process's own time
-        started = time.process_time()
-        with pytest.raises(BitNetError) as caught:
-            read()
-        seconds.append(time.process_time() - started)
-    assert min(seconds) < 1  # of this process: a busy machine is no fault of the reader
+    started = time.process_time()
+    with pytest.raises(BitNetError) as caught:
+        read()
+    assert time.process_time() - started < 1  # of this process: a busy machine is no fault of the reader
     line = str(caught.value)
     assert type(caught.value) is kind
     assert line.isprintable() and len(line) < 1000
