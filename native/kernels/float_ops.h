@@ -37,23 +37,6 @@ BITNET_INLINE float max_lanes(v16 x) {
   return m;
 }
 
-// All lanes together, by halves: for what is the same in any order, the largest of numbers or a sum of integers.
-template <class Vector, class Both> BITNET_INLINE auto fold_lanes(Vector v, Both both) {
-  auto x = v.part[0];
-  for (int p = 1; p < kParts; p++) x = both(x, v.part[p]);
-  if constexpr (kLanes == 16) {
-    x = both(x, __builtin_shufflevector(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-    x = both(x, __builtin_shufflevector(x, x, 4, 5, 6, 7, 0, 1, 2, 3, 12, 13, 14, 15, 8, 9, 10, 11));
-    x = both(x, __builtin_shufflevector(x, x, 2, 3, 0, 1, 6, 7, 4, 5, 10, 11, 8, 9, 14, 15, 12, 13));
-    x = both(x, __builtin_shufflevector(x, x, 1, 0, 3, 2, 5, 4, 7, 6, 9, 8, 11, 10, 13, 12, 15, 14));
-    return x[0];
-  } else {
-    auto all = x[0];
-    for (int l = 1; l < kLanes; l++) all = both(all, x[l]);
-    return all;
-  }
-}
-
 // exp(x) for x <= 0, about 2 ulp; 0 below -87. 2^n * p(r) with n = round(x / ln 2), |r| <= ln 2 / 2 in two parts
 // (Cody and Waite); p is the Taylor polynomial of degree 7, whose remainder is below 2^-26.
 BITNET_INLINE v16 exp_nonpositive(v16 x) {
