@@ -33,6 +33,7 @@ AGAIN = "the file is damaged, or no safetensors: download or save it again"
 
 _SPACE, _WHOLE = r"[ \t\n\r]*", r"(?:0|[1-9][0-9]{0,18})"
 _MARK = re.compile(f"{_SPACE}([{{}}:,]){_SPACE}")
+_KEY = re.compile(rf'"([^"\\\x00-\x1f]*)"{_SPACE}:{_SPACE}')  # as nearly all are: no escapes
 _FIELD = rf'{_SPACE}"(dtype|shape|data_offsets)"{_SPACE}:{_SPACE}("[^"\\]{{0,32}}"|\[[^][{{}}"]{{0,512}}\]){_SPACE}'
 _ENTRY = re.compile(rf"\{{{_FIELD},{_FIELD},{_FIELD}\}}")
 _NUMBERS = re.compile(rf"\[{_SPACE}(?:{_WHOLE}{_SPACE}(?:,{_SPACE}{_WHOLE}{_SPACE})*)?\]")
@@ -148,18 +149,22 @@ class _Header:
         seen: set[str] = set()
         more = ","
         while more == ",":
-            key = self.string()
+            if plain := _KEY.match(self.text, self.at):
+                key, self.at = plain[1], plain.end()
+            else:
+                key = self.string()
+                self.mark(":")
             if key in seen or len(seen) == limit:
                 raise self.error(f"{shown(key)!r} appears twice" if key in seen else f"more than {limit:,} names")
             seen.add(key)
-            self.mark(":")
             yield key
             more = self.mark(",}")
 
     def entry(self, name: str) -> tuple[str, tuple[int, ...], int, int]:
         """One tensor's description; the size that its shape and dtype give must be that of its offsets."""
         found = _ENTRY.match(self.text, self.at)
-        fields = dict(zip(found.groups()[::2], found.groups()[1::2], strict=True)) if found else {}
+        a, of_a, b, of_b, c, of_c = found.groups() if found else [""] * 6
+        fields = {a: of_a, b: of_b, c: of_c}
         if not found or len(fields) != 3:
             expected = '{"dtype": "...", "shape": [...], "data_offsets": [begin, end]}'
             raise self.error(f"tensor {shown(name)!r}: expected {expected} and no more")
@@ -182,7 +187,8 @@ class _Header:
     def numbers(self, name: str, text: str) -> tuple[int, ...]:
         if not _NUMBERS.fullmatch(text):
             raise self.error(f"tensor {shown(name)!r}: {shown(text[:40])}; expected whole numbers, not negative, of at most 19 digits")
-        return tuple(map(int, text[1:-1].split(","))) if text[1:-1].strip() else ()
+        inside = text[1:-1].strip()
+        return tuple(map(int, inside.split(","))) if inside else ()
 
 
 def _check_tiling(entries: Mapping[str, tuple[Any, Any, int, int]], data_bytes: int, where: str) -> None:
