@@ -15,7 +15,7 @@ from click.testing import Result
 
 from bitnet import __version__, machine
 from bitnet.cli import COMMANDS
-from bitnet.cli.bench import (
+from bitnet.cli.bench.choices import (
     CODEC_NAMES,
     MODEL_HEADS,
     MODEL_WEIGHTS,
