@@ -30,9 +30,8 @@ LAYERS = {
     "tokenizer": set(),
     "generation": {"engine", "prefix_cache", "sampling", "speculation", "tokenizer"},
     "chat": {"tokenizer"},
-    "convert": {"chat", "files", "models", "packing", "ternary", "tokenizer", "tokenizer_gguf"},
+    "convert": {"chat", "files", "models", "packing", "ternary", "tokenizer"},
     "hub": {"machine"},
-    "tokenizer_gguf": {"tokenizer"},
     "transformer": {
         "chat",
         "engine",
@@ -46,7 +45,6 @@ LAYERS = {
         "sampling",
         "speculation",
         "tokenizer",
-        "tokenizer_gguf",
         "train",  # for another device than the CPU, and then only
         "tuning",
         "weights",

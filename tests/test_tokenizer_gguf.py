@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import gguf
 from bitnet.tokenizer import Tokenizer, replace_surrogates
-from bitnet.tokenizer_gguf import SPACE, tokenizer_from_gguf
+from bitnet.tokenizer.gguf import tokenizer_from_gguf
+from bitnet.tokenizer.scored_merges import SPACE
 
 GOLDEN = Path(__file__).parent / "golden"
 BYTE_LEVEL = ["gpt-2", "llama-bpe", "qwen2", "default"]

@@ -26,7 +26,7 @@ from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
 from bitnet.speculation import Costs
 from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer_gguf import tokenizer_from_gguf
+from bitnet.tokenizer.gguf import tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine

@@ -16,7 +16,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 from bitnet.convert import tokenizer as conversion
 from bitnet.errors import UnsupportedModelError
 from bitnet.tokenizer import Tokenizer
-from bitnet.tokenizer_gguf import END_TEXTS, tokenizer_from_gguf
+from bitnet.tokenizer.gguf import tokenizer_from_gguf
+from bitnet.tokenizer.gguf_vocabulary import END_TEXTS
 from bitnet.transformer import resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden"

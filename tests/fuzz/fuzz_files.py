@@ -19,7 +19,7 @@ with atheris.instrument_imports(include=["bitnet"]):
     from bitnet.files import gguf, json_object, safetensors
     from bitnet.models import canonical
     from bitnet.models import gguf as gguf_models
-    from bitnet.tokenizer_gguf import tokenizer_from_gguf
+    from bitnet.tokenizer.gguf import tokenizer_from_gguf
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "files"))
 from mutations import sound

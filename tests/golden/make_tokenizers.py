@@ -27,7 +27,7 @@ import sentencepiece
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from bitnet.tokenizer import replace_surrogates
-from bitnet.tokenizer_gguf import PRE_TOKENIZERS
+from bitnet.tokenizer.gguf import PRE_TOKENIZERS
 
 HERE = Path(__file__).parent
 PROSE = [

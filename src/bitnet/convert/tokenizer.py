@@ -23,20 +23,10 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from bitnet.errors import UnsupportedModelError
 from bitnet.files import shown
 from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer_gguf import (
-    BYTE,
-    CONTROL,
-    CONTROL_TEXTS,
-    NORMAL,
-    PRE_TOKENIZERS,
-    SPACE,
-    UNKNOWN,
-    UNUSED,
-    USER_DEFINED,
-    tokenizer_from_gguf,
-)
+from bitnet.tokenizer.gguf import PRE_TOKENIZERS, tokenizer_from_gguf
+from bitnet.tokenizer.gguf_vocabulary import BYTE, CONTROL, CONTROL_TEXTS, KEY, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
+from bitnet.tokenizer.scored_merges import SPACE
 
-_KEY = "tokenizer.ggml."
 TEXTS = (
     "Once upon a time, there wasn't a fox in 1999; he'd 3,141 friends & 27 foes!", "a", " a", "  a", "\n", "\n\n  x\n",
     "\t\tif x == 0:\n\t\t\treturn", "I'm we're YOU'LL they've it'S", "1 12 123 1234 12345 1234567890", "x1y22z333",
@@ -82,19 +72,19 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
     unknown = model.get("unk_token")
     if unknown in texts.values():
         types[tokens.index(unknown)] = UNKNOWN
-    found: dict[str, Any] = {f"{_KEY}tokens": tokens, f"{_KEY}token_type": types}
+    found: dict[str, Any] = {f"{KEY}tokens": tokens, f"{KEY}token_type": types}
     found |= _special_ids(source, tokens, settings, ends, unknown)
     pairs = [tuple(merge.split(" ", 1)) if isinstance(merge, str) else tuple(merge) for merge in model.get("merges", [])]
     if fallback:
         candidates = [
-            {f"{_KEY}model": "llama", f"{_KEY}pre": "default", f"{_KEY}scores": _scores(tokens, pairs), f"{_KEY}add_space_prefix": p}
+            {f"{KEY}model": "llama", f"{KEY}pre": "default", f"{KEY}scores": _scores(tokens, pairs), f"{KEY}add_space_prefix": p}
             for p in (True, False)
         ]
     else:
-        merges = {f"{_KEY}model": "gpt2", f"{_KEY}merges": [" ".join(pair) for pair in pairs]}
+        merges = {f"{KEY}model": "gpt2", f"{KEY}merges": [" ".join(pair) for pair in pairs]}
         ignoring = bool(model.get("ignore_merges"))
         kinds = sorted(PRE_TOKENIZERS, key=lambda kind: (kind.ignore_merges != ignoring, kind.names == "default"))
-        candidates = [merges | {f"{_KEY}pre": kind.names.split()[0]} for kind in kinds]
+        candidates = [merges | {f"{KEY}pre": kind.names.split()[0]} for kind in kinds]
     texts_tried, best = _texts(source), None
     for candidate in candidates:
         keys = candidate | found
@@ -111,7 +101,7 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
             f" {different[0]!a}); keep the Hugging Face layout, or name another file with --tokenizer"
         )
     return keys | {HUGGING_FACE: raw.decode()}, (
-        f"GGUF's nearest kind of tokenizer ({keys[f'{_KEY}pre']}) gives other ids than tokenizer.json on {len(different)} of "
+        f"GGUF's nearest kind of tokenizer ({keys[f'{KEY}pre']}) gives other ids than tokenizer.json on {len(different)} of "
         f"{len(texts_tried)} texts (the first: {different[0]!a}); this program goes by tokenizer.json, which is in the file"
     )
 
@@ -129,8 +119,8 @@ def _special_ids(source: Tokenizer, tokens: list[str], settings: Mapping[str, An
     ids = {"bos": bos, "padding": named("pad"), "unknown": tokens.index(unknown) if unknown in tokens else None}
     eos = [*dict.fromkeys([*([named("eos")] if named("eos") in ends else []), *ends])]
     ids |= dict(zip(("eos", "eot", "eom"), eos, strict=False))
-    found: dict[str, Any] = {f"{_KEY}{name}_token_id": token for name, token in ids.items() if token is not None}
-    return found | {f"{_KEY}add_bos_token": bool(source.prefix_ids)}
+    found: dict[str, Any] = {f"{KEY}{name}_token_id": token for name, token in ids.items() if token is not None}
+    return found | {f"{KEY}add_bos_token": bool(source.prefix_ids)}
 
 
 def _scores(tokens: list[str], pairs: list[tuple[str, ...]]) -> Any:
@@ -146,12 +136,12 @@ def to_json(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[b
     source = tokenizer_from_gguf(metadata, vocab_size, where)
     if isinstance(text := metadata.get(HUGGING_FACE), str):
         return text.encode(), source
-    tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata[f"{_KEY}tokens"])]
+    tokens = [text or f"[EMPTY_{i}]" for i, text in enumerate(metadata[f"{KEY}tokens"])]
     ids = {text: i for i, text in enumerate(tokens)}
-    types = metadata.get(f"{_KEY}token_type", np.full(len(tokens), NORMAL))
-    if metadata[f"{_KEY}model"] == "gpt2":
-        kind = next(k for k in PRE_TOKENIZERS if metadata.get(f"{_KEY}pre", "default") in k.names.split())
-        merges = [(text[: (at := text.find(" ", 1))], text[at + 1 :]) for text in dict.fromkeys(metadata[f"{_KEY}merges"])]
+    types = metadata.get(f"{KEY}token_type", np.full(len(tokens), NORMAL))
+    if metadata[f"{KEY}model"] == "gpt2":
+        kind = next(k for k in PRE_TOKENIZERS if metadata.get(f"{KEY}pre", "default") in k.names.split())
+        merges = [(text[: (at := text.find(" ", 1))], text[at + 1 :]) for text in dict.fromkeys(metadata[f"{KEY}merges"])]
         library = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=merges, ignore_merges=kind.ignore_merges))
         cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in kind.patterns]
         library.pre_tokenizer = pre_tokenizers.Sequence([*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
@@ -177,7 +167,7 @@ def to_json(metadata: Mapping[str, Any], vocab_size: int, where: str) -> tuple[b
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], ids: dict[str, int], types: Any) -> tokenizers.Tokenizer:
-    scores = np.asarray(metadata[f"{_KEY}scores"], np.float64)
+    scores = np.asarray(metadata[f"{KEY}scores"], np.float64)
     ways = []
     for i, text in enumerate(tokens):
         if types[i] in (NORMAL, USER_DEFINED, UNUSED):
@@ -188,7 +178,7 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], ids: dict[str
     library = tokenizers.Tokenizer(
         models.BPE(vocab=ids, merges=[way[3] for way in ways], byte_fallback=True, fuse_unk=True, unk_token=unknown)
     )
-    prefix = bool(metadata.get(f"{_KEY}add_space_prefix", True))
+    prefix = bool(metadata.get(f"{KEY}add_space_prefix", True))
     library.normalizer = normalizers.Sequence([*([normalizers.Prepend(SPACE)] if prefix else []), normalizers.Replace(" ", SPACE)])
     steps = [decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     library.decoder = decoders.Sequence([*steps, *([decoders.Strip(" ", 1, 0)] if prefix else [])])
