@@ -15,12 +15,14 @@ from pathlib import Path
 
 import numpy as np
 import packed_models
+import peft_adapters
 import pytest
 from packed_models import write
 
 from bitnet.convert import convert, target
 from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.files import replacing
+from bitnet.models import canonical, open_checkpoint
 
 KILLS = 50
 
@@ -199,6 +201,41 @@ def test_targets_that_are_the_source(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             convert(start, end)
     assert (content(source), content(tmp_path / "m.gguf")) == before and sorted(tmp_path.iterdir()) == names
+
+
+def test_files_that_are_no_models_are_not_replaced(tmp_path: Path) -> None:
+    """A file of the source, an adapter beside it, a text that was named as an input: whatever it is, it stays."""
+    source = write(tmp_path / "source")
+    config = canonical(open_checkpoint(source)).config
+    peft_adapters.write(source / "style", peft_adapters.config_of(4), peft_adapters.matrices(config, 4))
+    convert(source, tmp_path / "m.gguf", format="gguf-i2_s")
+    shutil.copy(source / "tokenizer.json", tmp_path / "other.json")
+    (tmp_path / "text.txt").write_text("a text")
+    (tmp_path / "pickle.bin").write_bytes(b"PK\x03\x04 and more")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    targets = ["source/config.json", "source/tokenizer.json", "source/style/adapter_model.safetensors", "source/style/adapter_config.json"]
+    targets += ["m-style-LoRA.gguf", "other.json", "text.txt", "pickle.bin"]
+    for name in targets:
+        for form in ("safetensors", "gguf-i2_s"):
+            with pytest.raises(UsageError, match=rf"{Path(name).name}: is no model \(GGUF or safetensors\) that a new one may replace"):
+                convert(source, tmp_path / name, format=form, tokenizer_json=tmp_path / "other.json")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "empty").touch()  # as mktemp leaves it
+    convert(source, tmp_path / "empty", format="safetensors")
+    convert(source, tmp_path / "empty", format="gguf-i2_s")  # and any model may take the place of any other
+    assert (tmp_path / "empty").read_bytes()[:4] == b"GGUF"
+
+
+def test_a_folder_that_holds_what_the_source_links_to(tmp_path: Path) -> None:
+    """As the Hub's cache has it: the target would be replaced, and the weights in it lost."""
+    blobs, source = write(tmp_path / "blobs"), tmp_path / "source"
+    source.mkdir()
+    for path in blobs.iterdir():
+        (source / path.name).symlink_to(path)
+    before = content(blobs)
+    with pytest.raises(UsageError, match="blobs: holds the source, and would be replaced"):
+        convert(source, blobs)
+    assert content(blobs) == before
 
 
 def test_folders_of_other_things(tmp_path: Path, two: tuple[Path, Path]) -> None:

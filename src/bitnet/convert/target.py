@@ -10,8 +10,9 @@ from pathlib import Path
 
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
-from bitnet.files import shown, system_errors
-from bitnet.models.peft import is_adapter
+from bitnet.files import is_gguf, shown, system_errors
+from bitnet.models.lora_gguf import is_lora
+from bitnet.models.peft import WEIGHTS_FILE, is_adapter
 
 # what a model's folder holds of the model; other files of a folder that is replaced stay in it
 _MODEL_FILES = re.compile(
@@ -21,7 +22,8 @@ _MODEL_FILES = re.compile(
 
 
 def check_target(target: Path, sources: list[Path], form: Format) -> None:
-    """Raises UsageError for a target that is the source, a link, of another kind than the format's, or a folder of other things.
+    """Raises UsageError for a target that is the source, a link, of another kind than the format's, a file that is no model, or a folder of
+    other things.
 
     sources: the model's path first, and its files.
     """
@@ -43,8 +45,10 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         if not form.folder:
             if not target.is_file():
                 raise UsageError(f"{where}: is a pipe or device; expected a file to write")
+            if not _may_be_replaced(target):
+                raise UsageError(f"{where}: is no model (GGUF or safetensors) that a new one may replace; name another target, or move it")
             return
-        if target.resolve() in sources[0].resolve().parents:
+        if any(target.resolve() in source.resolve().parents for source in sources):
             raise UsageError(f"{where}: holds the source, and would be replaced; name another target")
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
@@ -52,6 +56,15 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter(e.path))), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
+
+
+def _may_be_replaced(target: Path) -> bool:
+    """Whether a file is a model, or empty; an adapter is none, and a tokenizer or a text would be lost for a slip of the pen."""
+    with open(target, "rb") as file:
+        head = file.read(9)
+    if not head:
+        return True
+    return not is_lora(target) if is_gguf(target) else target.name != WEIGHTS_FILE and head[4:] == b"\0\0\0\0{"
 
 
 def require_disk(target: Path, nbytes: int) -> None:
