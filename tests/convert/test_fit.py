@@ -212,3 +212,18 @@ def test_what_no_gguf_key_says_is_refused(tmp_path: Path) -> None:
         with pytest.raises(BitNetError, match=message):
             convert(source, tmp_path / "m.gguf", format="gguf-q2_0")
         convert(source, tmp_path / f"{i}.safetensors")
+
+
+def test_rows_that_transformers_does_not_load(tmp_path: Path) -> None:
+    """It allocates rows // 4 bytes for each input (integrations/bitnet.py), so 510 rows, which need 128, are no folder for it."""
+    source = write(tmp_path / "source", "llama", intermediate_size=510)
+    for form in ("hf", "hf-bitlinear"):
+        with pytest.raises(
+            UsageError, match=r"gate_proj.weight': has 510 rows, and transformers loads packed layers of a multiple of 4 only"
+        ):
+            convert(source, tmp_path / "out", format=form, allow_requantize=True)
+    assert not (tmp_path / "out").exists()
+    for target in ("out.safetensors", "out.gguf"):
+        convert(source, tmp_path / target, format=None if target == "out.safetensors" else "gguf-i2_s")
+        one, other = read(open_checkpoint(source)), read(open_checkpoint(tmp_path / target))
+        assert all(np.array_equal(w.values(0, w.shape[0]), other.weights[n].values(0, w.shape[0])) for n, w in one.weights.items())

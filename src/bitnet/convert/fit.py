@@ -97,6 +97,11 @@ def _packed(weight: Weight, form: Format, requantize: bool, beside: bool) -> tup
         raise UsageError(f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({wanted or 'hf takes any'})")
     if form.weights == "i2_s" and (weight.shape[0] * inputs) % 128:
         raise UsageError(f"{weight.where}: has {weight.shape[0] * inputs:,} weights; gguf-i2_s needs a multiple of 128 (hf takes any)")
+    if form.container == "hf" and weight.shape[0] % 4:
+        raise UsageError(
+            f"{weight.where}: has {weight.shape[0]} rows, and transformers loads packed layers of a multiple of 4 only; choose "
+            "--format safetensors for this program, or hf-dense-f32"
+        )
     if form.weights == "q1_0":
         zeros = sum(int((codes(first, last) == 0).sum()) for first, last in weight.spans())
         if zeros:
