@@ -85,6 +85,44 @@ def test_pages_are_shared_and_counted_once(engine: Engine) -> None:
     assert len(prefixes) == prefixes.nbytes == len(prefixes.begin(prompt)) == 0
 
 
+def test_a_conversation_goes_on_from_its_first_short_page(engine: Engine) -> None:
+    prefixes, text = PrefixCache(engine, 2 * page_bytes(engine)), tokens(20, 1)
+    for turn in range(4):  # each ends in the first page, whose only page the next one's takes the place of
+        sequence = prefixes.begin(text)
+        assert len(sequence) == (len(text) - 10 if turn else 0)
+        assert np.array_equal(read(engine, sequence, text), fresh(engine, text))
+        prefixes.keep(text, sequence)
+        assert len(prefixes) == 1 and prefixes.nbytes == page_bytes(engine)
+        text = text + tokens(10, 2 + turn)
+    for seed in range(20):  # and makes room for others
+        other = tokens(300 + seed, seed)
+        sequence = prefixes.begin(other)
+        assert np.array_equal(read(engine, sequence, other), fresh(engine, other))
+        prefixes.keep(other, sequence)
+        prefixes.keep(other[:0], sequence)
+        assert prefixes.nbytes == len(prefixes) * page_bytes(engine) <= prefixes.budget_bytes
+
+
+def test_all_pages_are_found_again(engine: Engine) -> None:
+    random, budget = np.random.default_rng(5), 5
+    prefixes, texts = PrefixCache(engine, budget * page_bytes(engine)), [tokens(n, 1) for n in (3, 250, 256, 300)]
+    adapters = [None, random_adapter(engine, 4, seed=1)]
+    for _ in range(150):
+        text, adapter = texts[random.integers(len(texts))], adapters[random.integers(2)]
+        text = text[: random.integers(1, len(text) + 1)] + tokens(int(random.integers(0, 40)), int(random.integers(3)))
+        sequence = prefixes.begin(text, adapter)
+        assert np.array_equal(read(engine, sequence, text), read(engine, engine.sequence(adapter), text))
+        prefixes.keep(text, sequence)
+        if random.integers(3) == 0:
+            texts[random.integers(len(texts))] = text[:600]
+        found, left = 0, list(prefixes._roots.values())
+        while left:
+            node = left.pop()
+            found += len(node.children)
+            left += node.children.values()
+        assert found == len(prefixes) <= budget and prefixes.nbytes == found * page_bytes(engine)
+
+
 def test_the_least_recently_used_leave_first(engine: Engine) -> None:
     prefixes = PrefixCache(engine, 5 * page_bytes(engine))
     texts = [tokens(2 * PAGE_TOKENS, seed) for seed in range(3)]

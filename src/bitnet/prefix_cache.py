@@ -92,6 +92,8 @@ class PrefixCache:
         n = min(len(tokens), len(sequence))
         if full_pages:
             n -= n % PAGE_TOKENS
+        if n == 0:
+            return
         with self._lock:
             way = self._way(sequence.adapter, sequence.kv)
             node = self._roots.setdefault(way, _Node(None, (), way))
@@ -101,11 +103,12 @@ class PrefixCache:
                 if child is None and len(part) < PAGE_TOKENS:  # the last one: is it the beginning of one that is there?
                     child = next((found for known, found in node.children.items() if known[: len(part)] == part), None)
                 if child is None:
-                    for known in [known for known in node.children if len(known) < PAGE_TOKENS and part[: len(known)] == known]:
-                        self._drop(node.children[known])  # it ends earlier
+                    shorter = [found for known, found in node.children.items() if len(known) < PAGE_TOKENS and part[: len(known)] == known]
                     child = node.children[part] = _Node(node, part, page)
                     self.nbytes += page.nbytes
                     self._by_use[child] = None
+                    for found in shorter:  # after the new one is there: a root without children goes
+                        self._drop(found)
                 node = child
             self._use(node)
             while self.nbytes > self.budget_bytes:
