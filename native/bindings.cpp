@@ -361,9 +361,15 @@ NB_MODULE(_native, m) {
         const Profile& p = self.model.profile;
         return nb::make_tuple(p.up_rows, p.up_rows_read, p.down_columns, p.down_columns_read);
       })
-      .def("count_zeros", [](PyModel& self, bool on) { self.model.zeros.assign(on ? self.model.config.n_layers : 0, Zeros{}); }, "on"_a)
+      .def("count_zeros", [](PyModel& self, bool on) {
+             nb::gil_scoped_release release;  // before waiting: a pass that runs asks Python whether to go on
+             const std::lock_guard<std::mutex> alone(self.model.busy);
+             self.model.zeros.assign(on ? self.model.config.n_layers : 0, Zeros{});
+           }, "on"_a)
       .def_prop_ro("zeros", [](PyModel& self) {  // [(gates, inputs of down_proj, of how many)] by layer, since count_zeros
         std::vector<std::tuple<int64_t, int64_t, int64_t>> found;
+        nb::gil_scoped_release release;
+        const std::lock_guard<std::mutex> alone(self.model.busy);
         for (const Zeros& z : self.model.zeros) found.emplace_back(z.gates, z.inputs, z.values);
         return found;
       })

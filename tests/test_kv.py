@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ import pytest
 from bitnet import TernaryTransformer, _native
 from bitnet.engine import Engine
 from bitnet.errors import UsageError
-from bitnet.evaluate.kv import kv_losses
+from bitnet.evaluate.kv import LENGTHS, KvLoss, kv_losses, left_out
 from bitnet.kv import KvFormat, kv_format
 from bitnet.models import open_checkpoint
 from bitnet.shapes import SHAPES, Shape, random_engine
@@ -129,6 +131,24 @@ def test_the_report_has_every_format_and_f16_loses_nothing() -> None:
     assert exact.perplexity == pytest.approx(np.exp(nll / exact.tokens), rel=1e-9)
 
 
+def test_what_the_report_leaves_out_is_said() -> None:
+    losses = [KvLoss(512, 511, "f16", False, 1, 1.0, 0.0, 1.0, 0.0, 1.0)]
+    assert left_out(losses, 32768) == "no windows of 2,048 and 4,096 tokens: the text has fewer"
+    assert (
+        left_out(losses, 3000) == "no windows of 2,048 tokens: the text has fewer; no windows of 4,096 tokens: the model's context is 3,000"
+    )
+    assert left_out([replace(losses[0], length=n) for n in LENGTHS], 4096) == ""
+
+
+def test_formats_that_there_are_not() -> None:
+    for wrong in ({"key_bits": 5}, {"value_bits": 2}, {"key_bits": 4, "group_size": 0}):
+        with pytest.raises(UsageError, match="expected 16, 8 or 4 bits, and a group of at least 1 value"):
+            KvFormat(**wrong)
+    assert KvFormat(4, 4).group(1024) == 64
+    with pytest.raises(UsageError, match="heads have 1040 values, a quantized KV cache takes at most 1024; leave kv_bits at 16"):
+        KvFormat(16, 8, 16).group(1040)
+
+
 def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The little dog ran after the ball. " * 100)
@@ -137,6 +157,9 @@ def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
     found = json.loads(lines[-1])
     assert done.exit_code == 0 and len(lines) == 1 + 7 + 1 and found["data"] == str(text) and len(found["results"]) == 7
     assert lines[1].split()[:4] == ["512", "f16", "-", "6,144"] and lines[6].split()[:5] == ["512", "4", "bits", "yes", "1,632"]
+    assert done.stderr == "no windows of 2,048 and 4,096 tokens: the model's context is 512\n"
+    done = bitnet("eval", "--kv-report", text, "--max-bytes", 50)
+    assert done.exit_code == 2 and re.fullmatch(r"error: the text has \d+ tokens; expected at least 511, one window\n", done.stderr)
     done = bitnet("eval", "--data", text, "--kv-report", text)
     assert done.exit_code == 2 and done.stderr == "error: --data and --kv-report exclude each other (see 'bitnet eval --help')\n"
 

@@ -206,6 +206,12 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
     ("options", "expected"),
     [
         ({"kv_bits": 5}, "kv_bits is 5; expected 16, 8 or 4"),
+        ({"kv_bits": None}, "kv_bits is None; expected 16, 8 or 4"),
+        ({"kv_bits": 4.0}, "kv_bits is 4.0; expected 16, 8 or 4"),
+        ({"kv_bits": np.array([4])}, "kv_bits is array([4]); expected 16, 8 or 4"),
+        ({"kv_bits_v": 8.0}, "kv_bits_v is 8.0; expected 16, 8 or 4"),
+        ({"prefix_cache_bytes": True}, "prefix_cache_bytes is True; expected a whole number >= 0"),
+        ({"max_context": True}, "max_context is True; expected a whole number >= 1"),
         ({"kv_bits_k": 3}, "kv_bits_k is 3; expected 16, 8 or 4"),
         ({"kv_bits_v": True}, "kv_bits_v is True; expected 16, 8 or 4"),
         ({"kv_group_size": 0}, "kv_group_size is 0; expected a whole number >= 1, a multiple of 16 that divides the model's heads"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -97,6 +99,29 @@ def test_auto_measures(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.on and engine.zero_skip and found.dense_ms and found.skip_ms and "ms a token" in found.why
     monkeypatch.setattr(zero_skip, "LEAST_GAIN", 1e9)
     assert not zero_skip.decide(engine, "auto", range(32)).on and not engine.zero_skip
+
+
+def test_auto_fits_into_a_small_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero_skip, "LEAST_BYTES", 0)
+    for context in (1, 5, 6, 20):
+        model = TernaryTransformer.from_pretrained(EMBEDDED, max_context=context)
+        found = model.zero_skip
+        assert found is not None and (found.why == f"a context of {context} tokens leaves nothing to measure") == (context < 6)
+
+
+def test_the_first_texts_of_many_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(zero_skip, "LEAST_BYTES", 0)
+    monkeypatch.setattr(zero_skip, "LEAST_ZEROS", 0.0)
+    switch = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        for _ in range(3):
+            model = TernaryTransformer.from_pretrained(EMBEDDED, threads=1)
+            with ThreadPoolExecutor(4) as pool:
+                waiting = [pool.submit(model.generate, "Once", max_new_tokens=4, temperature=0) for _ in range(4)]
+            assert len({done.result().text for done in waiting}) == 1
+    finally:
+        sys.setswitchinterval(switch)
 
 
 def test_groups_of_activations_are_refused() -> None:

@@ -25,6 +25,7 @@ from bitnet.errors import UsageError
 from bitnet.ternary import F32, I8, quantize_activations, quantize_groups
 
 BITS = (16, 8, 4)
+MOST_HEAD = 1024  # values of a head in a quantized cache (native/kv_cache.h)
 DEFAULT_GROUP = 64  # values that share a scale: with it 4.25 bits a value
 PAGE, RUN = 256, 64  # positions
 
@@ -37,6 +38,10 @@ class KvFormat:
     value_bits: int = 16
     group_size: int = DEFAULT_GROUP
     rotate: bool = True
+
+    def __post_init__(self) -> None:
+        if self.key_bits not in BITS or self.value_bits not in BITS or self.group_size < 1:
+            raise UsageError(f"{self}: expected 16, 8 or 4 bits, and a group of at least 1 value")
 
     @property
     def quantized(self) -> bool:
@@ -51,7 +56,11 @@ class KvFormat:
         return "f16" if self.key_bits == 16 else f"{self.key_bits} bits"
 
     def group(self, head_dim: int) -> int:
-        """Values of a head of this size that share a scale; 0 for all of them. Raises `UsageError` for a group that does not divide it."""
+        """Values of a head of this size that share a scale; 0 for all of them. Raises `UsageError` for what does not fit such heads."""
+        if self.quantized and head_dim > MOST_HEAD:
+            raise UsageError(
+                f"this model's heads have {head_dim} values, a quantized KV cache takes at most {MOST_HEAD}; leave kv_bits at 16"
+            )
         if not self.quantized or self.group_size == head_dim or (self.group_size == DEFAULT_GROUP and head_dim < DEFAULT_GROUP):
             return 0
         if self.group_size % 16 or head_dim % self.group_size:
@@ -76,14 +85,18 @@ def kv_format(
     """The format that these options mean: kv_bits for both, unless keys or values have their own. Raises `UsageError` for other bits."""
     wanted = {"kv_bits": kv_bits, "kv_bits_k": kv_bits_k, "kv_bits_v": kv_bits_v}
     for name, bits in wanted.items():
-        if bits is not None and (isinstance(bits, bool) or bits not in BITS):
+        if not (bits is None and name != "kv_bits") and not (_whole(bits) and bits in BITS):
             raise UsageError(f"{name} is {bits!r}; expected 16, 8 or 4")
-    if isinstance(kv_group_size, bool) or not isinstance(kv_group_size, (int, np.integer)) or kv_group_size < 1:
+    if not _whole(kv_group_size) or kv_group_size < 1:
         raise UsageError(
             f"kv_group_size is {kv_group_size!r}; expected a whole number >= 1, a multiple of 16 that divides the model's heads"
         )
     keys, values = (kv_bits if bits is None else bits for bits in (kv_bits_k, kv_bits_v))
     return KvFormat(int(keys), int(values), int(kv_group_size), rotate)
+
+
+def _whole(value: object) -> bool:
+    return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
 
 
 def hadamard_block(head_dim: int) -> int:

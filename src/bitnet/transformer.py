@@ -6,6 +6,7 @@ import math
 import operator
 import os
 import re
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -60,6 +61,7 @@ class TernaryTransformer:
         self.chat_template = chat_template
         self.adapters: dict[str, Adapter] = {}
         self._costs = Costs()
+        self._deciding = threading.Lock()
         self.prefixes: PrefixCache | None = None  # of earlier generations
 
     @classmethod
@@ -167,7 +169,9 @@ class TernaryTransformer:
         if self._zero_skip_open:
             from bitnet.zero_skip import TEXT, decide
 
-            self._zero_skip, self._zero_skip_open = decide(self.engine, "auto", self.tokenizer.encode(TEXT)), False
+            with self._deciding:
+                if self._zero_skip_open:
+                    self._zero_skip, self._zero_skip_open = decide(self.engine, "auto", self.tokenizer.encode(TEXT)), False
         return self._zero_skip
 
     def load_adapter(self, name: str, path: str | os.PathLike[str]) -> None:
@@ -451,6 +455,6 @@ def _integer(name: str, value: Any, *, at_least: int) -> int:
         number = operator.index(value)
     except TypeError:
         number = -math.inf  # type: ignore[assignment]
-    if number < at_least:
+    if isinstance(value, bool) or number < at_least:
         raise UsageError(f"{name} is {value!r}; expected a whole number >= {at_least}")
     return number

@@ -55,7 +55,10 @@ def decide(engine: Engine, wanted: bool | str, ids: ListLike[int]) -> ZeroSkip:
     size = engine.skippable_bytes
     if size < LEAST_BYTES:
         return _set(engine, ZeroSkip(False, f"{size / 1e6:.1f} MB of feed-forward weights stay in the cache"))
-    ids = [int(token) for token in ids][: min(COUNTED_TOKENS, config.max_context - 2 * TIMED_TOKENS - 2)] or [0]
+    counted = min(COUNTED_TOKENS, config.max_context - TIMED_TOKENS)
+    if counted < 1:
+        return _set(engine, ZeroSkip(False, f"a context of {config.max_context} tokens leaves nothing to measure"))
+    ids = [int(token) for token in ids][:counted] or [0]
     engine.zero_skip = False
     gates, inputs = (sum(column) / config.n_layers for column in zip(*zero_shares(engine, ids), strict=True))
     if gates < LEAST_ZEROS:

@@ -273,7 +273,7 @@ def test_bench_replays_texts_with_guesses_and_without(bitnet: Bitnet, model_fold
     assert done.exit_code == 2
     assert done.stderr == f"error: {file}: expected a prompt, a line =====, and the text that follows the prompt\n"
     assert "--replay is for --speculate" in bitnet("bench", "--replay", file).stderr
-    assert "--speculate takes no --prompt-tokens, --new-tokens, --depth" in bitnet("bench", "--speculate", "--depth", 3).stderr
+    assert "--speculate takes no --depth; it goes with MODEL, --shape, " in bitnet("bench", "--speculate", "--depth", 3).stderr
     done = bitnet("bench", "--shape", "article-12x512", "--speculate", "--repetitions", 1)  # whose context holds all three
     assert done.exit_code == 0 and [line.split()[0] for line in done.stdout.splitlines()[2:]] == ["summary", "edit", "story"]
 
@@ -341,10 +341,14 @@ def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_f
         (("--shape", "article-12x512", "--head", "stored"), "error: --head stored is for a MODEL; a --shape takes f16, int8, int4"),
         (("--head", "ternary"), "error: --head ternary is for a --shape; a MODEL takes stored, int8, int4"),
         (("--head", "f16"), "error: --head f16 is for a --shape; a MODEL takes stored, int8, int4"),
-        (("--tune", "--shape", "article-12x512"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
-        (("--tune", "--head", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
-        (("--compare", "fp16"), "error: --compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, "),
-        (("--compare", "fp16", "--shape", "2b-4t", "--depth", "1"), "error: --compare takes a --shape, and no MODEL, --weights, "),
+        (("--tune", "--shape", "article-12x512"), "error: --tune takes no --shape; it goes with MODEL"),
+        (("--tune", "--head", "int8", "--no-zero-skip"), "error: --tune takes no --head, --zero-skip; it goes with MODEL"),
+        (("--tune", "--max-context", "100", "--kv-bits", "16"), "error: --tune takes no --kv-bits, --max-context; it goes with MODEL"),
+        (("--compare", "fp16"), "error: --compare takes a --shape"),
+        (("--compare", "fp16", "M"), "error: --compare takes no MODEL; it goes with --shape, --head, --threads, "),
+        (("--compare", "fp16", "--shape", "2b-4t", "--depth", "1"), "error: --compare takes no --depth; it goes with --shape, "),
+        (("--compare", "fp16", "--shape", "2b-4t", "--gate-zeros", ".5"), "error: --compare takes no --gate-zeros; it goes with --shape, "),
+        (("--speculate", "--gate-zeros", ".5", "--shape", "2b-4t"), "error: --speculate takes no --gate-zeros; it goes with MODEL, "),
         (("--compare", "fp16,int5", "--shape", "article-12x512"), "error: no scheme is called 'int5'; compare some of fp16,int8,int4,fp4,"),
         (("--compare", "fp4,fp4", "--shape", "article-12x512"), "error: 'fp4,fp4' names a scheme twice; expected each once"),
         (
@@ -352,10 +356,10 @@ def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_f
             "error: --head stored is for a MODEL; a --shape takes f16,",
         ),
         (("--compare", "fp4", "--shape", "article-12x512", "--repetitions", "0"), "error: repetitions is 0; expected a whole number >= 1"),
-        (("--picture", "a.png"), "error: --picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary"),
+        (("--picture", "a.png"), "error: --picture is for --compare"),
         (("--weights", "bf16"), "error: --weights bf16 is for a --shape; a MODEL takes stored, f16, int8, int4, fp4, binary, ternary"),
         (("--shape", "article-12x512", "--weights", "stored"), "error: --weights stored is for a MODEL; a --shape takes f16, bf16, int8,"),
-        (("--tune", "--weights", "int8"), "error: --tune measures every codec, head and number of threads of a MODEL; leave out"),
+        (("--tune", "--weights", "int8"), "error: --tune takes no --weights; it goes with MODEL"),
         (("--codec", "tl2"), "error: Invalid value for '--codec': 'tl2' is not one of 'auto', 't2', 'b3'"),
         (("--shape", "gpt-9"), "error: Invalid value for '--shape': 'gpt-9' is not one of"),
         (

@@ -81,7 +81,7 @@ def command(
 def report_kv(model: str, name: str, max_bytes: int | None, as_json: bool, **engine: Any) -> None:
     """Prints the table of `bitnet.evaluate.kv`."""
     from bitnet.cli.progress import DelayedBar
-    from bitnet.evaluate.kv import kv_losses, lines
+    from bitnet.evaluate.kv import kv_losses, left_out, lines
     from bitnet.evaluate.perplexity import read_text
     from bitnet.transformer import TernaryTransformer
 
@@ -90,5 +90,7 @@ def report_kv(model: str, name: str, max_bytes: int | None, as_json: bool, **eng
     with DelayedBar(Path(name).name) as bar:
         losses = kv_losses(loaded, text, group_size=engine["kv_group_size"], progress=bar)
     click.echo("\n".join(lines(losses)))
+    if missing := left_out(losses, loaded.engine.config.max_context):
+        click.echo(missing, err=True)
     if as_json:
         click.echo(json.dumps({"model": model, "data": name, "results": [asdict(loss) for loss in losses]}))

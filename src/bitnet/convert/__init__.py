@@ -146,7 +146,7 @@ def convert(
 
     def checked(path: Path) -> None:
         if verify_written:
-            verify(path, model, weights, progress)
+            verify(path, model, weights, progress, texts)
 
     def keep_adapters(root: Path) -> None:
         name = str(target) if form.container == "hf" else None
@@ -231,15 +231,16 @@ def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: P
         if raw is None:
             return {"tokenizer.ggml.model": "no_vocab"} | chat
         source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
+        ends = tokenizer.ends_of(checkpoint, vocab_size) if stored else ends
         keys, note = tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where)
         notes += [note] if note is not None else []
         return keys | chat
     texts: dict[str, Any] = {}
     if from_gguf:
-        raw, source = tokenizer.to_json(stored, vocab_size, where)
-        tokens = stored["tokenizer.ggml.tokens"]
+        raw, _ = tokenizer.to_json(stored, vocab_size, where)
+    if stored and raw is not None:
+        tokens, ends = stored.get("tokenizer.ggml.tokens", []), tokenizer.ends_of(checkpoint, vocab_size)
         named = {name: stored.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
-        ends = [*dict.fromkeys([*([named["eos"]] if named["eos"] is not None else []), *sorted(source.eos_ids)])]
         special = {
             f"{name}_token": tokens[i]
             for name, i in (("bos", named["bos"]), ("eos", named["eos"]), ("pad", named["padding"]))

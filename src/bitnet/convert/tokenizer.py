@@ -22,6 +22,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 
 from bitnet.errors import UnsupportedModelError
 from bitnet.files import shown
+from bitnet.models import Checkpoint
 from bitnet.tokenizer import Tokenizer, eos_token_ids
 from bitnet.tokenizer.gguf import PRE_TOKENIZERS, tokenizer_from_gguf
 from bitnet.tokenizer.gguf_vocabulary import BYTE, CONTROL, CONTROL_TEXTS, KEY, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
@@ -88,7 +89,12 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
     texts_tried, best = _texts(source), None
     for candidate in candidates:
         keys = candidate | found
-        different = _differences(source, tokenizer_from_gguf(keys, source.vocab_size, where), texts_tried)
+        made = tokenizer_from_gguf(keys, source.vocab_size, where)
+        if lost := sorted(set(ends) - made.eos_ids):
+            raise UnsupportedModelError(
+                f"{where}: {len(ends)} ids end a text, and GGUF names three: {lost} would not; keep the Hugging Face layout"
+            )
+        different = _differences(source, made, texts_tried)
         if best is None or len(different) < len(best[1]):
             best = keys, different
         if not different:
@@ -212,3 +218,14 @@ def read(data: bytes, vocab_size: int, config: dict[str, Any], generation: dict[
     ends = eos_token_ids(config, generation, vocab_size)
     named = found if isinstance(found, list) else [found]
     return Tokenizer.from_json(data, vocab_size, ends), [token for token in named if token in ends]
+
+
+def ends_of(checkpoint: Checkpoint, vocab_size: int) -> list[int]:
+    """The ids that end a text, the one called eos first where a GGUF names it."""
+    stored = checkpoint.gguf_metadata
+    if checkpoint.layout != "gguf":
+        return sorted(eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
+    if stored.get(f"{KEY}model", "no_vocab") == "no_vocab":
+        return []
+    first = stored.get(f"{KEY}eos_token_id")
+    return sorted(tokenizer_from_gguf(stored, vocab_size, str(checkpoint.path)).eos_ids, key=lambda token: (token != first, token))

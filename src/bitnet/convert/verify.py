@@ -1,17 +1,25 @@
-"""What was written, read back through the readers and compared: every trit, every scale, every other number, and the configuration."""
+"""What was written, read back through the readers and compared: every trit, every scale, every other number, the configuration, the
+tokenizer, the chat template, and the ids that end a text.
+
+A tokenizer is proved before it is written (tokenizer.py), so that here its parts need only be those that were proved.
+"""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import fields
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
+from bitnet.chat import find_template
 from bitnet.convert.source import F32, Model, Weight, read
+from bitnet.convert.tokenizer import ends_of
 from bitnet.errors import BitNetError
-from bitnet.models import ModelConfig, open_checkpoint
+from bitnet.models import Checkpoint, ModelConfig, open_checkpoint
 from bitnet.models.rope import Rope
 
 Progress = Callable[[str, int, int], None]  # (what is done, values or bytes so far, of how many)
@@ -23,16 +31,40 @@ class NotTheSameError(BitNetError):
     """What was written is not what was to be written: a bug here, or a disk that lies."""
 
 
-def verify(path: Path, model: Model, weights: Mapping[str, Weight], progress: Progress) -> None:
-    """That the file or folder holds these weights of this model. Raises NotTheSameError."""
+def verify(path: Path, model: Model, weights: Mapping[str, Weight], progress: Progress, texts: Mapping[str, Any] | None = None) -> None:
+    """That the file or folder holds these weights of this model, and these texts beside them. Raises NotTheSameError.
+
+    texts: the keys of GGUF's tokenizer, else the JSON texts and the template by name.
+    """
     found = read(open_checkpoint(path))
     if different := differences(model.config, found.config):
         raise NotTheSameError(f"{path}: would be read as another model ({'; '.join(different)}); choose another format")
+    if texts is not None:
+        _compare_texts(path, model, found.checkpoint, texts)
     total, done = sum(prod(weight.shape) for weight in weights.values()), 0
     for name, weight in weights.items():
         _compare(weight, found.weights[name])
         done += prod(weight.shape)
         progress("verifying", done, total)
+
+
+def _compare_texts(path: Path, model: Model, found: Checkpoint, texts: Mapping[str, Any]) -> None:
+    source, size = model.checkpoint, model.config.vocab_size
+    for key, text in texts.items():
+        if found.layout == "gguf":
+            one, other = (value.tolist() if isinstance(value, np.ndarray) else value for value in (text, found.gguf_metadata.get(key)))
+        elif key in ("tokenizer", "chat_template"):
+            one, other = (text.encode(), found.tokenizer_json) if key == "tokenizer" else (text, found.chat_template)
+        else:
+            one, other = json.loads(text), getattr(found, key)
+        if one != other:
+            raise NotTheSameError(f"{path}: {key} differs from what was to be written")
+    templates = (find_template(c.tokenizer_config, c.chat_template, c.gguf_metadata) for c in (found, source))
+    if next(templates) != next(templates):
+        raise NotTheSameError(f"{path}: has another chat template than the source")
+    without = texts.get("tokenizer.ggml.model") == "no_vocab" or (found.layout != "gguf" and "tokenizer" not in texts)
+    if found.layout != source.layout and not without and (lost := set(ends_of(source, size)) - set(ends_of(found, size))):
+        raise NotTheSameError(f"{path}: the ids {sorted(lost)} end a text of the source, and none here")
 
 
 def _compare(expected: Weight, found: Weight) -> None:

@@ -55,9 +55,12 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
     engine, bos = model.engine, model.tokenizer.prefix_ids
     ids = model.tokenizer.encode(text)[len(bos) :]
     context = engine.config.max_context
-    lengths = [n for n in LENGTHS if n <= context and n <= len(ids) + len(bos)] or [min(context, len(ids) + len(bos))]
-    if lengths[0] < 3:
-        raise UsageError(f"a text of {len(ids)} tokens leaves nothing to compare; give a longer one")
+    shortest = min(LENGTHS[0], context)
+    if len(ids) + len(bos) < shortest:
+        raise UsageError(f"the text has {len(ids)} tokens; expected at least {shortest - len(bos)}, one window")
+    if context < 3:
+        raise UsageError(f"a context of {context} tokens leaves nothing to compare")
+    lengths = [n for n in LENGTHS if n <= context and n <= len(ids) + len(bos)] or [shortest]
     formats = [KvFormat(group_size=group_size)] + [KvFormat(k, v, group_size, rotate) for k, v in BITS for rotate in (True, False)]
     formats[1].group(engine.config.head_dim)
     windows = {n: _windows(ids, bos, n) for n in lengths}
@@ -97,6 +100,16 @@ def _windows(ids: list[int], bos: list[int], length: int) -> list[list[int]]:
     width = length - len(bos)
     count = max(1, min(TOKENS // length, len(ids) // width))
     return [[*bos, *ids[at * width : (at + 1) * width]] for at in range(count)]
+
+
+def left_out(losses: list[KvLoss], context: int) -> str:
+    """Which of `LENGTHS` are not there, and why; empty if none."""
+    missing = [n for n in LENGTHS if n not in {loss.length for loss in losses}]
+    reasons = {
+        "the text has fewer": [n for n in missing if n <= context],
+        f"the model's context is {context:,}": [n for n in missing if n > context],
+    }
+    return "; ".join(f"no windows of {' and '.join(f'{n:,}' for n in which)} tokens: {why}" for why, which in reasons.items() if which)
 
 
 def lines(losses: list[KvLoss]) -> list[str]:

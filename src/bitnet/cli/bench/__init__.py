@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from bitnet.cli.bench.choices import CODEC_NAMES, SHAPE_ALIASES, SHAPE_HEADS, SHAPE_NAMES, SHAPE_WEIGHTS
+from bitnet.cli.bench.choices import CODEC_NAMES, SHAPE_ALIASES, SHAPE_HEADS, SHAPE_NAMES, SHAPE_WEIGHTS, check_mode
 from bitnet.cli.bench.modes import compared, speculated, tuned
 from bitnet.cli.bench.single import benched
 from bitnet.cli.options import (
@@ -77,7 +77,7 @@ def command(
     tokens). Decoding reads all weights for every token, so the bandwidth of plain reading, measured in the same run, limits it.
     """
     from bitnet import machine
-    from bitnet.kv import KvFormat, kv_format
+    from bitnet.kv import kv_format
     from bitnet.transformer import check_options
 
     if model is not None and shape is not None:
@@ -86,34 +86,16 @@ def command(
         raise click.UsageError("--gate-zeros is for a --shape, whose gates are random; a MODEL has its own zeros")
     if lora is not None and adapter is not None:
         raise click.UsageError("--adapter and --lora exclude each other")
-    beside = adapter is not None or lora is not None
+    check_mode(click.get_current_context())
     shape = SHAPE_ALIASES.get(shape or "", shape)
-    if compare is None and picture is not None:
-        raise click.UsageError("--picture draws what --compare measures; give --compare fp16,int8,int4,fp4,binary,ternary")
-    if compare is not None and (shape is None or tune or weights is not None or codec != "auto" or depth or batch != 1 or beside):
-        raise click.UsageError("--compare takes a --shape, and no MODEL, --weights, --codec, --depth, --batch, --adapter, --lora or --tune")
-    if speculate and (tune or compare is not None or prompt_tokens is not None or new_tokens != 64 or depth or batch != 1 or beside):
-        raise click.UsageError(
-            "--speculate takes no --prompt-tokens, --new-tokens, --depth, --batch, --adapter, --lora, --compare or --tune"
-        )
-    if replay and not speculate:
-        raise click.UsageError("--replay is for --speculate")
     if repetitions is None:
         repetitions = 3 if speculate else 5
     check_options(threads=threads)
     kv = kv_format(**cache)
-    if kv != KvFormat() and (tune or compare is not None or speculate):
-        raise click.UsageError(
-            "--kv-bits and --kv-group-size are for one measurement; leave them out with --compare, --speculate and --tune"
-        )
     load, cores = machine.load_average(), machine.usable_cores()
     if load > max(0.7, 0.1 * cores):
         warnings.warn(f"load average {load:.1f} on {cores} cores: something else runs, and it slows this", stacklevel=1)
     if tune:
-        if shape is not None or weights is not None or head is not None or codec != "auto" or threads is not None or beside:
-            raise click.UsageError(
-                "--tune measures every codec, head and number of threads of a MODEL; leave out the options that set them"
-            )
         found = tuned(model or EMBEDDED_MODEL)
     elif compare is not None and shape is not None:
         found = compared(shape, compare, head, threads, prompt_tokens, new_tokens, repetitions, picture)
