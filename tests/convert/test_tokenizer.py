@@ -9,12 +9,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import packed_models
 import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+import bitnet.convert
+from bitnet.convert import NotTheSameError, convert, gguf
 from bitnet.convert import tokenizer as conversion
 from bitnet.errors import UnsupportedModelError
+from bitnet.models import open_checkpoint
 from bitnet.tokenizer import Tokenizer
 from bitnet.tokenizer.gguf import tokenizer_from_gguf
 from bitnet.tokenizer.gguf_vocabulary import END_TEXTS
@@ -122,3 +126,61 @@ def test_another_model_of_tokenizer_is_refused() -> None:
     raw = tokenizers.Tokenizer(models.WordLevel({"a": 0, "<unk>": 1}, unk_token="<unk>")).to_str().encode()
     with pytest.raises(UnsupportedModelError, match="the tokenizer is WordLevel; to GGUF this build converts BPE only"):
         conversion.to_gguf(Tokenizer.from_json(raw, 2), raw, {}, [], "m")
+
+
+def test_more_ends_than_gguf_names_are_refused() -> None:
+    raw = simple(pre_tokenizers.ByteLevel(add_prefix_space=False))
+    source, ends = conversion.read(raw, 300, {"eos_token_id": [259, 5, 6, 7]}, {})
+    with pytest.raises(UnsupportedModelError, match=r"4 ids end a text, and GGUF names three: \[7\] would not; keep the Hugging Face"):
+        conversion.to_gguf(source, raw, {}, ends, "m")
+
+
+@pytest.mark.parametrize("key", ["tokens", "eos_token_id", "chat_template", "merges", "token_type"])
+def test_a_spoilt_tokenizer_in_gguf_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    written = gguf.metadata_of
+
+    def spoilt(*args: Any) -> dict[str, Any]:
+        keys = written(*args)
+        name = f"tokenizer.{'' if key == 'chat_template' else 'ggml.'}{key}"
+        value = keys[name]
+        if isinstance(value, int):
+            changed: Any = value + 1
+        else:
+            changed = value[::-1] if key != "tokens" else [*value[:40], value[41], value[40], *value[42:]]
+        return keys | {name: changed}
+
+    source = packed_models.write(tmp_path / "source")
+    monkeypatch.setattr(gguf, "metadata_of", spoilt)
+    with pytest.raises(NotTheSameError, match=rf"tokenizer\.\S*{key} differs from what was to be written"):
+        convert(source, tmp_path / "m.gguf")
+    assert not (tmp_path / "m.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "tokenizer_config", "chat_template", "generation_config", "config"])
+def test_a_spoilt_text_in_a_folder_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    written = bitnet.convert.write_synced
+    changes = {
+        "tokenizer": (b'"the"', b'"eht"'), "tokenizer_config": (b"<|begin|>", b"<|end|>"), "chat_template": (b"role", b"rule"),
+        "generation_config": (b"1", b"2"), "config": (b'"eos_token_id": 1', b'"eos_token_id": 2'),
+    }  # fmt: skip
+
+    def spoilt(path: Path, content: bytes) -> None:
+        changed = content.replace(*changes[name]) if path.stem == name else content
+        assert changed != content or path.stem != name
+        written(path, changed)
+
+    source = packed_models.write(tmp_path / "source")
+    (source / "generation_config.json").write_text(json.dumps({"eos_token_id": 1}))
+    monkeypatch.setattr(bitnet.convert, "write_synced", spoilt)
+    with pytest.raises(NotTheSameError, match=rf"{name} differs from what was to be written"):
+        convert(source, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("target", ["out", "out.safetensors", "out.gguf"])
+def test_the_ends_of_a_gguf_stay_with_another_tokenizer(tmp_path: Path, target: str) -> None:
+    source = packed_models.write(tmp_path / "source")
+    convert(source, tmp_path / "m.gguf")
+    convert(tmp_path / "m.gguf", tmp_path / target, tokenizer_json=source / "tokenizer.json")
+    found = open_checkpoint(tmp_path / target)
+    assert conversion.ends_of(found, 262) == conversion.ends_of(open_checkpoint(source), 262) == [1]
