@@ -45,11 +45,14 @@ def draw(results: dict[str, Any], path: Path) -> None:
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7, 4), dpi=100)
+    places = {int(t): max(float(t), 3e4) for t in results["healed"]}
     for i, (text, base) in enumerate(results["base"].items()):
-        points = sorted((int(t), s[text]) for t, s in results["healed"].items())
-        axes.plot([max(t, 3e4) for t, _ in points], [s for _, s in points], "o-", color=f"C{i}", label=text)
+        points = sorted((places[int(t)], s[text]) for t, s in results["healed"].items())
+        axes.plot(*zip(*points, strict=True), "o-", color=f"C{i}", label=text)
         axes.axhline(base, color=f"C{i}", linewidth=0.8, linestyle="--")
-    axes.set(xscale="log", xlabel="tokens of training (the first point: none)", ylabel="bits per byte", title="Healing; dashed: the base")
+    axes.set(xscale="log", xlabel="tokens of training", ylabel="bits per byte", title="Healing; dashed: the base")
+    axes.set_xticks(list(places.values()), [f"{t / 1e6:g} M" if t else "none" for t in places])
+    axes.minorticks_off()
     axes.legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(path)
@@ -72,7 +75,9 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results: dict[str, Any] = {"base": scores(Path(args.base), texts, args.max_bytes), "healed": {}}
     bare = args.out / "heal-0"
-    convert(args.base, bare, quantization="ternary", ternarization=Ternarization("absmean"))
+    convert(
+        args.base, bare, quantization="ternary", ternarization=Ternarization("absmean", alphas=(("embedding", "keep"), ("head", "keep")))
+    )
     results["healed"]["0"] = scores(bare, texts, args.max_bytes)
     for tokens in map(int, args.tokens.split(",")):
         model = run(budget(recipe, tokens), args.data, args.out / f"heal-{tokens}", report=lambda row: print(row, flush=True))
