@@ -15,7 +15,7 @@ from packed_models import IDS
 from bitnet.convert import Ternarization, convert
 from bitnet.convert.adapters import delta, together
 from bitnet.convert.source import read
-from bitnet.errors import UnsupportedModelError, UsageError
+from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import canonical, open_checkpoint
 from bitnet.models.low_rank import LowRank
 from bitnet.models.peft import read_adapter
@@ -102,6 +102,93 @@ def test_what_lies_in_the_way_and_what_is_not_run(tmp_path: Path) -> None:
         report = convert(base, tmp_path / "out")
         assert any("copied as it is, though this build would not run it" in note and "use_dora" in note for note in report.notes)
         assert sorted(p.name for p in (tmp_path / "out").iterdir() if p.is_dir()) == ["dora", "style"]
+
+
+@pytest.mark.parametrize("to", ["out", "out.safetensors", "out.gguf"])
+def test_all_files_of_an_adapter_and_one_level_deeper(tmp_path: Path, to: str) -> None:
+    """adapters/sql, as docs/lora.md has it; a pickle and a card go along, and what lies deeper does not."""
+    base = source(tmp_path, name="adapters/sql")
+    (base / "adapters" / "sql" / "README.md").write_text("card")
+    made.write(base / "pickle", made.config_of(8), {})
+    (base / "pickle" / "adapter_model.safetensors").unlink()
+    (base / "pickle" / "adapter_model.bin").write_bytes(b"PK\x03\x04")
+    for _ in range(2):  # and over itself
+        report = convert(base, tmp_path / to, format="gguf-i2_s" if to == "out.gguf" else None)
+        folder = tmp_path / to if to == "out" else tmp_path
+        assert (folder / "adapters" / "sql" / "README.md").read_text() == "card"
+        assert (folder / "pickle" / "adapter_model.bin").read_bytes() == b"PK\x03\x04"
+        assert any("adapters/sql: kept, 7 matrices" in note for note in report.notes)
+        assert any("pickle: copied as it is, though this build would not run it" in note for note in report.notes)
+    assert (tmp_path / "out-adapters-sql-LoRA.gguf").exists() == (to == "out.gguf")
+
+
+def test_an_adapter_among_the_model_s_files(tmp_path: Path) -> None:
+    """Of the model's folder only what is named after the adapter is copied beside a file."""
+    base = source(tmp_path, name="")
+    convert(base, tmp_path / "out.safetensors")
+    assert sorted(path.name for path in (tmp_path / "out-adapter").iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+
+
+def test_another_adapter_in_the_way(tmp_path: Path) -> None:
+    """The same weights with another alpha are another adapter; and llama.cpp's file is replaced by itself only."""
+    base = source(tmp_path)
+    convert(base, tmp_path / "out.gguf", format="gguf-i2_s")
+    config = json.loads((base / "style" / "adapter_config.json").read_text())
+    (base / "style" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "another/name"}))
+    convert(base, tmp_path / "out.gguf", format="gguf-i2_s")
+    (base / "style" / "adapter_config.json").write_text(json.dumps(config | {"lora_alpha": config["lora_alpha"] + 1}))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(UsageError, match=r"style: is in the way of the source's adapter .*source/style; move it"):
+        convert(base, tmp_path / "out.gguf", format="gguf-i2_s")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    (tmp_path / "style").rename(tmp_path / "old")
+    with pytest.raises(UsageError, match=r"out-style-LoRA.gguf: is in the way of the source's adapter .* for llama.cpp; move it"):
+        convert(base, tmp_path / "out.gguf", format="gguf-i2_s")
+    assert not (tmp_path / "style").exists()
+
+
+def test_a_damaged_adapter_is_copied_and_stops_nothing(tmp_path: Path) -> None:
+    base = source(tmp_path)
+    (base / "broken").mkdir()
+    (base / "broken" / "adapter_config.json").write_text("{")
+    for to in ("out", "out.safetensors"):
+        for _ in range(2):
+            report = convert(base, tmp_path / to)
+            assert any("broken: copied as it is, though this build would not run it" in note for note in report.notes)
+        folder = tmp_path / to if to == "out" else tmp_path
+        assert (folder / "broken" / "adapter_config.json").read_text() == "{" and (folder / "style").is_dir()
+
+
+def test_an_adapter_that_cannot_be_copied_leaves_the_old_target(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = source(tmp_path)
+    convert(base, tmp_path / "out.safetensors", merge_adapter=base / "style")
+    before = (tmp_path / "out.safetensors").read_bytes()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("bitnet.convert.adapters.shutil.copyfileobj", full)
+    with pytest.raises(BitNetError, match="No space left on device"):
+        convert(base, tmp_path / "out.safetensors")
+    assert (tmp_path / "out.safetensors").read_bytes() == before and not list(tmp_path.glob(".*"))
+
+
+def test_no_adapter_of_the_old_model_stays_in_a_folder(tmp_path: Path) -> None:
+    base, other = source(tmp_path), packed_models.write(tmp_path / "other", seed=5)
+    convert(base, tmp_path / "out")
+    for start, merge in ((other, None), (base, base / "style")):
+        with pytest.raises(UsageError, match=r"out/style: is an adapter of the model to be replaced, and is not written anew"):
+            convert(start, tmp_path / "out", merge_adapter=merge)
+    assert np.array_equal(adapted(tmp_path / "out", tmp_path / "out" / "style"), adapted(base, base / "style"))
+
+
+def test_a_file_without_a_configuration_says_that_adapters_stay_behind(tmp_path: Path) -> None:
+    base = source(tmp_path, trits=False)
+    (base / "config.json").unlink()
+    report = convert(base / "model.safetensors", tmp_path / "B.safetensors", quantization="ternary")
+    assert any("adapters beside the source are not copied" in note and "source/style" in note for note in report.notes)
+    report = convert(base / "model.safetensors", base / "B.safetensors", quantization="ternary")
+    assert not any("adapters" in note for note in report.notes)
 
 
 def test_merging_nothing_is_nothing(tmp_path: Path) -> None:

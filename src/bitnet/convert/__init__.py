@@ -30,7 +30,7 @@ from bitnet.convert.target import check_target, keep_others, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
 from bitnet.convert.weights_alone import tensors_alone
 from bitnet.errors import UsageError
-from bitnet.files import PathLike, gguf_write, read_file, safetensors
+from bitnet.files import PathLike, gguf_write, read_file, safetensors, shown
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.files.tensor import Tensor
@@ -122,8 +122,13 @@ def convert(
     ):
         raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
     check_target(target, [checkpoint.path, *{Path(tensor.path) for tensor in checkpoint.tensors.values()}], form)
-    kept = adapters.places(checkpoint.path, target, form.folder) if merge_adapter is None else {}
-    for_llama_cpp = adapters.gguf_places(checkpoint.path, target) if merge_adapter is None and form.container == "gguf" else {}
+    kept, for_llama_cpp = list[adapters.Kept](), dict[Path, Path]()
+    if merge_adapter is None:
+        kept = adapters.places(checkpoint.path, target, form.folder)
+        if form.container == "gguf":
+            for_llama_cpp = adapters.gguf_places(checkpoint.path, target, gguf.architecture(model.config, form), model.config)
+    elif form.folder:
+        adapters.refuse_others(target, {})
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
     weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
     survived: list[adapters.Merged] = []
@@ -142,7 +147,7 @@ def convert(
         head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
         notes += hf.notes(model.config, form)
     _note_activations(model, weights, form, notes)
-    require_disk(target, nbytes + adapters.file_bytes([*kept, *for_llama_cpp]))
+    require_disk(target, nbytes + adapters.file_bytes(kept, for_llama_cpp))
 
     def checked(path: Path) -> None:
         if verify_written:
@@ -150,8 +155,8 @@ def convert(
 
     def keep_adapters(root: Path) -> None:
         name = str(target) if form.container == "hf" else None
-        for path, place in kept.items():
-            notes.append(adapters.keep(path, root / place, name, model.config, verify_written))
+        for one in kept:
+            notes.append(adapters.keep(one, root / one.to, name, model.config, verify_written))
         for path, to in for_llama_cpp.items():
             notes.extend(filter(None, [adapters.write_gguf(path, to, gguf.architecture(model.config, form), model.config)]))
 
@@ -170,7 +175,7 @@ def convert(
             _write(file, head, chunks, nbytes, progress)
             file.flush()
             checked(Path(file.name))
-        keep_adapters(target.absolute().parent)
+            keep_adapters(target.absolute().parent)  # before the target takes its place: what fails here leaves the old one
     layers = measure(model.weights, weights, choices, form)
     return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
 
@@ -196,6 +201,9 @@ def _convert_alone(
         if check:
             weights_alone.verify(Path(file.name), tensors, weights, progress)
     layers, notes = measure(before, weights, choices, form), [weights_alone.note(str(source), target)]
+    if (found := adapters.beside(source)) and target.absolute().parent.resolve() != source.absolute().parent.resolve():
+        names = ", ".join(map(shown, found.values()))
+        notes.append(f"adapters beside the source are not copied, for without its config.json nobody knows what they fit: {names}")
     return Report(str(source), str(target), form.name, nbytes, len(order), check, losses, notes, [], "ternary", layers)
 
 

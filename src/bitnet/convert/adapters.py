@@ -12,8 +12,10 @@ has. So a change of less than s / 2 leaves no trace there, which is why it is me
 
 from __future__ import annotations
 
+import filecmp
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,46 +62,92 @@ def together(parts: list[Merged], name: str) -> Merged:
 
 # ---- keeping
 
+NESTED = "adapters"  # a folder of adapters beside a model
+
+
+@dataclass(frozen=True)
+class Kept:
+    """An adapter, and where it goes."""
+
+    path: Path
+    to: Path  # absolute beside one file, else relative to the new folder
+    own: bool  # it lies among the model's own files
+
+    def files(self) -> list[Path]:
+        """All that it consists of; among a model's files those that are named after it."""
+        with system_errors(self.path, "read"):
+            return sorted(f for f in self.path.iterdir() if f.is_file() and (f.name.startswith("adapter_") or not self.own))
+
 
 def beside(source: Path) -> dict[str, Path]:
-    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else the name of a folder in it."""
+    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else "style" or "adapters/style"."""
     folder = source if source.is_dir() else source.parent
-    with system_errors(folder, "read"):
-        inner = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and is_adapter(entry))
-    return ({"": folder} if is_adapter(folder) else {}) | {name: folder / name for name in inner}
+    found = {"": folder} if is_adapter(folder) else {}
+    for prefix, parent in (("", folder), (f"{NESTED}/", folder / NESTED)):
+        with system_errors(parent, "read"):
+            names = sorted(os.listdir(parent)) if parent.is_dir() else []
+        found |= {prefix + name: parent / name for name in names if is_adapter(parent / name)}
+    return found
 
 
-def places(source: Path, target: Path, folder: bool) -> dict[Path, Path]:
+def places(source: Path, target: Path, folder: bool) -> list[Kept]:
     """Where each adapter goes: in a folder to its own place, for one file beside it. Raises UsageError where another one lies already."""
-    found: dict[Path, Path] = {}
-    for name, path in beside(source).items():
-        if folder:
-            found[path] = Path(name)
-            continue
+    ours = beside(source)
+    if folder:
+        refuse_others(target, ours)
+        return [Kept(path, Path(name), not name) for name, path in ours.items()]
+    found = []
+    for name, path in ours.items():
         to = target.absolute().parent / (name or f"{target.stem}-adapter")
         if to.resolve() == path.resolve() or (not name and target.absolute().parent.resolve() == path.resolve()):
             continue  # the target comes to lie beside it as the source does
-        if to.exists() and not (is_adapter(to) and _same(path, to)):
+        if os.path.lexists(to) and not (is_adapter(to) and _same(path, to)):
             raise UsageError(f"{shown(to)}: is in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere")
+        found.append(Kept(path, to, not name))
+    return found
+
+
+def refuse_others(target: Path, ours: Mapping[str, Path]) -> None:
+    """Raises UsageError where a folder to be replaced holds an adapter that is none of `ours`: it would lie beside weights not its own."""
+    for name, path in (beside(target) if target.is_dir() else {}).items():
+        if name not in ours or not _same(ours[name], path):
+            raise UsageError(
+                f"{shown(path)}: is an adapter of the model to be replaced, and is not written anew; move it, or name another target"
+            )
+
+
+def gguf_places(source: Path, target: Path, architecture: str, config: ModelConfig) -> dict[Path, Path]:
+    """Where each adapter goes for llama.cpp: TARGET-NAME-LoRA.gguf beside TARGET.gguf. Raises UsageError where another file lies."""
+    found = {}
+    for name, path in beside(source).items():
+        to = target.absolute().with_name("-".join(filter(None, (target.stem, name.replace("/", "-"), "LoRA.gguf"))))
+        if os.path.lexists(to) and (made := _as_gguf(path, architecture, config)) is not None:
+            same = to.is_file() and not to.is_symlink() and to.stat().st_size == len(made[0]) and to.read_bytes() == made[0]
+            if not same:
+                raise UsageError(
+                    f"{shown(to)}: is in the way of the source's adapter {shown(path)} for llama.cpp; move it, or name another target"
+                )
         found[path] = to
     return found
 
 
-def gguf_places(source: Path, target: Path) -> dict[Path, Path]:
-    """Where each adapter goes for llama.cpp: TARGET-NAME-LoRA.gguf beside TARGET.gguf. Raises UsageError where another file lies."""
-    found = {
-        path: target.absolute().with_name("-".join(filter(None, (target.stem, name, "LoRA.gguf")))) for name, path in beside(source).items()
-    }
-    for path, to in found.items():
-        if os.path.lexists(to) and (to.is_symlink() or not lora_gguf.is_lora(to)):
-            raise UsageError(
-                f"{shown(to)}: is in the way of the source's adapter {shown(path)} for llama.cpp; move it, or name another target"
-            )
-    return found
-
-
 def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> str | None:
-    """Writes an adapter as llama.cpp reads it, reads it back, and says so; None for one that this build cannot run.
+    """Writes an adapter as llama.cpp reads it, reads it back, and says so; None for one that this build cannot run."""
+    if (made := _as_gguf(path, architecture, config)) is None:
+        return None
+    content, parts, scaled = made
+    with new_file(to) as file:
+        file.write(content)
+        file.flush()
+        other = lora_gguf.read(file.name, config)
+        if parts.keys() != other.keys() or not all(_equal(parts[name], other[name]) for name in parts):
+            raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(path)}")
+    how = ", B times its scale, for the file has one alpha and these matrices have several" if scaled else ""
+    return f"adapter {shown(path)}: for llama.cpp (--lora) as {shown(to)}, read back and compared{how}"
+
+
+def _as_gguf(path: Path, architecture: str, config: ModelConfig) -> tuple[bytes, dict[str, LowRank], bool] | None:
+    """(llama.cpp's file of an adapter, what is in it, whether B took the scale in); None for one that this build cannot run.
 
     The file has one alpha, so where A and B have not all the same one B takes the scale in, in float32.
     """
@@ -121,48 +169,41 @@ def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> 
             items.append(gguf_write.Item(f"{names[ours]}.{side}", low.scheme, values.shape, lambda chunks=chunks: chunks))  # type: ignore[misc]
     keys = {lora_gguf.TYPE: "adapter", "general.architecture": architecture, "general.name": path.absolute().name, lora_gguf.KIND: "lora"}
     head, order = gguf_write.layout(items, keys | {lora_gguf.ALPHA: float(alpha)})
-    with new_file(to) as file:
-        file.write(head)
-        for item, fill in order:
-            for chunk in item.chunks():
-                file.write(chunk.data)
-            file.write(bytes(fill))
-        file.flush()
-        other = lora_gguf.read(file.name, config)
-        if parts.keys() != other.keys() or not all(_equal(parts[name], other[name]) for name in parts):
-            raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(path)}")
-    how = "" if alpha else ", B times its scale, for the file has one alpha and these matrices have several"
-    return f"adapter {shown(path)}: for llama.cpp (--lora) as {shown(to)}, read back and compared{how}"
+    content = b"".join([head, *(part for item, fill in order for part in (*(chunk.tobytes() for chunk in item.chunks()), bytes(fill)))])
+    return content, parts, not alpha
 
 
-def file_bytes(paths: Iterable[Path]) -> int:
+def file_bytes(kept: Iterable[Kept], for_llama_cpp: Iterable[Path]) -> int:
     """About what copies of these adapters take."""
-    return sum((path / WEIGHTS_FILE).stat().st_size for path in paths if (path / WEIGHTS_FILE).is_file())
+    weights = (path / WEIGHTS_FILE for path in for_llama_cpp)
+    return sum(file.stat().st_size for file in (*(f for one in kept for f in one.files()), *(f for f in weights if f.is_file())))
 
 
-def keep(path: Path, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
+def keep(one: Kept, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
     """Copies an adapter, reads it back, and says so. `base`: the name that its configuration shall have of the model, None for as it is."""
-    found = json_object(read_file(path / CONFIG_FILE, MAX_CONFIG_BYTES), f"{shown(path)}/{CONFIG_FILE}")
     with system_errors(to, "written"):
         to.mkdir(parents=True, exist_ok=True)
-    named = found if base is None else found | {"base_model_name_or_path": base}
-    with new_file(to / CONFIG_FILE) as file:
-        file.write((json.dumps(named, indent=2) + "\n").encode())
-    if (path / WEIGHTS_FILE).exists():
-        with open(path / WEIGHTS_FILE, "rb") as weights, new_file(to / WEIGHTS_FILE) as file:
-            while chunk := weights.read(1 << 22):
-                file.write(chunk)
+    named = None if base is None else _config(one.path)
+    for path in one.files():
+        place = to / path.name
+        if place.exists() and not path.name.startswith("adapter_"):
+            continue  # beside the same adapter: a card that was changed there
+        with system_errors(path, "read"), open(path, "rb") as found, new_file(place) as file:
+            if path.name == CONFIG_FILE and named is not None:
+                file.write((json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n").encode())
+            else:
+                shutil.copyfileobj(found, file, 1 << 22)
     try:
-        one = read_adapter(path, config).parts
+        parts = read_adapter(one.path, config).parts
     except BitNetError as error:
-        return f"adapter {shown(path)}: copied as it is, though this build would not run it ({error})"
+        return f"adapter {shown(one.path)}: copied as it is, though this build would not run it ({error})"
     if check:
         other = read_adapter(to, config).parts
-        if one.keys() != other.keys() or not all(_equal(one[name], other[name]) for name in one):
-            raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(path)}")
-    ranks = sorted({low.rank for low in one.values()})
+        if parts.keys() != other.keys() or not all(_equal(parts[name], other[name]) for name in parts):
+            raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(one.path)}")
+    ranks = sorted({low.rank for low in parts.values()})
     verified = ", read back and compared" if check else ""
-    return f"adapter {shown(path)}: kept, {len(one)} matrices of rank {', '.join(map(str, ranks))}{verified}"
+    return f"adapter {shown(one.path)}: kept, {len(parts)} matrices of rank {', '.join(map(str, ranks))}{verified}"
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:
@@ -175,9 +216,19 @@ def _equal(one: LowRank, other: LowRank) -> bool:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether two adapters have the same weights."""
-    a, b = one / WEIGHTS_FILE, other / WEIGHTS_FILE
-    return a.is_file() and b.is_file() and a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+    """Whether two folders hold the same adapter: its weights to the byte, its configuration but for the base's name."""
+    weights = [sorted(f.name for f in path.glob("adapter_*") if f.name != CONFIG_FILE) for path in (one, other)]
+    a, b = ({**(_config(path) or {}), "base_model_name_or_path": None} for path in (one, other))
+    names = [*weights[0], *([] if _config(one) else [CONFIG_FILE])]  # one that cannot be read is the same if its bytes are
+    return weights[0] == weights[1] and a == b and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)
+
+
+def _config(path: Path) -> dict[str, Any] | None:
+    """adapter_config.json, None where it is damaged."""
+    try:
+        return json_object(read_file(path / CONFIG_FILE, MAX_CONFIG_BYTES), f"{shown(path)}/{CONFIG_FILE}")
+    except BitNetError:
+        return None
 
 
 # ---- merging

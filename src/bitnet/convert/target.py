@@ -8,6 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from bitnet.convert.adapters import NESTED
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import is_gguf, shown, system_errors
@@ -53,7 +54,7 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
             raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
-        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter(e.path))), None)
+        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter(e.path) or e.name == NESTED)), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
 
@@ -80,7 +81,7 @@ def require_disk(target: Path, nbytes: int) -> None:
 def keep_others(old: Path, new: Path) -> None:
     """The files of a folder to be replaced that are none of a model's (README.md, LICENSE), in the new one as well."""
     for entry in os.scandir(old) if old.is_dir() else ():
-        if entry.is_dir():  # an adapter's, which the source may have as well
+        if entry.is_dir():  # an adapter's, which the source has as well
             shutil.copytree(entry.path, new / entry.name)
         elif not _MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
             with suppress(OSError):
