@@ -156,3 +156,11 @@ def test_the_stored_scale_is_refused_where_a_folder_has_no_config(tmp_path: Path
     safetensors.write(tmp_path / "model.safetensors", TENSORS)
     with pytest.raises(FormatError, match=r'has no config; expected .*config.json, or "config" in the metadata of the safetensors'):
         open_checkpoint(tmp_path)
+
+
+def test_a_number_of_31_digits_as_transformers_writes_it(tmp_path: Path) -> None:
+    """Where a tokenizer has no longest text: int(1e30), which is no 64-bit number."""
+    write_texts(tmp_path)
+    safetensors.write(tmp_path / "model.safetensors", TENSORS)
+    (tmp_path / "tokenizer_config.json").write_text('{"model_max_length": 1000000000000000019884624838656}')
+    assert open_checkpoint(tmp_path).tokenizer_config == {"model_max_length": int(1e30)}

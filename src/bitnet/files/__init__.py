@@ -21,6 +21,7 @@ from bitnet.errors import BitNetError, FormatError
 
 MEMORY_BYTES = 64 << 20
 MAX_DEPTH = 64  # nested JSON; a real config has about 6 levels, a tokenizer 8
+MAX_DIGITS = 300  # of a whole number in JSON, which as a float still is finite
 CHUNK_BYTES = 1 << 18
 VALUE_BYTES = 150  # the most that one small JSON value takes as a Python object, its place in the container included
 
@@ -131,7 +132,8 @@ def check_json_object(raw: bytes, where: str) -> None:
 
 
 def _whole_number(digits: str) -> int:
-    if len(digits) > 20:
+    """Of at most MAX_DIGITS: int() takes time quadratic in them. transformers writes 31 where a tokenizer has no longest text."""
+    if len(digits) > MAX_DIGITS:
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
