@@ -177,6 +177,8 @@ int main() {
   for (auto [rows, cols] : {std::pair{256, 256}, {2560, 2560}})
     for (double zeros : {0.33, 0.5, 0.8}) weights(*k, rows, cols, zeros, false);
   for (double zeros : {0.33, 0.8}) weights(*k, 2560, 2560, zeros, true);
+  for (double zeros : {0.33, 0.5, 0.8})  // the article's size, in the cache
+    for (Lie lie : {Lie::rows, Lie::columns}) lines(*k, 256, 256, zeros, lie, 1, 1);
   const int threads = std::min(2, int(std::thread::hardware_concurrency()));
   for (double zeros : {0.5, 0.8, 0.9}) {
     lines(*k, 6912, 2560, zeros, Lie::rows, threads, 100);
