@@ -15,6 +15,7 @@ from click.testing import CliRunner, Result
 from bitnet.cli import article
 from bitnet.cli.convert import FORMATS as HELP
 from bitnet.convert import FORMATS
+from bitnet.errors import BitNetError
 from bitnet.models import open_checkpoint
 from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer, resolve
 
@@ -104,6 +105,7 @@ def test_every_scheme_ends_with_a_report(tmp_path: Path, bitnet: Run, scheme: st
         ("no/r.json", "r.json: the report cannot be written in"),
         ("r.png", "r.png: is the picture's name; the report is JSON"),
         ("out.bin", "out.bin: is the target itself; the report is JSON"),
+        ("n" * 251 + ".json", "is a name of 256 bytes; expected at most 255: name another --report"),
         ("source/config.json", "config.json: is in the way of the report"),
     ],
 )
@@ -117,6 +119,44 @@ def test_a_report_replaces_reports_only(tmp_path: Path, bitnet: Run, place: str,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     for _ in range(2):  # but a report may be made anew
         assert bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary", "--report", tmp_path / "r.json").exit_code == 0
+
+
+def test_nothing_is_measured_before_a_refusal(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    (tmp_path / "text.txt").write_text("the abacus " * 20)
+    monkeypatch.setattr("bitnet.cli.convert._perplexity", lambda *_: pytest.fail("perplexity was measured"))
+    for words, message in (
+        (["--format", "onnx"], "format is 'onnx'"),
+        (["--scale", "row"], "has a scale for every row, and they differ; hf has one for the whole tensor"),
+        (["--method", "gptq", "--scale", "group:96"], "has 256 inputs, which are no whole groups of 96"),
+        (["--alpha-config", tmp_path / "none.json"], "none.json"),
+    ):
+        done = bitnet("convert", source, "-o", tmp_path / "out", "--ternary", "--evaluate", tmp_path / "text.txt", *words)
+        assert done.exit_code in (1, 2) and message in done.stderr and done.stderr.count("\n") == 1, done.output
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["source", "text.txt"]
+
+
+def test_a_report_that_cannot_be_written_leaves_table_and_verdict(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise BitNetError("r.json: cannot be written (No space left on device)")
+
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    monkeypatch.setattr("bitnet.convert.report.write_json", full)
+    done = bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary")
+    assert done.exit_code == 1 and done.stderr == "error: r.json: cannot be written (No space left on device)\n"
+    assert "every weight read back and compared" in done.stdout and "weight error" in done.stdout
+    assert "ternary moved these weights by" in done.stdout and (tmp_path / "out.bin").exists()
+
+
+def test_perplexity_before_and_after_with_its_tokens(tmp_path: Path, bitnet: Run) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    (tmp_path / "text.txt").write_text("the abacus " * 20)
+    done = bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary", "--evaluate", tmp_path / "text.txt", "--json")
+    found = json.loads(done.stdout.splitlines()[-1])
+    tokens = found["evaluation"]["before"]["tokens"]
+    assert found["evaluation"]["after"]["tokens"] == tokens < 256
+    assert f"over {tokens} tokens: too few to say what ternary costs; --evaluate a longer text" in found["verdict"]
+    assert found["verdict"] == json.loads((tmp_path / "out.bin.report.json").read_text())["verdict"] and found["verdict"] in done.stderr
 
 
 def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None:
@@ -140,6 +180,12 @@ def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None
         (["convert", EMBEDDED_MODEL, "-o", "x", "--alpha", "0.1"], "belong to quantization 'ternary'; add it"),
         (["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--alpha", "-1"], "alpha is -1.0; expected a finite number >= 0"),
         (["convert", EMBEDDED_MODEL, "-o", "no/such/m.gguf"], "there is no folder"),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--report", "r.json"], "--report is of --quantization, and none was asked for"),
+        (
+            ["convert", EMBEDDED_MODEL, "-o", "x", "--evaluate", "no.txt"],
+            "no.txt: cannot be read as text: No such file or directory; --evaluate",
+        ),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--calibration", "no.txt"], "directory; --calibration takes text files"),
         (["convert", "nothing-here", "-o", "x"], "no folder, file or embedded model named 'nothing-here'"),
     ],
 )

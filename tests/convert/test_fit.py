@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from packed_models import write
 
 from bitnet.convert import FORMATS, InexactError, convert
-from bitnet.convert.fit import divisor, fit, three_valued
+from bitnet.convert.fit import fit, three_valued
+from bitnet.convert.quantize import divisor
 from bitnet.convert.source import Weight, from_codes, read, simplest
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import open_checkpoint

@@ -91,7 +91,7 @@ def test_alphas_by_head(tmp_path: Path, source: Path) -> None:
     assert np.array_equal(codes, np.where(np.abs(w) > limit, np.sign(w), 0))
     for name in ("layers.0.o", "embedding"):
         assert np.array_equal(before[name].values(0, 256), after[name].values(0, 256)), "kept"
-    with pytest.raises(UsageError, match="has 256 outputs, and 3 alphas for its heads"):
+    with pytest.raises(UsageError, match=r"alpha of layers.0.q: is a list of 3; expected 4, one for each head"):
         convert(source, tmp_path / "u", quantization="ternary", ternarization=Ternarization(alphas=(("q", (0.1, 0.1, 0.1)),)))
 
 
@@ -192,6 +192,12 @@ def test_verdicts() -> None:
     assert "destroys" in verdict(layers, "ternary", 13.0, float("nan"))
     assert verdict(layers, "int4", 13.0, 14.0).endswith("int4 costs this model something")
     assert verdict(layers, "int8", 13.0, 13.1).endswith("int8 keeps this model")
+    assert "(307.69 x) over 5,000 tokens: ternary destroys" in verdict(layers, "ternary", 13.0, 4000.0, 5000, 262)
+    assert verdict(layers, "ternary", 13.0, 4000.0, 20).endswith(
+        "over 20 tokens: too few to say what ternary costs; --evaluate a longer text"
+    )
+    noise = verdict(layers, "int8", 8e307, 8e307, 5000, 262)
+    assert noise.startswith("perplexity 8.0e+307 -> 8.0e+307 (1.00 x)") and "no better than chance here" in noise and "keeps" not in noise
     assert "by 50% of their norm" in verdict(layers, "ternary") and "--evaluate FILE" in verdict(layers, "ternary")
     assert verdict([layer("layers.0.q", 0.005)], "int8").startswith("int8 moved these weights by 0.5% of their norm")
 

@@ -14,6 +14,9 @@ from bitnet.cli.options import conversion_options, hub_options, model_argument, 
 if TYPE_CHECKING:
     from bitnet.convert import Report, Ternarization
 
+REPORTED = (
+    "source", "target", "format", "bytes", "notes", "means", "layers", "alphas", "quantization", "verdict", "evaluation",
+)  # fmt: skip
 MOST_BYTES = 32  # of a calibration text for a token: more of it is not read
 FORMATS = """
 \b
@@ -55,7 +58,7 @@ def convert_model(
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
     from bitnet.convert import convert
-    from bitnet.convert.report import check_place
+    from bitnet.convert.report import check_place, table
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
     from bitnet.transformer import resolve
@@ -63,16 +66,25 @@ def convert_model(
     if ternary and quantization not in (None, "ternary"):
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
     quantization = "ternary" if ternary else quantization
+    if quantization is None and report_file is not None:
+        raise click.UsageError("--report is of --quantization, and none was asked for; add --ternary, or leave it out")
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
     report_path = report_file or f"{str(target).rstrip('/')}.report.json"
     if quantization is not None:
         check_place(Path(report_path), Path(target))
     path = resolve(source, revision, file)
-    held_out = read_text(Path(evaluate), evaluate_bytes) if evaluate is not None else None
+    held_out = read_text(Path(evaluate), evaluate_bytes, "--evaluate") if evaluate is not None else None
     calibrated = calibration is not None or (how is not None and how.calibrated)
     text = _calibration(path, i2_s, tokenizer, calibration, sequences, sequence_length) if calibrated else None
-    before = _perplexity(path, held_out, i2_s, tokenizer, "before") if held_out is not None else None
+    before: dict[str, Any] | None = None
     start = time.perf_counter()
+
+    def ready() -> None:
+        nonlocal before, start
+        if held_out is not None:
+            before = _perplexity(path, held_out, i2_s, tokenizer, "before")
+            start = time.perf_counter()
+
     with (
         DelayedBar("calibrating") as calibrating,
         DelayedBar("writing", in_bytes=True) as writing,
@@ -92,22 +104,28 @@ def convert_model(
             i2_s=i2_s,
             merge_adapter=merge_adapter,
             progress=lambda what, done, total: bars[what](done, total),
+            ready=ready,
         )
     seconds, peak = time.perf_counter() - start, peak_rss_bytes()
+
+    def say(*said: str) -> None:
+        for line in said:
+            click.echo(line, err=as_json)
+
     found = record(report, seconds, peak)
-    shown = lines(report, seconds, peak)
     if calibrated and calibration is None:
-        shown.insert(0, "note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
+        say("note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
+    say(*lines(report, seconds, peak), *table(report.layers))
     after = _perplexity(Path(target), held_out, "x86", None, "after") if held_out is not None else None
+    scores = {"evaluation": {"before": before, "after": after}} if after is not None else {}
     if report.layers:
-        quality, more = _quality(report, before, after, report_path)
-        found |= quality
-        shown += more
+        found |= quality(report, before, after) | scores
+        say(found["verdict"])
+        say(*_write_report(report, found, report_path))
+        found["report"] = report_path
     elif before is not None and after is not None:
-        found |= {"evaluation": {"before": before, "after": after}}
-        shown.append(f"perplexity {before['perplexity']:,.3f} -> {after['perplexity']:,.3f}")
-    for line in shown:
-        click.echo(line, err=as_json)
+        found |= scores
+        say(f"perplexity {before['perplexity']:,.3f} -> {after['perplexity']:,.3f}")
     if as_json:
         click.echo(json.dumps(found))
 
@@ -145,7 +163,7 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
     checkpoint = open_checkpoint(path, i2_s)
     config = canonical(checkpoint).config
     loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
-    text = sample.text() if file is None else read_text(Path(file), max_bytes=count * length * MOST_BYTES)
+    text = sample.text() if file is None else read_text(Path(file), count * length * MOST_BYTES, "--calibration")
     return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
 
 
@@ -161,22 +179,24 @@ def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: s
         return asdict(score_text(model, text, bar))
 
 
-def _quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any] | None, path: str) -> tuple[dict[str, Any], list[str]]:
-    """(what the report adds to the JSON, and to the lines); writes both files of it."""
-    from bitnet.convert.report import draw, record, table, verdict, write_json
+def quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any] | None) -> dict[str, Any]:
+    """What quantizing has done, as plain values, with a verdict; before, after: scores of perplexity.Score."""
+    from bitnet.convert import report as reports
 
     scheme = str(report.quantization)
-    scores = [None if score is None else score["perplexity"] for score in (before, after)]
-    said = verdict(report.layers, scheme, *scores)
-    found = record(report.layers) | {"quantization": scheme, "verdict": said}
-    if after is not None:
-        found |= {"evaluation": {"before": before, "after": after}}
-    plain = {"source": report.source, "target": report.target, "format": report.format, "bytes": report.bytes, "notes": report.notes}
-    write_json(path, plain | found)
+    one, other = (None if score is None else score["perplexity"] for score in (before, after))
+    said = reports.verdict(report.layers, scheme, one, other, after["tokens"] if after else 0, report.vocab_size)
+    return reports.record(report.layers) | {"quantization": scheme, "verdict": said}
+
+
+def _write_report(report: Report, found: dict[str, Any], path: str) -> list[str]:
+    """Writes both files of the report; where they are, for people."""
+    from bitnet.convert.report import draw, write_json
+
+    write_json(path, {key: value for key, value in found.items() if key in REPORTED})
     picture = str(Path(path).with_suffix(".png"))
-    missing = draw(report.layers, Path(picture), f"{Path(report.source).name} as {scheme}, {report.format}")
-    where = f"report: {path}" + (f", {picture}" if missing is None else "")
-    return found | {"report": path}, [*table(report.layers), said, where, *([f"note: {missing}"] if missing else [])]
+    missing = draw(report.layers, Path(picture), f"{Path(report.source).name} as {report.quantization}, {report.format}")
+    return [f"report: {path}" + (f", {picture}" if missing is None else ""), *([f"note: {missing}"] if missing else [])]
 
 
 def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:

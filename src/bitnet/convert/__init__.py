@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -19,23 +19,25 @@ from numpy.typing import NDArray
 
 from bitnet.chat import find_template
 from bitnet.convert import adapters, gguf, hf, tokenizer, weights_alone
+from bitnet.convert.choice import check, dequantized, stand_ins, with_latent_weights
 from bitnet.convert.choice import choose as choose_weights
-from bitnet.convert.choice import with_latent_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased
 from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.quantize import SCHEMES, Ternarization
-from bitnet.convert.report import Layer, measure
+from bitnet.convert.report import LAYER_BYTES, REPORT_BYTES, Layer, measure
 from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
 from bitnet.convert.weights_alone import tensors_alone
-from bitnet.errors import UsageError
+from bitnet.errors import FormatError, UsageError
 from bitnet.files import PathLike, gguf_write, read_file, safetensors, shown
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.files.tensor import Tensor
 from bitnet.models import LINEARS, Checkpoint, open_checkpoint
 from bitnet.models.low_rank import LowRank
+from bitnet.packing import INTEGERS
+from bitnet.tokenizer import Tokenizer
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 
@@ -58,6 +60,7 @@ class Report:
     merged: list[adapters.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
     quantization: str | None = None
     layers: list[Layer] = field(default_factory=list)  # what quantizing did to every weight
+    vocab_size: int = 0  # of the model, 0 where no configuration says it
 
 
 def convert(
@@ -74,6 +77,7 @@ def convert(
     i2_s: str = "x86",
     merge_adapter: PathLike | None = None,
     progress: Progress = lambda what, done, total: None,
+    ready: Callable[[], None] = lambda: None,
 ) -> Report:
     """Write the model at `source` (a folder or file of any format that is read) to `target`.
 
@@ -84,6 +88,7 @@ def convert(
     allow_requantize: accept scales or values that the format holds only approximately; the report has the errors.
     merge_adapter: a low-rank adapter (PEFT's folder, or llama.cpp's GGUF) to add to the weights; ternary ones return to their grid.
     verify_written: read the file back and compare everything, before it takes the target's place.
+    ready: called once, when all that can be refused beforehand has been and nothing is computed yet.
 
     Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was
     written is not what was meant, and what the readers raise.
@@ -97,30 +102,28 @@ def convert(
     how = ternarization or Ternarization()
     if how.calibrated and calibration is None:
         raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
+    if calibration is not None and quantization in (None, "fp16"):
+        raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
     alone = tensors_alone(source) if quantization == "ternary" and merge_adapter is None else None
     if alone is not None:
-        return _convert_alone(
-            alone, Path(source), target, choose(format, target, quantization, 0), how, allow_requantize, verify_written, progress
-        )
+        if tokenizer_json is not None:
+            raise UsageError(
+                f"{shown(source)}: has no config.json, so no tokenizer is written; put config.json there, or leave --tokenizer out"
+            )
+        form = choose(format, target, quantization, 0)
+        return _convert_alone(alone, Path(source), target, form, how, allow_requantize, verify_written, progress, ready)
+
     notes: list[str] = []
     checkpoint = open_checkpoint(source, i2_s)
     if quantization not in (None, "fp16"):
         checkpoint = with_latent_weights(checkpoint, notes)
     model = read(checkpoint)
-    plain = model.weights
     parts: dict[str, LowRank] = {}
+    plain = dequantized(model, quantization).weights
     if merge_adapter is not None:
         model, parts = adapters.merged(model, Path(merge_adapter))
-    groups = [w.group for w in model.weights.values() if w.kind in LINEARS and w.codes is not None]
-    form = choose(format, target, quantization, min((g for g in groups if g), default=0))
-    if quantization == "fp16" and form.weights != "f16":
-        raise UsageError(f"{form.name} does not hold fp16; choose gguf-f16, hf-dense-f16 or safetensors-dense-f16")
-    if (
-        form.integer
-        and quantization != form.integer
-        and not all(w.scheme == form.weights for w in model.weights.values() if w.kind in LINEARS)
-    ):
-        raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
+    model = dequantized(model, quantization)
+    form = _format(format, target, quantization, model, how)
     check_target(target, [checkpoint.path, *{Path(tensor.path) for tensor in checkpoint.tensors.values()}], form)
     kept, for_llama_cpp = list[adapters.Kept](), dict[Path, Path]()
     if merge_adapter is None:
@@ -129,8 +132,21 @@ def convert(
             for_llama_cpp = adapters.gguf_places(checkpoint.path, target, gguf.architecture(model.config, form), model.config)
     elif form.folder:
         adapters.refuse_others(target, {})
+
+    # All that can be refused is, and the disk is looked at, before anything is computed: weights to be computed have stand-ins for that.
+    check(model, form, quantization, how, notes)
+    later = stand_ins(model, form, quantization, how)
+    requantize, some_kept = allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas)
+    fitted = _fitted(model, model.weights | later, model.weights, form, requantize, some_kept)
+    texts = _texts(checkpoint, model, form, tokenizer_json, notes)
+    nbytes = _parts(model, {name: weight for name, (weight, _) in fitted.items()}, form, texts)[2]
+    report_bytes = REPORT_BYTES + len(later) * LAYER_BYTES if quantization is not None else 0
+    require_disk(target, nbytes + adapters.file_bytes(kept, for_llama_cpp) + report_bytes)
+    ready()
+
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
-    weights, losses = _fitted(model, wanted, form, allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas))
+    fitted |= _fitted(model, wanted, later, form, requantize, some_kept)
+    weights, losses = {name: weight for name, (weight, _) in fitted.items()}, [loss for _, loss in fitted.values() if loss is not None]
     survived: list[adapters.Merged] = []
     if parts:
         before, _ = choose_weights(replace(model, weights=plain), form, quantization, how, calibration, [], progress)
@@ -139,15 +155,9 @@ def convert(
             notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
     elif (kept or for_llama_cpp) and any(wanted[name] is not weight for name, weight in model.weights.items()):
         notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
-    texts = _texts(checkpoint, model, form, tokenizer_json, notes)
-    if form.container == "gguf":
-        head, chunks, nbytes, count = _gguf_parts(model, weights, form, texts)
-        notes += gguf.notes(model.config, form)
-    else:
-        head, chunks, nbytes, count, texts = _safetensors_parts(model, weights, form, texts)
-        notes += hf.notes(model.config, form)
+    head, chunks, nbytes, count, texts = _parts(model, weights, form, texts)
+    notes += gguf.notes(model.config, form) if form.container == "gguf" else hf.notes(model.config, form)
     _note_activations(model, weights, form, notes)
-    require_disk(target, nbytes + adapters.file_bytes(kept, for_llama_cpp))
 
     def checked(path: Path) -> None:
         if verify_written:
@@ -176,8 +186,22 @@ def convert(
             file.flush()
             checked(Path(file.name))
             keep_adapters(target.absolute().parent)  # before the target takes its place: what fails here leaves the old one
-    layers = measure(model.weights, weights, choices, form)
-    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers)
+    layers, size = measure(model.weights, weights, choices, form), model.config.vocab_size
+    return Report(str(source), str(target), form.name, nbytes, count, verify_written, losses, notes, survived, quantization, layers, size)
+
+
+def _format(name: str | None, target: Path, quantization: str | None, model: Model, how: Ternarization) -> Format:
+    """The format that is asked for, or that fits what is to be written. Raises UsageError where the two contradict each other."""
+    linears = [w for w in model.weights.values() if w.kind in LINEARS]
+    groups = [w.group for w in linears if w.codes is not None and w.scheme not in INTEGERS]
+    groups += [how.scale] if quantization == "ternary" and isinstance(how.scale, int) else []
+    own = linears[0].scheme if linears[0].scheme in INTEGERS and len({w.scheme for w in linears}) == 1 else None
+    form = choose(name, target, quantization or own, min((g for g in groups if g), default=0), bool(model.config.biases))
+    if quantization == "fp16" and form.weights != "f16":
+        raise UsageError(f"{form.name} does not hold fp16; choose gguf-f16, hf-dense-f16 or safetensors-dense-f16")
+    if form.integer and quantization != form.integer and not all(w.scheme in (form.weights, form.integer) for w in linears):
+        raise UsageError(f"{form.name} holds {form.integer}; add --quantization {form.integer}")
+    return form
 
 
 def _convert_alone(
@@ -189,13 +213,15 @@ def _convert_alone(
     requantize: bool,
     check: bool,
     progress: Progress,
+    ready: Callable[[], None],
 ) -> Report:
     """Of a file without a configuration (weights_alone.py)."""
+    check_target(target, [source], form)
     before, weights, choices, losses = weights_alone.made_ternary(tensors, form, how, requantize, str(source))
     head, order = weights_alone.items(tensors, weights, form)
     nbytes = len(head) + sum(item.nbytes for item in order)
-    check_target(target, [source], form)
-    require_disk(target, nbytes)
+    require_disk(target, nbytes + REPORT_BYTES + len(choices) * LAYER_BYTES)
+    ready()
     with new_file(target) as file:
         _write(file, head, ((item.chunks(), 0) for item in order), nbytes, progress)
         if check:
@@ -208,20 +234,17 @@ def _convert_alone(
 
 
 def _fitted(
-    model: Model, wanted: Mapping[str, Weight], form: Format, requantize: bool, some_kept: bool
-) -> tuple[dict[str, Weight], list[Loss]]:
+    model: Model, wanted: Mapping[str, Weight], names: Iterable[str], form: Format, requantize: bool, some_kept: bool
+) -> dict[str, tuple[Weight, Loss | None]]:
+    """Those of `names`, as the format holds them among all that are wanted."""
     main = model.weights["embedding"].scheme
     dtypes = [*dict.fromkeys([*([main] if main in ("f16", "bf16", "f32") else []), "bf16", "f16", "f32"])]
     beside = form.container == "gguf" and gguf.keeps_scale_beside(model.config)
     mixed = some_kept or (model.canonical.quantization is not None and model.config.architecture != "bitnet") or form.container != "gguf"
     plain = mixed and any(weight.codes is not None for weight in wanted.values() if weight.kind in LINEARS)
     offset = 1.0 if model.config.architecture == "gemma3_text" and form.container != "gguf" else 0.0
-    weights, losses = {}, []
-    for name, weight in wanted.items():
-        based = rebased(weight, offset) if weight.kind.endswith("norm") else weight
-        weights[name], loss = fit(based, form, requantize, dtypes, beside, plain)
-        losses += [loss] if loss is not None else []
-    return weights, losses
+    based = {name: rebased(wanted[name], offset) if wanted[name].kind.endswith("norm") else wanted[name] for name in names}
+    return {name: fit(weight, form, requantize, dtypes, beside, plain) for name, weight in based.items()}
 
 
 def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: PathLike | None, notes: list[str]) -> dict[str, Any]:
@@ -230,6 +253,11 @@ def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: P
     template = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, stored)
     raw = read_file(tokenizer_json, MAX_TOKENIZER_BYTES) if tokenizer_json is not None else checkpoint.tokenizer_json
     from_gguf = raw is None and stored.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
+    if tokenizer_json is not None and raw is not None:
+        try:
+            Tokenizer.from_json(raw, vocab_size)
+        except FormatError as error:
+            raise FormatError(f"{shown(tokenizer_json)}: {error}") from None
     if raw is None and not from_gguf:
         notes.append("the source has no tokenizer, so the target has none; --tokenizer names one")
     if form.container == "gguf":
@@ -267,20 +295,22 @@ def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: P
     return texts
 
 
-def _gguf_parts(model: Model, weights: Mapping[str, Weight], form: Format, keys: dict[str, Any]) -> tuple[bytes, _Chunks, int, int]:
-    head, order = gguf_write.layout(gguf.items(model, weights.values(), form), gguf.metadata_of(model, form, keys))
-    return head, ((item.chunks(), fill) for item, fill in order), len(head) + sum(item.nbytes + fill for item, fill in order), len(order)
-
-
-def _safetensors_parts(
-    model: Model, weights: Mapping[str, Weight], form: Format, texts: dict[str, str]
-) -> tuple[bytes, _Chunks, int, int, dict[str, str]]:
-    config = hf.config_of(model, form, weights)
-    names = hf.names_of(model, config, str(model.checkpoint.path))
-    texts = hf.documents(config, texts)
-    metadata = {"format": "mlx" if form.container == "mlx" else "pt"} | ({} if form.folder else texts)
-    head, order = safetensors.layout(hf.items(weights.values(), names, form), metadata, str(model.checkpoint.path))
-    return head, ((item.chunks(), 0) for item in order), len(head) + sum(item.nbytes for item in order), len(order), texts
+def _parts(
+    model: Model, weights: Mapping[str, Weight], form: Format, texts: dict[str, Any]
+) -> tuple[bytes, _Chunks, int, int, dict[str, Any]]:
+    """(what begins the file, its tensors' bytes, its length, their number, the texts with config.json where there is one)."""
+    if form.container == "gguf":
+        start, order = gguf_write.layout(gguf.items(model, weights.values(), form), gguf.metadata_of(model, form, texts))
+        filled: list[tuple[Any, int]] = list(order)
+    else:
+        config = hf.config_of(model, form, weights)
+        names = hf.names_of(model, config, str(model.checkpoint.path))
+        texts = hf.documents(config, texts)
+        metadata = {"format": "mlx" if form.container == "mlx" else "pt"} | ({} if form.folder else texts)
+        start, items = safetensors.layout(hf.items(weights.values(), names, form), metadata, str(model.checkpoint.path))
+        filled = [(item, 0) for item in items]
+    nbytes = len(start) + sum(item.nbytes + fill for item, fill in filled)
+    return start, ((item.chunks(), fill) for item, fill in filled), nbytes, len(filled), texts
 
 
 def _write(file: Any, head: bytes, tensors: _Chunks, nbytes: int, progress: Progress) -> None:
@@ -299,8 +329,9 @@ def _write(file: Any, head: bytes, tensors: _Chunks, nbytes: int, progress: Prog
 
 def _note_activations(model: Model, weights: Mapping[str, Weight], form: Format, notes: list[str]) -> None:
     """BitNet layers are trained with int8 activations, which plain numbers do not ask for."""
-    before = any(w.codes is not None for w in model.weights.values() if w.kind in LINEARS)
+    before = next((w.scheme for w in model.weights.values() if w.kind in LINEARS and w.codes is not None), None)
     after = any(w.codes is not None for w in weights.values() if w.kind in LINEARS)
     asks = form.container == "gguf" and model.config.architecture == "bitnet"  # whose masters are ternarized at load
     if before and not after and not asks:
-        notes.append("dense layers run with float32 activations, the ternary ones of the source with int8 activations per token")
+        how = "in groups" if before in INTEGERS else "per token"
+        notes.append(f"dense layers run with float32 activations, the {before} ones of the source with int8 activations {how}")

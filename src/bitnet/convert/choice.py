@@ -13,9 +13,12 @@ from bitnet.convert.calibrated import best_rows, best_threshold, output_error
 from bitnet.convert.formats import Format
 from bitnet.convert.gptq import ErrorFeedback
 from bitnet.convert.layerwise import Product, plain_product, walk
-from bitnet.convert.quantize import TABLES, Alpha, Ternarization, binary, integer, is_quantized, ternarized
-from bitnet.convert.source import F32, Model, Weight
-from bitnet.models import Checkpoint
+from bitnet.convert.quantize import GROUP, TABLES, Alpha, Ternarization, binary, fits, groups_of, integer, is_quantized, ternarized
+from bitnet.convert.source import F32, Model, Weight, from_codes
+from bitnet.errors import UsageError
+from bitnet.files import shown
+from bitnet.models import LINEARS, Checkpoint
+from bitnet.packing import INTEGERS
 
 LATENT = ("latent_weight", "weight_latent", "weight_fp", "master_weight")  # beside X.weight, as X.latent_weight: what it was trained from
 
@@ -46,7 +49,7 @@ def choose(
 
     def choose_one(weight: Weight, gram: F32 | None) -> Weight:
         name, alpha = weight.name, how.alpha_of(weight.name)
-        if weight.codes is not None or alpha == "keep":
+        if not _changes(weight, how):
             return weight
         stored, unit, head = scale_dtype(weight, form), how.unit(weight.kind), model.config.head_dim if weight.kind in "qkv" else 0
         taken: Alpha | None = None
@@ -82,6 +85,62 @@ def choose(
                 choose_one(weight, None)
     _note(model, wanted, scheme, how, notes)
     return wanted, choices
+
+
+def _changes(weight: Weight, how: Ternarization) -> bool:
+    return is_quantized(weight) and weight.codes is None and how.alpha_of(weight.name) != "keep"
+
+
+def stand_ins(model: Model, form: Format, scheme: str | None, how: Ternarization) -> dict[str, Weight]:
+    """For every weight that `choose` will change one of its shape with as many scales: so what the format does not hold is refused, and
+    the file's length known, before anything is computed."""
+    if scheme in (None, "fp16"):
+        return {}
+    found = {}
+    for name, weight in model.weights.items():
+        if not _changes(weight, how):
+            continue
+        rows, inputs = weight.shape
+        unit = _binary_unit(weight, form) if scheme == "binary" else how.unit(weight.kind) if scheme == "ternary" else GROUP
+        shape = (1 if unit == "tensor" else rows, groups_of(weight, unit))
+        scales = np.ones(shape, np.float32)
+        if scheme == "ternary":  # whose scales differ from their neighbours
+            scales += (np.arange(shape[0])[:, None] + np.arange(shape[1])) % 2
+        found[name] = from_codes(name, weight.shape, str(scheme), weight.where, lambda a, b, n=inputs: np.ones((b - a, n), np.int8), scales)  # type: ignore[misc]
+    return found
+
+
+def check(model: Model, form: Format, scheme: str | None, how: Ternarization, notes: list[str]) -> None:
+    """Raises UsageError for what `scheme` and `how` cannot mean for this model; a pattern that fits no layer of it is noted."""
+    c, layers = model.config, {name: weight for name, weight in model.weights.items() if is_quantized(weight)}
+    notes += [f"pattern {shown(repr(p))} fits no layer of this model" for p, _ in how.alphas if not any(fits(p, name) for name in layers)]
+    if scheme == "ternary" and form.weights == "q1_0" and any(_changes(weight, how) for weight in layers.values()):
+        raise UsageError(f"{form.name} is binary and holds no zeros; choose another format, such as gguf-tq2_0, or --quantization binary")
+    for name, weight in layers.items():
+        alpha, heads = how.alpha_of(name), {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}.get(weight.kind, 0)
+        if isinstance(alpha, tuple) and len(alpha) != heads:
+            wanted = f"{heads}, one for each head" if heads else "one number, for it has no heads"
+            raise UsageError(f"alpha of {name}: is a list of {len(alpha)}; expected {wanted}")
+        if scheme == "binary" and weight.scheme == "ternary" and weight.kind in LINEARS and alpha != "keep" and _has_zeros(weight):
+            raise UsageError(
+                f"{weight.where}: is ternary already, and binary has no place for its zeros; leave --quantization out to keep it as it is"
+            )
+
+
+def _has_zeros(weight: Weight) -> bool:
+    codes = weight.codes
+    return codes is not None and any(bool((codes(first, last) == 0).any()) for first, last in weight.spans())
+
+
+def dequantized(model: Model, scheme: str | None) -> Model:
+    """int8, int4 and fp4 weights as the plain numbers that they stand for, where another scheme than theirs is asked for."""
+    if scheme is None:
+        return model
+    plain = {
+        name: replace(w, scheme="f32", codes=None, scales=None) if w.scheme in INTEGERS and w.scheme != scheme else w
+        for name, w in model.weights.items()
+    }
+    return replace(model, weights=plain)
 
 
 def _note(model: Model, wanted: dict[str, Weight], scheme: str | None, how: Ternarization, notes: list[str]) -> None:
@@ -134,4 +193,4 @@ def scale_dtype(weight: Weight, form: Format) -> str:
         return form.weights
     if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
         return weight.scheme if weight.scheme in ("f32", "bf16") else "f16"
-    return "f16" if form.container == "mlx" else form.scale
+    return "f16" if form.container == "mlx" else "reciprocal" if form.weights == "bitlinear" else form.scale

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.formats import Format
-from bitnet.convert.quantize import TABLES, rounded
+from bitnet.convert.quantize import GROUP, TABLES, rounded
 from bitnet.convert.source import F32, Weight, from_codes, simplest
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import LINEARS
@@ -57,20 +57,24 @@ def fit(weight: Weight, form: Format, requantize: bool, dtypes: Sequence[str], b
     if (weight.kind in TABLES and not coded) or (plain and not coded):
         return _as_stored(weight, form, dtypes)
     if form.integer and coded and weight.scheme == form.integer:
-        return weight, None
+        return _integers(weight, form), None
     if weight.kind in TABLES and (form.container in ("hf", "safetensors") or form.weights == "i2_s"):
         return _dense(weight, dtypes, requantize)
     if not coded and weight.scheme == form.weights:
         return weight, None  # the same blocks
     if form.integer:
         if weight.scheme != form.integer:
-            todo = "choose a ternary format" if coded else f"add --quantization {form.integer}"
+            ternary = coded and weight.scheme not in INTEGERS
+            todo = "choose a ternary format, which keeps it as it is" if ternary else f"add --quantization {form.integer}"
             raise UsageError(f"{weight.where}: is {weight.scheme}; {form.name} holds {form.integer}: {todo}")
         return weight, None
     if not coded:
         weight = three_valued(weight)
     if weight.scheme in INTEGERS:
-        raise UsageError(f"{form.name} holds ternary weights, not {weight.scheme}; choose --format gguf")
+        raise UsageError(
+            f"{weight.where}: is {weight.scheme}, and {form.name} holds ternary weights, not {weight.scheme}; choose --format "
+            f"hf-{weight.scheme}, or to make it ternary add --quantization ternary"
+        )
     return _packed(weight, form, requantize, beside)
 
 
@@ -126,6 +130,20 @@ def _packed(weight: Weight, form: Format, requantize: bool, beside: bool) -> tup
     return _requantized(weight, scales, form, block)
 
 
+def _integers(weight: Weight, form: Format) -> Weight:
+    """int8, int4 or fp4 in a format that has an f16 scale for 32 inputs: coarser ones are repeated."""
+    scales, codes, (rows, inputs) = weight.scales, weight.codes, weight.shape
+    assert scales is not None and codes is not None
+    groups = inputs // GROUP
+    if inputs % GROUP or groups % scales.shape[1] or not np.array_equal(rounded(scales, "f16"), scales):
+        raise InexactError(
+            f"{weight.where}: has scales that {form.name} cannot hold (f16, one for {GROUP} inputs). Choose a dense format, or round it "
+            f"anew: convert to hf-dense-f32, then that with --quantization {weight.scheme}"
+        )
+    fine = np.repeat(np.broadcast_to(scales, (rows, scales.shape[1])), groups // scales.shape[1], axis=1)
+    return from_codes(weight.name, weight.shape, weight.scheme, weight.where, codes, fine)
+
+
 def _merged(scales: F32, block: int, inputs: int) -> tuple[F32, bool]:
     """(scales of whole blocks, or of finer groups that blocks divide; whether they are still the same)."""
     if scales.shape == (1, 1):
@@ -159,20 +177,7 @@ def holds(scales: F32, form: Format, beside: bool) -> bool:
 
 def stored_scales(scales: F32, form: Format) -> F32:
     """The scales that are read back when these are written into their places."""
-    if form.weights == "bitlinear":
-        with np.errstate(all="ignore"):
-            return np.asarray(np.float32(1) / divisor(scales), np.float32)
-    return rounded(scales, form.scale)
-
-
-def divisor(scales: F32) -> F32:
-    """float32 whose reciprocal is `scales`, or the nearest to that: the weight_scale of linear class bitlinear."""
-    with np.errstate(all="ignore"):
-        best = np.asarray(np.float32(1) / scales, np.float32)
-        for candidate in (np.nextafter(best, np.float32(0)), np.nextafter(best, np.float32(np.inf))):
-            better = np.abs(np.float32(1) / candidate - scales) < np.abs(np.float32(1) / best - scales)
-            best = np.where(better, candidate, best)
-    return np.asarray(best, np.float32)
+    return rounded(scales, "reciprocal" if form.weights == "bitlinear" else form.scale)
 
 
 def _requantized(weight: Weight, scales: F32, form: Format, block: int) -> tuple[Weight, Loss]:

@@ -70,11 +70,12 @@ FORMATS = {form.name: form for form in _ALL}
 assert set(_GGUF) <= {*CODES, *PLAIN, "q8_0", "q4_0"} and set(CODES.values()) <= set(BLOCKS)
 
 
-def choose(name: str | None, target: PathLike, quantization: str | None, group: int) -> Format:
+def choose(name: str | None, target: PathLike, quantization: str | None, group: int, biases: bool = False) -> Format:
     """The format called `name`, or the one that the target's name asks for.
 
-    quantization: the scheme that weights are brought into, or None; group: the smallest run of inputs that share a scale in the source,
-    0 for none. Raises UsageError for a name that is none.
+    quantization: the scheme that weights are brought into or have, None for ternary or plain ones; group: the smallest run of inputs that
+    share a scale, 0 for none; biases: whether linear layers have some, which `transformers` runs right in linear class bitlinear only.
+    Raises UsageError for a name that is none.
     """
     if name is None:
         suffix = os.path.splitext(os.fspath(target))[1].lower()
@@ -83,6 +84,8 @@ def choose(name: str | None, target: PathLike, quantization: str | None, group: 
             name = f"{name}-dense-f16"
         elif name != "gguf" and quantization in INTEGERS:
             name = f"{name}-{quantization}"
+        elif name == "hf" and biases:
+            name = "hf-bitlinear"
     if name == "gguf":
         if quantization == "fp4":
             raise UsageError("GGUF has no fp4 with scales that are not powers of two; write a folder or .safetensors, or take int4")

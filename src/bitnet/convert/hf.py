@@ -13,9 +13,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet.convert.fit import divisor
 from bitnet.convert.formats import MLX_GROUP, Format
-from bitnet.convert.quantize import rounded
+from bitnet.convert.quantize import divisor, rounded
 from bitnet.convert.source import CHUNK, Model, Weight
 from bitnet.errors import UnsupportedModelError
 from bitnet.files.safetensors import Item

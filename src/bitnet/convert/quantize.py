@@ -67,8 +67,7 @@ class Ternarization:
 
     def alpha_of(self, name: str) -> Alpha:
         """Of the layer with this canonical name."""
-        names = _names(name)
-        found = next((alpha for pattern, alpha in self.alphas if any(fnmatchcase(n, pattern) for n in names)), None)
+        found = next((alpha for pattern, alpha in self.alphas if fits(pattern, name)), None)
         if found is not None:
             return found
         return ALPHAS[name.rsplit(".", 1)[-1]] if self.alpha is None else self.alpha
@@ -81,6 +80,11 @@ class Ternarization:
     def unit(self, kind: str) -> str | int:
         """What shares a scale in a weight of this kind."""
         return "row" if self.scale == "tensor" and kind in TABLES else self.scale
+
+
+def fits(pattern: str, name: str) -> bool:
+    """Whether a pattern means the layer with this canonical name."""
+    return any(fnmatchcase(n, pattern) for n in _names(name))
 
 
 def _names(name: str) -> tuple[str, ...]:
@@ -269,13 +273,26 @@ def _integers(values: F32, scheme: str) -> tuple[I8, F32]:
 
 
 def rounded(scales: F32, stored: str) -> F32:
-    """Scales as `stored` holds them."""
+    """Scales as `stored` holds them: "f16", "bf16", "f32", or as the "reciprocal" of a float32."""
     if stored == "f16":
         with np.errstate(over="ignore"):
             return scales.astype(np.float16).astype(np.float32)
     if stored == "bf16":
         return (bf16_bits(scales).astype(np.uint32) << np.uint32(16)).view(np.float32)
+    if stored == "reciprocal":
+        with np.errstate(all="ignore"):
+            return np.asarray(np.float32(1) / divisor(scales), np.float32)
     return scales
+
+
+def divisor(scales: F32) -> F32:
+    """float32 whose reciprocal is `scales`, or the nearest to that: the weight_scale of linear class bitlinear."""
+    with np.errstate(all="ignore"):
+        best = np.asarray(np.float32(1) / scales, np.float32)
+        for candidate in (np.nextafter(best, np.float32(0)), np.nextafter(best, np.float32(np.inf))):
+            better = np.abs(np.float32(1) / candidate - scales) < np.abs(np.float32(1) / best - scales)
+            best = np.where(better, candidate, best)
+    return np.asarray(best, np.float32)
 
 
 def grouped(values: NDArray[Any], groups: int) -> NDArray[Any]:

@@ -28,7 +28,9 @@ from bitnet.packing import INTEGERS
 
 DESTROYED = 2.0  # times the perplexity: what was learned is gone
 NOTICEABLE = 1.05
+ENOUGH = 256  # tokens: with some 3 nats of deviation for each, their mean is known to 0.2, and ln 2 = 0.69 stands out
 MOVED = 0.2  # of their norm: what weights of a model that was not trained for it seldom survive
+REPORT_BYTES, LAYER_BYTES = 1 << 18, 1 << 12  # of both files at most: the picture and what does not grow, and a layer's numbers
 KINDS = ("embedding", *LINEARS, "head")
 _MATPLOTLIB = "the picture needs matplotlib, which is not installed (pip install matplotlib): the report has its numbers"
 
@@ -113,7 +115,9 @@ def means(layers: list[Layer]) -> list[dict[str, Any]]:
 
 
 def table(layers: list[Layer]) -> list[str]:
-    """For the terminal."""
+    """For the terminal; nothing where nothing was quantized."""
+    if not layers:
+        return []
     calibrated = any(layer.output_error is not None for layer in layers)
     lines = [f"{'':10} {'tensors':>7} {'weights':>13} {'zeros':>7} {'bits/weight':>11} {'weight error':>12}" + " output error" * calibrated]
     for row in means(layers):
@@ -123,8 +127,11 @@ def table(layers: list[Layer]) -> list[str]:
     return lines
 
 
-def verdict(layers: list[Layer], scheme: str, before: float | None = None, after: float | None = None) -> str:
-    """In a line: whether the model lives. before, after: perplexities on the same text, if they were measured."""
+def verdict(
+    layers: list[Layer], scheme: str, before: float | None = None, after: float | None = None, tokens: int = 0, vocabulary: int = 0
+) -> str:
+    """In a line: whether the model lives. before, after: perplexities on the same text of so many tokens, if they were measured;
+    vocabulary: the perplexity of chance. Both are 0 where they are not known."""
     heal = "train it further as a ternary model (bitnet train), which heals what conversion breaks"
     if scheme in ("int4", "fp4"):
         heal = "take int8"
@@ -135,7 +142,13 @@ def verdict(layers: list[Layer], scheme: str, before: float | None = None, after
     elif scheme == "ternary":
         heal += ", or take --quantization int4"
     if before is not None and after is not None:
-        change = f"perplexity {before:,.2f} -> {after:,.2f} ({after / before:,.2f} x)"
+        change = f"perplexity {_short(before)} -> {_short(after)} ({_short(after / before)} x)" + (
+            f" over {tokens:,} tokens" if tokens else ""
+        )
+        if 0 < tokens < ENOUGH:
+            return f"{change}: too few to say what {scheme} costs; --evaluate a longer text"
+        if vocabulary and not before < vocabulary:
+            return f"{change}: the source itself is no better than chance here, so this says nothing about what {scheme} costs"
         if not after < DESTROYED * before:
             return f"{change}: {scheme} destroys this model. {heal[0].upper()}{heal[1:]}"
         return f"{change}: {scheme} {'costs this model something' if after > NOTICEABLE * before else 'keeps this model'}"
@@ -148,6 +161,10 @@ def verdict(layers: list[Layer], scheme: str, before: float | None = None, after
     return f"{scheme} moved these weights by {moved:.1%} of their norm; --evaluate FILE measures what that costs"
 
 
+def _short(number: float) -> str:
+    return f"{number:,.2f}" if number < 1e9 else f"{number:.1e}"
+
+
 def record(layers: list[Layer]) -> dict[str, Any]:
     """As plain values. "alphas" is what --alpha-config takes."""
     alphas = {layer.name: layer.alpha for layer in layers if layer.alpha is not None}
@@ -157,6 +174,10 @@ def record(layers: list[Layer]) -> dict[str, Any]:
 def check_place(path: Path, target: Path) -> None:
     """Raises UsageError, before anything is done, where the report and its picture cannot go or another file would be lost."""
     folder = path.absolute().parent
+    if len(os.fsencode(path.name)) > 255:
+        raise UsageError(
+            f"{shown(path.name)}: is a name of {len(os.fsencode(path.name))} bytes; expected at most 255: name another --report"
+        )
     if path.suffix.lower() == ".png" or path.absolute() == target.absolute():
         what = "the picture's name" if path.suffix.lower() == ".png" else "the target itself"
         raise UsageError(f"{shown(path)}: is {what}; the report is JSON, name it so (TARGET.report.json is the default)")

@@ -41,8 +41,8 @@ class Score:
     mean_probability: float  # that the tokens had: the share that sampling would get right
 
 
-def read_text(path: Path, max_bytes: int | None = None) -> str:
-    """The file's text, or of its first `max_bytes` as many whole characters as fit.
+def read_text(path: Path, max_bytes: int | None = None, option: str = "--data") -> str:
+    """The file's text, or of its first `max_bytes` as many whole characters as fit. `option`: what named it.
 
     Raises `UsageError` if it cannot be read or `max_bytes` < 1, `FormatError` if it is empty or not UTF-8.
     """
@@ -52,7 +52,7 @@ def read_text(path: Path, max_bytes: int | None = None) -> str:
         with path.open("rb") as file:
             data = file.read() if max_bytes is None else file.read(max_bytes + 1)
     except OSError as error:
-        raise UsageError(f"{path}: cannot be read as text: {error.strerror}; --data takes text files") from None
+        raise UsageError(f"{path}: cannot be read as text: {error.strerror}; {option} takes text files") from None
     if max_bytes is not None and len(data) > max_bytes:
         cut = max_bytes
         while cut > 0 and data[cut] & 0xC0 == 0x80:  # data[cut] continues a character
