@@ -21,7 +21,7 @@ from bitnet.convert.source import read
 from bitnet.errors import UsageError
 from bitnet.models import open_checkpoint
 from bitnet.packing import INTEGERS
-from bitnet.ternary import quantize_binary, quantize_fp4, quantize_int4, quantize_int8
+from bitnet.ternary import quantize_binary, quantize_fp4, quantize_int4, quantize_int8, ternarize
 
 
 @pytest.fixture
@@ -162,6 +162,66 @@ def test_binary_sources(tmp_path: Path, source: Path) -> None:
         said = [note for note in report.notes if "no zeros for any alpha below 1" in note]
         assert (min(zeros) > 0.2 and not said) if latent else (max(zeros) == 0 and len(said) == 1)
         assert any("took the latent weights of 7 layers" in note for note in report.notes) == latent
+
+
+@pytest.mark.parametrize(("every", "scale", "form", "lost"), [
+    ("row", "tensor", "hf", "row"),
+    ("row", "row", "gguf-q2_0", ""),
+    ("row", 64, "gguf-q2_0", ""),
+    ("row", 256, "gguf-tq2_0", ""),
+    (128, "tensor", "hf", "group:128"),
+    (128, "row", "gguf-q2_0", "group:128"),
+    (128, 128, "gguf-q2_0", ""),
+    (64, 128, "gguf-q2_0", "group:64"),
+    (64, 64, "gguf-q2_0", ""),
+    (64, 32, "gguf-q2_0", ""),
+])  # fmt: skip
+def test_binary_sources_with_a_scale_for_less(
+    tmp_path: Path, source: Path, every: str | int, scale: str | int, form: str, lost: str
+) -> None:
+    """No zeros where what shares a scale shared one before; where it is more, small weights vanish, and the note says what keeps them."""
+    rng, tensors = np.random.default_rng(0), dict[str, Any]()
+    for name, tensor in safetensors.read(source / "model.safetensors").tensors.items():
+        tensors[name] = ("BF16", tensor.raw())
+        if "_proj" in name:
+            rows, inputs = tensor.shape
+            sizes = rng.choice(np.float32([0.25, 8]), (rows, 1 if every == "row" else inputs // int(every)))
+            tensors[name] = np.repeat(sizes, inputs // sizes.shape[1], axis=1) * rng.choice(np.float32([-1, 1]), tensor.shape)
+    safetensors.write(source / "model.safetensors", tensors)
+    how = Ternarization(alpha=0.9, scale=scale, alphas=(("embedding", "keep"),))
+    report = convert(
+        source, tmp_path / "t", format=None if form == "hf" else form, quantization="ternary", ternarization=how, allow_requantize=True
+    )
+    most = max(layer.zeros for layer in report.layers)
+    said = [note for note in report.notes if "weights of -s and +s" in note]
+    assert len(said) == 1 and ("yield no zeros" in said[0]) == (not lost) == (most == 0) and f"--scale {lost}" * bool(lost) in said[0]
+
+
+def test_a_packed_binary_source_says_so(tmp_path: Path) -> None:
+    """Trits without zeros are binary weights, whatever layer class holds them; our own binary folder, too."""
+    packed = packed_models.write(tmp_path / "packed", "qwen3", zeros=False)
+    convert(packed_models.write(tmp_path / "plain", "qwen3", trits=False), tmp_path / "own", quantization="binary")
+    for start, expected in ((packed, True), (tmp_path / "own", True), (packed_models.write(tmp_path / "ternary", "qwen3"), False)):
+        report = convert(start, tmp_path / f"{start.name}.gguf", quantization="ternary")
+        assert any("yield no zeros for any alpha below 1" in note for note in report.notes) == expected
+
+
+def test_latent_weights_beside_packed_rows_that_are_padded(tmp_path: Path) -> None:
+    """Packed rows come in fours; latent weights of the model's own number of rows are theirs, and of another shape they are not."""
+    source = packed_models.write(tmp_path / "source", "qwen3", zeros=False, intermediate_size=510)
+    tensors: dict[str, Any] = {}
+    for name, tensor in safetensors.read(source / "model.safetensors").tensors.items():
+        tensors[name] = ("BF16", tensor.raw()) if tensor.dtype == "BF16" else tensor.raw()
+    rng = np.random.default_rng(0)
+    latent = {"gate_proj": (510, 256), "up_proj": (510, 256), "down_proj": (256, 512)}
+    tensors |= {f"model.layers.0.mlp.{n}.latent_weight": rng.standard_normal(shape).astype(np.float32) for n, shape in latent.items()}
+    safetensors.write(source / "model.safetensors", tensors)
+    report = convert(source, tmp_path / "t.safetensors", quantization="ternary")
+    assert any("took the latent weights of 2 layers" in note for note in report.notes)
+    assert any("down_proj.latent_weight': has shape [256, 512], the layer [256, 510]" in note for note in report.notes)
+    trits = read(open_checkpoint(tmp_path / "t.safetensors")).weights
+    assert np.array_equal(trits["layers.0.up"].codes(0, 510), ternarize(tensors["model.layers.0.mlp.up_proj.latent_weight"], ALPHAS["up"]))
+    assert not (trits["layers.0.down"].codes(0, 256) == 0).any()
 
 
 def layer(name: str, error: float, zeros: float = 0.3, output: float | None = None) -> Layer:

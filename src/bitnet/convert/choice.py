@@ -13,13 +13,14 @@ from bitnet.convert.calibrated import best_rows, best_threshold, output_error
 from bitnet.convert.formats import Format
 from bitnet.convert.gptq import ErrorFeedback
 from bitnet.convert.layerwise import Product, plain_product, walk
-from bitnet.convert.quantize import GROUP, TABLES, Alpha, Ternarization, binary, fits, groups_of, integer, is_quantized, ternarized
+from bitnet.convert.quantize import GROUP, TABLES, Alpha, Ternarization, binary, fits, grouped, groups_of, integer, is_quantized, ternarized
 from bitnet.convert.source import F32, Model, Weight, from_codes
 from bitnet.errors import UsageError
 from bitnet.files import shown
 from bitnet.models import LINEARS, Checkpoint
 from bitnet.packing import INTEGERS
 
+_UNITS: tuple[str | int, ...] = ("tensor", "row", 128, 64)  # what may share a scale, each within those before it
 LATENT = ("latent_weight", "weight_latent", "weight_fp", "master_weight")  # beside X.weight, as X.latent_weight: what it was trained from
 
 
@@ -144,24 +145,46 @@ def dequantized(model: Model, scheme: str | None) -> Model:
 
 
 def _note(model: Model, wanted: dict[str, Weight], scheme: str | None, how: Ternarization, notes: list[str]) -> None:
+    if scheme != "ternary":
+        return
     had_codes = [w for w in model.weights.values() if w.codes is not None]
-    if had_codes and scheme == "ternary":
+    if had_codes:
         notes.append(f"{len(had_codes)} weights of the source are ternary or binary already and stay what they are")
-    linears = [w for name, w in wanted.items() if w is not model.weights[name] and w.kind not in TABLES]
-    if scheme == "ternary" and (
-        any(w.scheme == "binary" for w in had_codes)
-        or (linears and not had_codes and all(_two_valued(model.weights[w.name]) for w in linears))
-    ):
+    linears = [w for name, w in model.weights.items() if w.kind in LINEARS and (w.codes is not None or wanted[name] is not w)]
+    found = [_two_valued(w) for w in linears]
+    units = [unit for unit in found if unit is not None]
+    if not found or len(units) < len(found):
+        return
+    finest = max((unit for w, unit in zip(linears, units, strict=True) if w.codes is None), key=_UNITS.index, default="tensor")
+    fine = how.scale if how.scale in _UNITS else 64 if 64 % int(how.scale) == 0 else "row"
+    if _UNITS.index(fine) >= _UNITS.index(finest):
         notes.append(
             "weights of -s and +s yield no zeros for any alpha below 1: ternary formats hold them without a loss, and without a gain; "
             "only the weights that they were binarized from would (found none in the checkpoint)"
         )
+    else:
+        every, unit = (f"{finest} inputs", f"group:{finest}") if isinstance(finest, int) else (finest, finest)
+        notes.append(
+            f"weights of -s and +s, with an s for every {every}: what shares a scale here is more, so the small ones become zeros; "
+            f"--scale {unit} keeps them as they are"
+        )
 
 
-def _two_valued(weight: Weight) -> bool:
-    """Whether all of its weights are -s and +s, with one s for a row at least (looked up in its first rows)."""
-    size = np.abs(weight.values(0, min(16, weight.shape[0])))
-    return bool((size == size[:, :1]).all() and (size > 0).all())
+def _two_valued(weight: Weight) -> str | int | None:
+    """Over what all weights are -s and +s with one s, of the tensor, a row, 128 or 64 inputs the most; None where there is none.
+
+    Looked up in the first rows.
+    """
+    rows, inputs = min(16, weight.shape[0]), weight.shape[1]
+    if weight.codes is not None:
+        return None if (weight.codes(0, rows) == 0).any() else "tensor"
+    size = np.abs(weight.values(0, rows))
+    if not (size > 0).all():
+        return None
+    if (size == size[0, 0]).all():
+        return "tensor"
+    parts = {"row": 1} | {group: inputs // group for group in (128, 64) if inputs % group == 0}
+    return next((unit for unit, n in parts.items() if (grouped(size, n) == grouped(size, n)[:, :, :1]).all()), None)
 
 
 def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
@@ -171,14 +194,21 @@ def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
     for name in checkpoint.tensors:
         module, _, last = name.rpartition(".")
         if last in LATENT and f"{module}.weight" in tensors:
-            latent = tensors.pop(name)
-            if latent.shape == tensors[f"{module}.weight"].shape:
+            latent, run = tensors.pop(name), tensors[f"{module}.weight"]
+            padded = (-(-latent.shape[0] // 4) * 4, *latent.shape[1:]) if run.codec == "hf" and latent.shape else latent.shape
+            if run.shape in (latent.shape, padded):  # packed rows come in fours; read() compares with the model's own shape
                 tensors[f"{module}.weight"] = latent
                 found += 1
-    if not found:
+            else:
+                notes.append(
+                    f"{latent.where}: has shape {list(latent.shape)}, the layer {list(run.shape)}: these latent weights are not taken"
+                )
+    if len(tensors) == len(checkpoint.tensors):
         return checkpoint
-    notes.append(f"took the latent weights of {found} layers, which the checkpoint has beside those that it runs")
-    config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    config = checkpoint.config
+    if found:
+        notes.append(f"took the latent weights of {found} layers, which the checkpoint has beside those that it runs")
+        config = {key: value for key, value in config.items() if key != "quantization_config"}
     return replace(checkpoint, tensors=tensors, config=config)
 
 
