@@ -16,7 +16,7 @@ from packed_models import safetensors
 from bitnet.cli import cli
 from bitnet.convert import Ternarization, convert
 from bitnet.convert.quantize import ALPHAS, read_alphas
-from bitnet.convert.report import Layer, draw, means, table, verdict
+from bitnet.convert.report import Layer, draw, means, record, table, verdict
 from bitnet.convert.source import read
 from bitnet.errors import UsageError
 from bitnet.models import open_checkpoint
@@ -74,6 +74,9 @@ def test_yaml_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ('{"q": true}', "alpha of 'q' is True"),
     ('{"layers.0.querry": 0.1}', "pattern 'layers.0.querry' fits no layer's name"),
     ("{: [", "is neither JSON nor YAML"),
+    ('{"q": 0.1, "k": 0.2, "q": 0.3}', "has 'q' twice, and only one can hold"),
+    ("q: 0.1\nq: 0.3\n", "has 'q' twice, and only one can hold"),
+    ('{"means": [], "alphas": {}}', "is a report without alphas, for its method or scheme has none"),
 ])  # fmt: skip
 def test_alpha_files_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:
     (tmp_path / "a.json").write_text(content)
@@ -308,6 +311,29 @@ def test_the_command_reports(tmp_path: Path, source: Path) -> None:
     assert again.exit_code == 0, again.output
     one, other = (read(open_checkpoint(tmp_path / name)).weights for name in "tu")
     assert all(np.array_equal(one[n].codes(0, 256), other[n].codes(0, 256)) for n in one if one[n].codes is not None)
+
+
+@pytest.mark.parametrize("alone", [False, True])
+def test_a_report_of_auto_says_how_the_embedding_was_chosen(tmp_path: Path, source: Path, alone: bool) -> None:
+    """Used again it gives the same model, without calibration text."""
+    text = np.array([packed_models.IDS], np.int32)
+    first = convert(source, tmp_path / "t", quantization="ternary", ternarization=Ternarization(alpha="auto"), calibration=text)
+    (tmp_path / "r.json").write_text(json.dumps(record(first.layers)))
+    how = Ternarization(alphas=read_alphas(tmp_path / "r.json"))
+    assert how.alpha_of("embedding") == "auto" and not how.calibrated
+    start = source
+    if alone:
+        (tmp_path / "alone").mkdir()
+        start = (source / "model.safetensors").rename(tmp_path / "alone" / "m.safetensors")
+    report = convert(start, tmp_path / "u.safetensors", quantization="ternary", ternarization=how)
+    assert {layer.name: layer.rule for layer in report.layers}["embedding"] == "least error"
+    if alone:
+        for name in ("config.json", "tokenizer.json"):
+            (source / name).rename(tmp_path / name)
+    one, other = (read(open_checkpoint(tmp_path / name)).weights for name in ("t", "u.safetensors"))
+    rows = packed_models.VOCABULARY
+    assert np.array_equal(one["embedding"].values(0, rows), other["embedding"].values(0, rows))
+    assert all(np.array_equal(w.codes(0, 64), other[name].codes(0, 64)) for name, w in one.items() if w.codes is not None)
 
 
 @pytest.mark.parametrize(("words", "message"), [

@@ -58,8 +58,8 @@ def choose(
             made, rule = binary(weight, _binary_unit(weight, form), stored), "binary"
         elif scheme != "ternary":
             made, rule = integer(weight, str(scheme)), str(scheme)
-        elif how.calibrated and gram is None and (feedback is not None or alpha == "auto"):  # a table
-            made, rule = best_rows(weight, unit, stored), "least error"
+        elif gram is None and (feedback is not None or alpha == "auto"):  # a table
+            made, rule, taken = best_rows(weight, unit, stored), "least error", "auto" if alpha == "auto" else None
         elif feedback is not None:
             assert gram is not None
             made, rule = feedback.ternary(weight, gram, unit, stored), "gptq"

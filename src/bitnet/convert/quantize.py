@@ -75,7 +75,8 @@ class Ternarization:
     @property
     def calibrated(self) -> bool:
         """Whether it needs to know the layers' inputs."""
-        return self.method == "gptq" or self.alpha == "auto" or any(alpha == "auto" for _, alpha in self.alphas)
+        listed = any(alpha == "auto" and pattern != "embedding" for pattern, alpha in self.alphas)  # of which the rows are what counts
+        return self.method == "gptq" or self.alpha == "auto" or listed
 
     def unit(self, kind: str) -> str | int:
         """What shares a scale in a weight of this kind."""
@@ -118,16 +119,30 @@ def read_alphas(path: PathLike) -> tuple[tuple[str, Alpha], ...]:
 
     Raises UsageError for another content, and for YAML without pyyaml.
     """
-    raw, where = read_file(path, 1 << 20), shown(path)
+    raw, where = read_file(path, 1 << 24), shown(path)
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        _refuse_twice([key for key, _ in pairs], where)
+        return dict(pairs)
+
     try:
-        found = json.loads(raw)
+        found = json.loads(raw, object_pairs_hook=once)
     except ValueError:
         found = _yaml(raw, where)
     if not isinstance(found, dict) or not found or not all(isinstance(pattern, str) for pattern in found):
         raise UsageError(f'{where}: expected an object of patterns and alphas, such as {{"layers.0.*": 0.1, "*": 0.06}}')
-    found = found["alphas"] if isinstance(found.get("alphas"), dict) else found  # of a report
+    if isinstance(found.get("alphas"), dict):  # of a report
+        found = found["alphas"]
+        if not found:
+            raise UsageError(f"{where}: is a report without alphas, for its method or scheme has none; ask for that again, or name alphas")
     check_patterns(found, where)
     return tuple((pattern, _check_alpha(f"{where}: alpha of {shown(repr(pattern))}", alpha)) for pattern, alpha in found.items())
+
+
+def _refuse_twice(keys: list[Any], where: str) -> None:
+    twice = next((key for at, key in enumerate(keys) if key in keys[:at]), None)
+    if twice is not None:
+        raise UsageError(f"{where}: has {shown(repr(twice))} twice, and only one can hold; leave one of the two out")
 
 
 def check_patterns(patterns: Iterable[str], where: str) -> None:
@@ -146,6 +161,8 @@ def _yaml(raw: bytes, where: str) -> Any:
     except ImportError:
         raise UsageError(f"{where}: is no JSON, and to read YAML pyyaml must be installed (pip install pyyaml)") from None
     try:
+        root = yaml.compose(raw, Loader=yaml.SafeLoader)
+        _refuse_twice([key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else [], where)
         return yaml.safe_load(raw)
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise UsageError(f"{where}: is neither JSON nor YAML ({shown(' '.join(str(error).split()))})") from None

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from bitnet.convert import hf
+from bitnet.convert.calibrated import best_rows
 from bitnet.convert.choice import Choice, scale_dtype
 from bitnet.convert.fit import Loss, fit
 from bitnet.convert.formats import Format
@@ -69,7 +70,11 @@ def made_ternary(
         weight = before[name] = Weight(name, tensor.shape, tensor.scheme, tensor.where, tensor.dense_rows)
         if name != tensor.name and (alpha := how.alpha_of(name)) != "keep":
             choices[name] = Choice(how.method, alpha if how.method == "threshold" else None)
-            weight = ternarized(weight, how, scale_dtype(weight, form))
+            stored = scale_dtype(weight, form)
+            if alpha == "auto":  # of the embedding: Ternarization.calibrated
+                choices[name], weight = Choice("least error", alpha), best_rows(weight, how.unit(weight.kind), stored)
+            else:
+                weight = ternarized(weight, how, stored)
         after[name], loss = fit(weight, form, requantize, [tensor.scheme, "bf16", "f16", "f32"], beside=False, plain=True)
         losses += [loss] if loss is not None else []
     return before, after, choices, losses
