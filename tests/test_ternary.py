@@ -41,6 +41,21 @@ def test_the_default_alpha_zeroes_about_three_percent_of_a_normal_matrix() -> No
     assert (t == 0).mean() == pytest.approx(0.0318, abs=0.001)
 
 
+@pytest.mark.filterwarnings("error")
+def test_ternarize_takes_what_overflows_in_a_sum() -> None:
+    assert bitnet.ternarize(np.array([1e308, 1e308, -1e308, 1e300])).tolist() == [1, 1, -1, 0]
+    assert bitnet.ternarize(np.full(1000, 6e4, np.float16)).tolist() == [1] * 1000
+
+
+def test_ternarize_takes_float8_and_refuses_meta() -> None:
+    torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
+    for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
+        found = bitnet.ternarize(torch.tensor([0.5, -0.5, 0.0, 0.01]).to(dtype), alpha=0.5)
+        assert found.dtype == dtype and found.float().tolist() == [1, -1, 0, 0]
+    with pytest.raises(UsageError, match="are on torch's device meta, which holds no values; load them first"):
+        bitnet.ternarize(torch.ones(3, device="meta"))
+
+
 def test_ternarize_takes_torch_tensors() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):

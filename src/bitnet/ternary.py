@@ -51,13 +51,18 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
         raise UsageError(f"ternarize: the weights are of dtype {w.dtype}; expected floating point")
     if (w.numel() if is_torch else w.size) == 0:
         raise UsageError(f"ternarize: the weights are empty (shape {tuple(w.shape)})")
+    if is_torch and w.device.type == "meta":
+        raise UsageError("ternarize: the weights are on torch's device meta, which holds no values; load them first")
     wide: Any = w.detach().double() if is_torch else w.astype(np.float64)
-    mean = float(abs(wide).mean())
-    if not np.isfinite(mean):
+    size = abs(wide)
+    most = float(size.max())
+    if not np.isfinite(most):
         raise UsageError("ternarize: the weights hold NaN or infinity; expected finite values")
-    threshold = alpha * mean
-    if is_torch:
-        return (wide > threshold).to(w.dtype) - (wide < -threshold).to(w.dtype)
+    with np.errstate(over="ignore"):
+        mean = float(size.mean())
+    threshold = alpha * (mean if np.isfinite(mean) else float((size / most).mean()) * most)  # whose sum no float64 may hold
+    if is_torch:  # by way of float32: not every dtype subtracts
+        return ((wide > threshold).float() - (wide < -threshold).float()).to(w.dtype)
     return (wide > threshold).astype(w.dtype) - (wide < -threshold).astype(w.dtype)
 
 

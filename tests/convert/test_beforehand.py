@@ -14,7 +14,7 @@ from packed_models import safetensors, write
 
 from bitnet.convert import InexactError, Ternarization, convert, target
 from bitnet.convert.source import read
-from bitnet.errors import BitNetError, UsageError
+from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.models import LINEARS, open_checkpoint
 
 TEXT = np.array([packed_models.IDS], np.int32)
@@ -189,3 +189,17 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     (tmp_path / "alone.safetensors").write_bytes((write(tmp_path / "dense", trits=False) / "model.safetensors").read_bytes())
     with pytest.raises(UsageError, match=r"alone.safetensors: has no config.json, so no tokenizer is written; put config.json there"):
         convert(tmp_path / "alone.safetensors", tmp_path / "B.bin", quantization="ternary", tokenizer_json=tmp_path / "none.json")
+
+
+@pytest.mark.parametrize("form", ["hf-dense-f32", "gguf-f32"])
+def test_nan_is_called_by_its_name(tmp_path: Path, form: str) -> None:
+    """A norm, and a matrix that is kept; the source's tensor is named, not what was being written."""
+    for name in ("model.norm.weight", "model.layers.0.mlp.up_proj.weight"):
+        source = write(tmp_path / name, "qwen3", trits=False)
+        stored = safetensors.read(source / "model.safetensors").tensors
+        values = stored[name].dense().copy()
+        values.flat[3] = np.nan
+        safetensors.write(source / "model.safetensors", {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: values})
+        with pytest.raises(FormatError, match=rf"{name}/model.safetensors: tensor '{name}': holds NaN; the file is damaged"):
+            convert(source, tmp_path / "out", format=form)
+    assert not (tmp_path / "out").exists()

@@ -18,7 +18,7 @@ import numpy as np
 from bitnet.chat import find_template
 from bitnet.convert.source import F32, Model, Weight, read
 from bitnet.convert.tokenizer import ends_of
-from bitnet.errors import BitNetError
+from bitnet.errors import BitNetError, FormatError
 from bitnet.models import Checkpoint, ModelConfig, open_checkpoint
 from bitnet.models.rope import Rope
 
@@ -86,7 +86,15 @@ def _compare(expected: Weight, found: Weight) -> None:
                 else np.array_equal(a, b)
             )
         if not same:
+            if not coded:
+                refuse_nan(expected, first, last)
             raise NotTheSameError(f"{found.where}: differs from the source between rows {first} and {last}")
+
+
+def refuse_nan(weight: Weight, first: int, last: int) -> None:
+    """Raises FormatError where what differs from itself is the source's NaN."""
+    if np.isnan(weight.values(first, last)).any():
+        raise FormatError(f"{weight.where}: holds NaN; the file is damaged or training diverged")
 
 
 def _expanded(scales: F32, other: F32) -> F32:
