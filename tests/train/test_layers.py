@@ -130,6 +130,17 @@ def test_lambda_leads_from_full_precision_to_the_layer_itself() -> None:
     assert layer.weight.grad is not None and torch.isfinite(layer.weight.grad).all()
 
 
+def test_clip_holds_while_lambda_rises() -> None:
+    layer = TernaryLinear(48, 20, bias=False, quantization=Quantization(clip=0.05))
+    gradients = []
+    for share in (torch.tensor(1.0), None):
+        layer.weight.grad = None
+        set_blend(layer, share)
+        layer(X).square().sum().backward()
+        gradients.append(layer.weight.grad)
+    assert torch.allclose(*gradients, rtol=1e-4, atol=1e-4) and not gradients[0][layer.weight.abs() > 0.05].any()
+
+
 def test_sub_norm_and_embedding() -> None:
     layer = TernaryLinear(48, 20, sub_norm=True)
     plain = TernaryLinear(48, 20)

@@ -220,7 +220,9 @@ class TernaryLinear(nn.Linear):
         return y if self.bias is None else y + self.bias
 
     def _blended(self, x: Tensor, quantized: Tensor, share: Tensor) -> Tensor:
-        w = self.weight + share * (quantized - self.weight.detach())
+        masters, clip = self.weight, self.quantization.clip
+        through = masters if clip is None else torch.where(masters.detach().abs() <= clip, masters, masters.detach())
+        w = through + share * (quantized - masters.detach())
         if self.quantization.activations == "int8":
             q, most = int8_rows(x.detach().float())
             x = x + share.to(x.dtype) * ((q * (most / 127.0)).to(x.dtype) - x.detach())
