@@ -135,8 +135,8 @@ def test_a_resumed_run_is_the_uninterrupted_one(corpus: Path, tmp_path: Path, mo
     class Cut(BaseException):
         pass
 
-    def cut(out: Path, step: int, state: dict[str, Any]) -> Path:
-        path = save(out, step, state)
+    def cut(out: Path, step: int, state: dict[str, Any], good_step: int) -> Path:
+        path = save(out, step, state, good_step)
         if step == 4:
             (out / "checkpoint-6.pt").write_bytes(b"PK half a checkpoint")  # as a failing disk would leave it
             raise Cut
@@ -256,6 +256,28 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ("lora_dropout: 1.5\nrank: 4\nbase_model: x", "lora_dropout is 1.5; expected at least 0 and at most 0.99"),
         ("rank: 4\nquantize: int4\nbase_model: x", "quantize is 'int4'; expected one of ternary, none"),
         ("quantization: {scale: groups}", "scale is 'groups'; expected tensor, row"),
+        ("quantization: {scale: 32}", "did you mean group:32?"),
+        ("quantization: {scale: rows}", "did you mean row?"),
+        ("training: {steps: 6, blend_steps: 6}", "training.blend_steps is 6; expected less than the 6 steps"),
+        ("name: a\nname: b\ncontext: 8", "line 2: is no YAML (the key name is there twice)"),
+        ("task: [a]", "task is ['a']; expected text"),
+        ("temperature: " + "9" * 400, "temperature is inf; expected above 0"),
+        ("name: " + "[" * 5000, "is no YAML"),
+        ('name: "a\x07"', "is no YAML (unacceptable character #x0007"),
+        ("seed: 1" + "0" * 24, "expected at least 0 and at most 9,223,372,036,854,775,807"),
+        ("training: {batch_tokens: 1" + "0" * 20 + "}", "expected at least 1 and at most 1,000,000,000"),
+        ("tokenizer_texts: {a: 1.0e+300}", "tokenizer_texts.a is 1e+300; expected at least 0 and at most 1,000"),
+        ("matrix_lr: 1", "unknown key matrix_lr; did you mean training.matrix_lr?"),
+        ("lerning_rate: 1", "did you mean training.matrix_lr?"),
+        ("base_model: x\nr: 8", "unknown key r; did you mean rank?"),
+        ("rank: 4\ntask: pretrain\ncontext: 64", "rank does nothing in task pretrain, which takes scheme,"),
+        ("base_model: x\nrank: 4\nscheme: fp16", "scheme does nothing in task lora, which takes base_model, rank, alpha, quantize,"),
+        ("quantization: {layers: '*.mlp.*'}", "quantization.layers does nothing in task pretrain"),
+        ("base_model: x\nquantization: {alphas: article, rule: threshold}", "quantization.alphas says what quantization.rule would"),
+        ("base_model: x\nscheme: binary\nquantization: {alphas: article}", "quantization.alphas are of ternary layers"),
+        ("base_model: x\nlabels: {0: no, 1: yes}", "labels.0 is False, as YAML reads yes and no; expected text: put it in quotes"),
+        ("base_model: x\nlabels: {0: a, 1: a}", "expected two or more, each with a word of its own"),
+        ("base_model: x\nlabels: {0: a}", "expected two or more, each with a word of its own"),
     ],
 )
 def test_a_bad_recipe_costs_one_line(tmp_path: Path, text: str, said: str) -> None:
@@ -276,7 +298,12 @@ def test_changes_on_the_command_line(tmp_path: Path) -> None:
     path.write_text(yaml.safe_dump(MINI))
     recipe = Recipe.load(path, ["scheme=binary", "training.checkpoint_every=7", "training.matrix_lr=1e-3", "quantization.scale=row"])
     assert (recipe.scheme, recipe.training.checkpoint_every, recipe.training.matrix_lr) == ("binary", 7, 0.001)
-    for change, said in (("scheme", "expected KEY=VALUE"), ("training.stps=1", "did you mean training.steps"), ("seed.x=1", "has no keys")):
+    for change, said in (
+        ("scheme", "expected KEY=VALUE"),
+        ("training.stps=1", "did you mean training.steps"),
+        ("seed.x=1", "has no keys"),
+        ("x=[", "the value is no YAML"),
+    ):
         with pytest.raises(UsageError, match=said):
             Recipe.load(path, [change])
 
@@ -436,8 +463,12 @@ def test_packed_masters_ternarize_to_themselves(trained: dict[str, Path]) -> Non
     from bitnet import ternary
 
     packed, dense = Base(str(trained["ternary"] / "model")), Base(str(trained["ternary"] / "model"), packed=False)
-    assert len(dense.masters) == 14 and not packed.masters
-    for name in dense.masters:
+    assert len(dense.scales) == 14 and not packed.scales
+    for name, module in packed.model.named_modules():
+        if name in dense.scales:  # until they are to be masters, they are what the codes stand for
+            assert torch.equal(dense.model.get_submodule(name).weight, dequantized(module.weight, module.scales))
+    dense.make_masters(list(dense.scales))
+    for name in dense.scales:
         frozen, trits_and_scale = packed.model.get_submodule(name), ternary.absmean(dense.model.get_submodule(name).weight.detach().numpy())
         assert np.array_equal(trits_and_scale[0], frozen.weight.numpy())
         assert np.isclose(trits_and_scale[1], frozen.scales.item(), rtol=1e-6)

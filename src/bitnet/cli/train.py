@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -21,8 +22,12 @@ _OPTIONS = (
     click.option(
         "--set", "changes", multiple=True, metavar="KEY=VALUE", help="Instead of what the recipe says: scheme=binary. Repeatable."
     ),
-    click.option("--quantization", type=click.Choice(["ternary", "binary", "fp16"]), help="Instead of the recipe's scheme."),
-    click.option("--ternary", is_flag=True, help="The same as --quantization ternary; of an adapter: its A and B."),
+    click.option(
+        "--quantization",
+        type=click.Choice(["ternary", "binary", "fp16"]),
+        help="Instead of the recipe's scheme; of an adapter: its A and B.",
+    ),
+    click.option("--ternary", is_flag=True, help="The same as --quantization ternary."),
     click.option("--data", type=Path, metavar="PATH", help="What to train on: the folder of the recipe's files, or one file."),
     click.option("--out", type=Path, metavar="FOLDER", help="The run, which is resumed from here. Default: runs/ and the config's name."),
     click.option("--export", type=Path, metavar="FOLDER", help="Write the model (or adapter) here. Default: OUT/model (OUT/adapter)."),
@@ -78,8 +83,6 @@ def train(
 
     if ternary and quantization not in (None, "ternary"):
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
-    asked = [f"scheme={quantization or 'ternary'}"] if quantization or ternary else []
-    asked += ["quantize=ternary"] if asked == ["scheme=ternary"] else []
     if not config.is_file():
         raise UsageError(f"{config}: not found; --config names a recipe, a YAML file (recipes/ has some)")
     for path in (evaluation, card):
@@ -88,7 +91,7 @@ def train(
     try:
         from bitnet.train.recipe import Recipe
 
-        recipe = Recipe.load(config, (*changes, *asked))
+        recipe = Recipe.load(config, changes, "ternary" if ternary else quantization)
         from bitnet.train.run import run
     except ImportError as error:
         raise UsageError(f"training needs {error.name}, which is not installed: pip install 'bitnet-ternary[train]'") from None
@@ -105,11 +108,13 @@ def train(
                 click.echo(" ".join(f"{k} {v}" for k, v in row.items()), err=True)
 
         target = run(recipe, data, out or Path("runs") / config.stem, export, evaluation, card, device, spread, report)
+    if os.environ.get("RANK", "0") != "0":
+        return  # under torchrun the first process speaks for all
     click.echo(
-        f"{target}: {recipe.task}, {recipe.scheme}" + (f", loss {last['loss']} after {last['step']} steps" if last else ", complete")
+        f"{target}: {recipe.task}, {recipe.trained}" + (f", loss {last['loss']} after {last['step']} steps" if last else ", complete")
     )
     if as_json:
-        click.echo(json.dumps({"model": str(target), "task": recipe.task, "scheme": recipe.scheme, **last}))
+        click.echo(json.dumps({"model": str(target), "task": recipe.task, "scheme": recipe.trained, **last}))
 
 
 def _data_of(task: str) -> str:

@@ -1,11 +1,14 @@
-"""Checkpoints: whole or not there. A run's folder holds `checkpoint-STEP.pt`, the newest two.
+"""Checkpoints: whole or not there. A run's folder holds `checkpoint-STEP.pt`, the newest two, and the one that divergence would lead to.
 
-A file is written beside its place, synced and renamed, so that whatever has the name is complete, however the writer ended. Should the
-newest be damaged all the same (a disk), the one before it is taken, and a warning says so.
+A file is what torch.save writes and the 32 bytes of its SHA-256. It is written beside its place, synced and renamed, so that whatever has
+the name is complete, however the writer ended. Should the newest be damaged all the same (a disk), the one before it is taken, and a
+warning says so.
 """
 
 from __future__ import annotations
 
+import hashlib
+import io
 import re
 import warnings
 from pathlib import Path
@@ -13,34 +16,63 @@ from typing import Any
 
 import torch
 
+from bitnet.errors import BitNetError
 from bitnet.files.replacing import new_file
 
 KEPT = 2
 _NAME = re.compile(r"checkpoint-(\d+)\.pt")
+_DIGEST_BYTES = 32
+
+
+def step_of(path: Path) -> int | None:
+    """Of a checkpoint, by its name; None for any other file."""
+    match = _NAME.fullmatch(path.name)
+    return int(match[1]) if match else None
 
 
 def saved(run: Path) -> list[Path]:
     """The run's checkpoints, newest first."""
-    found = {path: match for path in run.glob("checkpoint-*.pt") if (match := _NAME.fullmatch(path.name))}
-    return sorted(found, key=lambda path: -int(found[path][1]))
+    found = {path: step for path in run.glob("checkpoint-*.pt") if (step := step_of(path)) is not None}
+    return sorted(found, key=lambda path: -found[path])
 
 
-def save(run: Path, step: int, state: dict[str, Any]) -> Path:
-    """Write the state after `step` steps, then remove what is older than the newest `KEPT`."""
+def before(run: Path, step: int) -> Path | None:
+    """The newest checkpoint of at most `step` steps."""
+    return next((path for path in saved(run) if (step_of(path) or 0) <= step), None)
+
+
+def save(run: Path, step: int, state: dict[str, Any], good_step: int = 0) -> Path:
+    """Write the state after `step` steps, then remove what is older than the newest `KEPT`, but for the newest of at most `good_step`."""
     path = run / f"checkpoint-{step}.pt"
+    content = io.BytesIO()  # a full disk is then our own writer's error, not one from within torch's
+    torch.save(state, content)
     with new_file(path) as file:
-        torch.save(state, file)
+        file.write(content.getbuffer())
+        file.write(hashlib.sha256(content.getbuffer()).digest())
+    good = before(run, good_step)
     for old in saved(run)[KEPT:]:
-        old.unlink(missing_ok=True)
+        if old != good:
+            old.unlink(missing_ok=True)
     return path
 
 
 def newest(run: Path) -> dict[str, Any] | None:
-    """The state of the newest checkpoint that can be read; None where there is none."""
-    for path in saved(run):
+    """The state of the newest checkpoint that can be read; None where there is none. Raises `BitNetError` where none is whole."""
+    found = saved(run)
+    for path in found:
         try:
-            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
-            return state
+            return _read(path)
         except Exception as error:  # torch raises whatever its unpickler meets
-            warnings.warn(f"{path}: cannot be read ({type(error).__name__}); the checkpoint before it is taken", stacklevel=2)
+            warnings.warn(f"{path}: cannot be read ({error or type(error).__name__}); the checkpoint before it is taken", stacklevel=2)
+    if found:
+        raise BitNetError(f"{run}: none of its {len(found)} checkpoints can be read; bring one back, or begin again with another --out")
     return None
+
+
+def _read(path: Path) -> dict[str, Any]:
+    content = memoryview(path.read_bytes())
+    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise ValueError("it is damaged: its SHA-256 is another")
+    state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    return state

@@ -10,8 +10,10 @@ have a beginning and an end, are drawn whole, in an order that is shuffled anew 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -27,7 +29,7 @@ from bitnet.files.replacing import new_file, write_text
 END_OF_TEXT = "<|endoftext|>"
 IGNORED = -100  # target of a token that is not to be predicted, as torch's cross_entropy has it
 TEXTS = (".txt", ".jsonl", ".npy")
-PIECE_CHARACTERS = 1 << 20  # of a longer document, encoded at once: it is cut at a line's end
+PIECE_CHARACTERS = 1 << 20  # of a longer document, encoded at once: it is cut at a line's end, a longer line within
 _BATCH_CHARACTERS = 1 << 22
 
 # Some story collections lost their separators: a story then begins on the line right after another paragraph, without
@@ -44,16 +46,42 @@ class Source:
     starts: NDArray[np.int64]  # [documents], index of each document's first token
     text_bytes: int
     targets: NDArray[np.bool_] | None = None  # [tokens], of examples: whether this token is to be predicted
+    sha256: str = ""  # of the tokens of a file
 
 
 def documents(text: str) -> list[str]:
     """Split a corpus into its documents; a file without separators is split at story openings."""
     found = [""]
-    for piece, begins in _pieces(StringIO(text), any(line.startswith(END_OF_TEXT) for line in StringIO(text))):
+    for piece, begins in _pieces(_lines(StringIO(text)), _separated(_lines(StringIO(text)))):
         if begins:
             found.append("")
         found[-1] += piece
     return [document.strip("\n") for document in found if document.strip()]
+
+
+@contextmanager
+def utf8(path: Path) -> Iterator[None]:
+    """Turns what is no UTF-8 into one line about the file."""
+    try:
+        yield
+    except UnicodeDecodeError as error:
+        raise FormatError(f"{path}: is not UTF-8 text (it holds the byte {error.object[error.start]:#x}); save it as UTF-8") from None
+
+
+def _lines(file: IO[str]) -> Iterator[str]:
+    """The file's lines; of one longer than PIECE_CHARACTERS, parts."""
+    while line := file.readline(PIECE_CHARACTERS):
+        yield line
+
+
+def _separated(lines: Iterable[str]) -> bool:
+    """Whether a line, not a part within one, is a separator."""
+    before = "\n"
+    for line in lines:
+        if before.endswith("\n") and line.startswith(END_OF_TEXT):
+            return True
+        before = line
+    return False
 
 
 def _pieces(lines: Iterable[str], separated: bool) -> Iterator[tuple[str, bool]]:
@@ -62,6 +90,7 @@ def _pieces(lines: Iterable[str], separated: bool) -> Iterator[tuple[str, bool]]
     size, begins, before = 0, True, "\n"
     for line in lines:
         ends = line.startswith(END_OF_TEXT) if separated else before != "\n" and line.startswith(_OPENINGS)
+        ends = ends and before.endswith("\n")
         if ends or size > PIECE_CHARACTERS:
             if held:
                 yield "".join(held), begins
@@ -76,15 +105,15 @@ def _pieces(lines: Iterable[str], separated: bool) -> Iterator[tuple[str, bool]]
 
 def _documents_of(path: Path) -> Iterator[tuple[str, bool]]:
     """The pieces of a file's documents, without the empty lines around a document."""
-    with path.open(encoding="utf-8", newline="\n") as file:
+    with path.open(encoding="utf-8-sig", newline="\n") as file, utf8(path):
         if path.suffix == ".jsonl":
             for number, line in enumerate(file, 1):
                 if line.strip():
                     yield _field(line, path, number), True
             return
-        separated = any(line.startswith(END_OF_TEXT) for line in file)
+        separated = _separated(_lines(file))
         file.seek(0)
-        for piece, begins in _pieces(file, separated):
+        for piece, begins in _pieces(_lines(file), separated):
             text = piece.strip("\n") if len(piece) <= PIECE_CHARACTERS else piece
             if text:
                 yield text, begins
@@ -106,7 +135,9 @@ def _field(line: str, path: Path, number: int) -> str:
 def json_line(line: str, path: Path, number: int) -> dict[str, Any]:
     try:
         row = json.loads(line)
-    except ValueError as error:
+        if "\\u" in line:
+            json.dumps(row, ensure_ascii=False).encode()  # an escape may be half of a character, which is no text
+    except (ValueError, RecursionError) as error:
         raise FormatError(f"{path}: line {number} is no JSON ({error}); expected an object a line") from None
     if not isinstance(row, dict):
         raise FormatError(f"{path}: line {number} is {type(row).__name__}; expected an object")
@@ -170,33 +201,42 @@ def _encoded(batch: list[tuple[str, bool]], tokenizer: Tokenizer, begin: list[in
 def _packed(path: Path, vocab_size: int) -> Source:
     try:
         tokens = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
+    except (ValueError, EOFError, OSError) as error:
         raise FormatError(f"{path}: is no array of numpy ({error}); expected one-dimensional uint16 or uint32 tokens") from None
+    if not isinstance(tokens, np.ndarray):
+        raise FormatError(f"{path}: is an archive of arrays (.npz); expected one array of uint16 or uint32 tokens, by numpy.save")
     if tokens.ndim != 1 or tokens.dtype not in (np.uint16, np.uint32) or not len(tokens):
         raise FormatError(f"{path}: has {tokens.dtype} {list(tokens.shape)}; expected one-dimensional uint16 or uint32 tokens")
-    most = max(int(tokens[at : at + (1 << 24)].max()) for at in range(0, len(tokens), 1 << 24))
+    most, digest = 0, hashlib.sha256()
+    for at in range(0, len(tokens), 1 << 24):
+        most = max(most, int(tokens[at : at + (1 << 24)].max()))
+        digest.update(tokens[at : at + (1 << 24)].tobytes())
     if most >= vocab_size:
         raise FormatError(f"{path}: holds token {most}; the vocabulary has {vocab_size}: it was packed with another tokenizer")
-    return Source(path.name, tokens, np.zeros(1, np.int64), 0)
+    return Source(path.name, tokens, np.zeros(1, np.int64), 0, None, digest.hexdigest())
 
 
 def store(path: Path, rows: Any, tokenizer: Tokenizer, folder: Path, kind: str) -> Source:
     """Write what `rows()` gives, (ids, which of them are targets or None, whether they begin something), to files, and map them.
 
-    What stands in `folder` already is taken if it was made of this very file by this tokenizer.
+    What stands in `folder` already is taken if it is whole and was made of this very file by this tokenizer.
     """
     folder.mkdir(parents=True, exist_ok=True)
     at, stat = folder / path.name, path.stat()
     wide = tokenizer.get_vocab_size(with_added_tokens=True) > 1 << 16
     made_of = {"bytes": stat.st_size, "modified_ns": stat.st_mtime_ns, "kind": kind, "tokenizer": _fingerprint(tokenizer), "wide": wide}
     meta, dtype = Path(f"{at}.json"), np.dtype("<u4" if wide else "<u2")
-    if not (meta.is_file() and json.loads(meta.read_text()).get("made_of") == made_of):
-        masked, starts, count = False, [], 0
+    found = _stored(at, made_of)
+    if found is None:
+        starts: list[int] = []
+        masked, count, digest = False, 0, hashlib.sha256()
         with new_file(f"{at}.tokens") as tokens, new_file(f"{at}.targets") as targets, new_file(f"{at}.starts") as index:
             for ids, wanted, begins in rows():
                 if begins:
                     starts.append(count)
-                tokens.write(np.asarray(ids, dtype).tobytes())
+                content = np.asarray(ids, dtype).tobytes()
+                tokens.write(content)
+                digest.update(content)
                 if wanted is not None:
                     masked = True
                     targets.write(np.asarray(wanted, np.bool_).tobytes())
@@ -207,11 +247,22 @@ def store(path: Path, rows: Any, tokenizer: Tokenizer, folder: Path, kind: str) 
             _write(index, starts)
         if not count:
             raise FormatError(f"{path}: holds no text")
-        write_text(meta, json.dumps({"made_of": made_of, "tokens": count, "masked": masked}) + "\n")
-    found = json.loads(meta.read_text())
+        sizes = {part: Path(f"{at}.{part}").stat().st_size for part in ("tokens", "targets", "starts")}
+        found = {"made_of": made_of, "masked": masked, "sizes": sizes, "sha256": digest.hexdigest()}
+        write_text(meta, json.dumps(found) + "\n")
     every = np.memmap(f"{at}.tokens", dtype, "r")
     asked = np.memmap(f"{at}.targets", np.bool_, "r") if found["masked"] else None
-    return Source(path.name, every, np.memmap(f"{at}.starts", "<i8", "r"), stat.st_size, asked)
+    return Source(path.name, every, np.memmap(f"{at}.starts", "<i8", "r"), stat.st_size, asked, found["sha256"])
+
+
+def _stored(at: Path, made_of: dict[str, Any]) -> dict[str, Any] | None:
+    """What is known of the files at `at`; None where they are not whole, or of another origin."""
+    try:
+        found: dict[str, Any] = json.loads(Path(f"{at}.json").read_text())
+        whole = all(Path(f"{at}.{part}").stat().st_size == size for part, size in found["sizes"].items())
+        return found if whole and found["made_of"] == made_of and found["sha256"] and "masked" in found else None
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):  # not there, or damaged
+        return None
 
 
 def _write(file: IO[bytes], starts: list[int]) -> None:
@@ -219,9 +270,13 @@ def _write(file: IO[bytes], starts: list[int]) -> None:
 
 
 def _fingerprint(tokenizer: Tokenizer) -> str:
-    import hashlib
-
     return hashlib.sha256(tokenizer.to_str().encode()).hexdigest()
+
+
+def check_length(source: Source, length: int) -> None:
+    """Raises `UsageError` where no window of `length` tokens can be drawn."""
+    if len(source.tokens) <= length:
+        raise UsageError(f"{source.name}: has {len(source.tokens)} tokens; a window takes {length}: lower the context, or add text")
 
 
 def sample_windows(
@@ -231,8 +286,7 @@ def sample_windows(
     out = np.empty((batch, length), np.int64)
     for row, which in enumerate(rng.choice(len(sources), size=batch, p=weights)):
         source = sources[which]
-        if len(source.tokens) <= length:
-            raise UsageError(f"{source.name}: has {len(source.tokens)} tokens; a window takes {length}: lower the context, or add text")
+        check_length(source, length)
         at = int(rng.integers(0, len(source.tokens) - length))
         if rng.random() < snap:
             start = int(source.starts[np.searchsorted(source.starts, at, side="right") - 1])

@@ -18,7 +18,7 @@ from typing import Any
 from bitnet.chat import ChatTemplate, encode_chat
 from bitnet.errors import FormatError, UsageError
 from bitnet.tokenizer import Tokenizer
-from bitnet.train.data import json_line
+from bitnet.train.data import json_line, utf8
 
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'assistant' %}Assistant: {{ message.content }}{{ eos_token }}\n"
@@ -34,9 +34,33 @@ MOST_LABELS = 50
 Row = tuple[list[int], list[bool], bool]  # ids, which of them are to be predicted, True: it begins an example
 
 
-def conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end: int | None) -> Iterator[Row]:
-    """The file's conversations; one whose later prompts do not continue the tokens before them becomes several examples."""
-    with path.open(encoding="utf-8", newline="\n") as file:
+def conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end: int | None, context: int | None = None) -> Iterator[Row]:
+    """The file's conversations; one whose later prompts do not continue the tokens before them becomes several examples.
+
+    Of one that is longer than `context` only what fits is learned; one with no answer in that is left out. A warning counts both.
+    Raises `FormatError` where nothing is left.
+    """
+    most = None if context is None else context + 1  # the last token is a target only
+    cut = left_out = count = 0
+    for ids, asked, begins in _conversations(path, tokenizer, template, end):
+        count += 1
+        if any(asked[1:most]):
+            cut += most is not None and len(ids) > most
+            yield ids[:most], asked[:most], begins
+        else:
+            left_out += 1
+    if count and left_out == count:
+        raise FormatError(f"{path}: no answer begins within the context of {context} tokens; raise context, or shorten the conversations")
+    if cut or left_out:
+        warnings.warn(
+            f"{path}: of {count} conversations {cut + left_out} are longer than the context of {context} tokens: {cut} are cut, {left_out}"
+            " have no answer within it and are left out",
+            stacklevel=2,
+        )
+
+
+def _conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end: int | None) -> Iterator[Row]:
+    with path.open(encoding="utf-8-sig", newline="\n") as file, utf8(path):
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
@@ -87,11 +111,14 @@ class Table:
     @staticmethod
     def read(path: Path, labels: Mapping[str, str] | None, columns: Sequence[str] | None, words: Sequence[str] | None = None) -> Table:
         """Raises `FormatError` for a file without a column of labels, of texts, or with more bad rows than one of a hundred."""
-        lines = path.read_text(encoding="utf-8").replace("\r\n", "\n").rstrip("\n").split("\n")
+        with utf8(path):
+            lines = path.read_text(encoding="utf-8-sig").replace("\r\n", "\n").rstrip("\n").split("\n")
         header = lines[0].split("\t")
         if not set(_LABELS) & set(header) and len(header) == len(_COLA) and header[1] in ("0", "1"):
             header, lines = list(_COLA), ["", *lines]
         label = next((name for name in _LABELS if name in header), None)
+        if label is None and "score" in header:
+            raise FormatError(f"{path}: has scores (a regression, as STS-B is), no labels; a classification learns which label is right")
         if label is None:
             raise FormatError(f"{path}: the first line has no column {', '.join(_LABELS)}; expected tabs between names of columns")
         texts = list(columns or [name for name in header if name in _TEXTS])

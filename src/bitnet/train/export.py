@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import json
 from collections.abc import Mapping
@@ -26,18 +25,31 @@ from bitnet.ternary import absmean, quantize_binary
 from bitnet.train.layers import Quantization, TernaryEmbedding, TernaryLinear
 
 
+def check(model: Any) -> tuple[dict[str, Any], bool]:
+    """(the layers to be packed, by name; whether they are packed as `transformers` has them), before or after training.
+
+    Raises `UnsupportedModelError` for layers with sub-norms of their own, and for sizes that cannot be packed.
+    """
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, (TernaryLinear, TernaryEmbedding))}
+    simple = all(isinstance(m, TernaryLinear) and m.scheme == "ternary" and m.quantization.scale == "tensor" for m in layers.values())
+    for name, layer in layers.items():
+        rows, inputs = layer.weight.shape
+        if getattr(layer, "sub_norm", None) is not None:
+            raise UnsupportedModelError(f"{name}: a sub-norm of its own has no place in a model's file; quantization.sub_norm is for study")
+        if simple and rows % 4:
+            raise UnsupportedModelError(f"{name}: has {rows} outputs; packed as transformers loads them they must be a multiple of 4")
+        if not simple and inputs % (per_byte := STORED[layer.scheme].per_byte):
+            raise UnsupportedModelError(f"{name}: has {inputs} inputs; packed as {layer.scheme} they must be a multiple of {per_byte}")
+    return layers, simple
+
+
 def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = None) -> None:
     """Write config.json, generation_config.json, model.safetensors, and `texts` by their names, in place of what was there.
 
-    Raises `UnsupportedModelError` for layers with sub-norms of their own, which no file format has.
+    Raises what `check` does.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, (TernaryLinear, TernaryEmbedding))}
-    if any(getattr(m, "sub_norm", None) is not None for m in layers.values()):
-        raise UnsupportedModelError(
-            "layers with sub-norms of their own have no place in a model's file; quantization.sub_norm is for study"
-        )
+    layers, simple = check(model)
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
-    simple = all(isinstance(m, TernaryLinear) and m.scheme == "ternary" and m.quantization.scale == "tensor" for m in layers.values())
     tensors: dict[str, NDArray[Any] | tuple[str, NDArray[Any]]] = {}
     for name, values in model.state_dict().items():
         weight = values.detach().float().cpu().numpy()
@@ -83,10 +95,6 @@ def _packed(name: str, weight: NDArray[np.float32], how: Quantization, simple: b
     if simple:
         return {name: pack_hf(codes), f"{name}_scale": scales.reshape(1)}
     stored = STORED[how.scheme]
-    if weight.shape[1] % stored.per_byte:
-        raise UnsupportedModelError(
-            f"{name}: has {weight.shape[1]} inputs; packed as {how.scheme} they must be a multiple of {stored.per_byte}"
-        )
     rows = np.ascontiguousarray(np.broadcast_to(scales, (len(codes), scales.shape[1])), np.float32)
     return {name: stored.pack(codes), f"{name}_{how.scheme}_scale": rows}
 
@@ -134,11 +142,6 @@ def card(template: str | None, values: Mapping[str, Any], recipe: Mapping[str, A
     for key, value in {**values, "recipe": plain}.items():
         text = text.replace("{" + key + "}", str(value))
     return text
-
-
-def read_log(run: Path) -> list[dict[str, str]]:
-    with (run / "log.csv").open() as file:
-        return list(csv.DictReader(file))
 
 
 def loss_picture(rows: list[dict[str, str]], decay_start: int) -> bytes:

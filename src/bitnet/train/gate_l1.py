@@ -25,9 +25,20 @@ class _PenalizedGate(torch.autograd.Function):
         return gradient + positive.to(gradient.dtype) * (ctx.weight / positive.numel()), None
 
 
+def _gates(model: nn.Module) -> list[nn.Module]:
+    return [module for name, module in model.named_modules() if name.endswith("gate_proj")]
+
+
 def penalize_gates(model: nn.Module, weight: float) -> int:
     """Hooks every `gate_proj` of `model`; returns how many there are. A weight of 0 leaves the model as it is."""
-    gates = [module for name, module in model.named_modules() if name.endswith("gate_proj")] if weight else []
+    gates = _gates(model) if weight else []
+    weigh_gates(model, weight)
     for gate in gates:
-        gate.register_forward_hook(lambda _module, _inputs, output: _PenalizedGate.apply(output, weight))
+        gate.register_forward_hook(lambda module, _inputs, output: _PenalizedGate.apply(output, module.l1_weight))
     return len(gates)
+
+
+def weigh_gates(model: nn.Module, weight: float) -> None:
+    """The weight of what comes next: of a part of a batch, its share of it."""
+    for gate in _gates(model):
+        gate.l1_weight = weight  # type: ignore[assignment]

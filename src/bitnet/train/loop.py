@@ -11,11 +11,12 @@ checkpoint to their number, and has neither Muon nor two mixtures of texts; what
 from __future__ import annotations
 
 import csv
+import io
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +26,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from bitnet.errors import BitNetError, UsageError
-from bitnet.train.checkpoint import newest, save, saved
-from bitnet.train.data import IGNORED, Source, sample_examples, sample_windows
+from bitnet.files.replacing import write_text
+from bitnet.train.checkpoint import before, newest, save, saved
+from bitnet.train.data import IGNORED, Source, check_length, sample_examples, sample_windows
+from bitnet.train.gate_l1 import weigh_gates
 from bitnet.train.layers import set_blend
 from bitnet.train.parallel import Processes, part_of, spread, whole
 from bitnet.train.schedule import Schedule
@@ -41,14 +44,27 @@ class TrainingStopped(BitNetError):
 
 
 def windows(sources: list[Source], schedule: Schedule, context: int, seed: int) -> Batches:
-    """Windows of texts by the schedule's mixtures; what a step sees depends on seed and step alone."""
+    """Windows of texts by the schedule's mixtures; what a step sees depends on seed and step alone.
+
+    Raises `UsageError` for a text that is shorter than the windows that are drawn from it.
+    """
     by_tokens = {s.name: float(len(s.tokens)) for s in sources}
 
-    def batch(step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def stage(step: int) -> tuple[NDArray[np.float64], int]:
         mixture, length = schedule.mixture or by_tokens, schedule.context or context
         if schedule.decaying(step):
             mixture, length = schedule.decay_mixture or mixture, schedule.decay_context or length
-        weights = np.array([float(mixture.get(s.name, 0.0)) for s in sources])
+        return np.array([float(mixture.get(s.name, 0.0)) for s in sources]), length
+
+    for weights, length in (stage(0), stage(schedule.steps - 1)):
+        if length > schedule.batch_tokens:
+            raise UsageError(f"training.batch_tokens is {schedule.batch_tokens}, less than one window of {length} tokens; raise it")
+        for source, weight in zip(sources, weights, strict=True):
+            if weight > 0:
+                check_length(source, length + 1)
+
+    def batch(step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        weights, length = stage(step)
         rng = np.random.default_rng((seed, step))
         count = max(1, schedule.batch_tokens // length)
         found = sample_windows(sources, weights / weights.sum(), count, length + 1, schedule.snap, rng)
@@ -104,10 +120,12 @@ def train(
     parallel: str = "ddp",
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     compiled: bool = True,
+    texts: Mapping[str, str] | None = None,
 ) -> None:
     """Train `model` (a causal LM of transformers) in place; write `out/log.csv`, TensorBoard's log and checkpoints, resume from the newest.
 
-    `report`: called with every row of the log. Raises `TrainingStopped` for NaN, infinity and divergence, with step, layer and the last
+    `report`: called with every row of the log. `texts`: name -> SHA-256 of what `batches` draws from, kept with the checkpoints: a run
+    goes on with no others. Raises `TrainingStopped` for NaN, infinity and divergence, with step, layer and the last
     good checkpoint.
     """
     processes = processes or Processes()
@@ -117,16 +135,14 @@ def train(
         teacher.model.to(processes.device).eval()
     wrapped = spread(model, parallel, processes)
     optims = optimizers(model, schedule)
-    first, spent_s, spent_cpu_s = _resume(out, model, optims)
+    progress = _resume(out, model, optims, dict(texts or {}))
+    first = progress.step
     also = () if teacher is None else (teacher,)
     objective: Any = _distil_loss if teacher is not None else _loss
     run = torch.compile(objective, dynamic=False) if compiled and schedule.compile else objective
     blend = torch.ones((), device=processes.device) if schedule.blend_steps > first else None
     set_blend(model, blend)
-    started, cpu_started = time.perf_counter() - spent_s, time.process_time() - spent_cpu_s
-    losses: list[float] = []
-    norms: list[float] = []
-    best, tokens_seen = math.inf, _logged_tokens(out, first)
+    started, cpu_started = time.perf_counter() - progress.seconds, time.process_time() - progress.cpu_seconds
     with _logs(out, first, processes.first) as log:
         for step in range(first, schedule.steps):
             for group in (g for o in optims for g in o.param_groups):
@@ -148,6 +164,8 @@ def train(
             size = schedule.micro_batch or len(rows)
             for at in range(0, len(rows), size):
                 part = list(rows[at : at + size])
+                if schedule.gate_l1:
+                    weigh_gates(model, schedule.gate_l1 * len(part) / len(rows))
                 mine, wanted = tokens[part].to(processes.device), targets[part].to(processes.device)
                 share = run(wrapped, mine, wanted, count, schedule.bf16, *also)
                 (share * processes.count).backward()  # the mean over processes is taken of gradients
@@ -158,32 +176,56 @@ def train(
             if not (math.isfinite(mean) and math.isfinite(norm_value)):
                 what = "the loss" if not math.isfinite(mean) else "the norm of the gradients"
                 where = _first_not_finite(model, tokens[list(rows)].to(processes.device))
-                raise _stopped(out, step + 1, f"{what} is {mean if what == 'the loss' else norm_value}; first not finite: {where}")
+                value = mean if what == "the loss" else norm_value
+                diverged = bool(progress.losses) and np.mean(progress.losses) > progress.best + schedule.divergence
+                good = before(out, progress.good_step if diverged else step)
+                raise _stopped(out, step + 1, f"{what} is {value}; first not finite: {where}", good)
             for o in optims:
                 o.step()
                 o.zero_grad(set_to_none=True)
-            losses.append(mean)
-            norms.append(norm_value)
-            tokens_seen += count
-            done = step + 1
+            progress.losses.append(mean)
+            progress.norms.append(norm_value)
+            progress.tokens += count
+            if step == 0:
+                progress.best = mean  # so that the first window may have diverged, too
+            done = progress.step = step + 1
             if done % LOGGED == 0 or done == schedule.steps:
+                average = float(np.mean(progress.losses))
                 row = {
-                    "step": done, "loss": f"{np.mean(losses):.4f}", "rate": f"{schedule.rate(step):.4f}",
-                    "gradient_norm": f"{np.mean(norms):.4f}", "tokens": tokens_seen, "seconds": f"{time.perf_counter() - started:.1f}",
+                    "step": done, "loss": f"{average:.4f}", "rate": f"{schedule.rate(step):.4f}",
+                    "gradient_norm": f"{np.mean(progress.norms):.4f}", "tokens": progress.tokens,
+                    "seconds": f"{time.perf_counter() - started:.1f}",
                     "cpu_seconds": f"{time.process_time() - cpu_started:.1f}",  # of all threads; a stopped process spends none
                 }  # fmt: skip
                 log(row)
-                report(row)
-                if done > schedule.warmup_steps and float(np.mean(losses)) > best + schedule.divergence:
-                    where = _largest(model)
-                    raise _stopped(out, done, f"the loss is {np.mean(losses):.2f}, {np.mean(losses) - best:.2f} above its best; {where}")
-                best, losses, norms = min(best, float(np.mean(losses))), [], []
-            if done % schedule.checkpoint_every == 0 or done == schedule.steps:
-                state = _state(model, optims)
-                times = {"seconds": time.perf_counter() - started, "cpu_seconds": time.process_time() - cpu_started}
                 if processes.first:
-                    save(out, done, state | times | {"step": done})
+                    report(row)
+                if done > schedule.warmup_steps and average > progress.best + schedule.divergence:
+                    what = f"the loss is {average:.2f}, {average - progress.best:.2f} above its best; {_largest(model)}"
+                    raise _stopped(out, done, what, before(out, progress.good_step))
+                if average < progress.best:
+                    progress.best, progress.good_step = average, done - len(progress.losses)
+                progress.losses, progress.norms = [], []
+            if done % schedule.checkpoint_every == 0 or done == schedule.steps:
+                progress.seconds, progress.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
+                state = _state(model, optims) | vars(progress) | {"texts": dict(texts or {})}
+                if processes.first:
+                    save(out, done, state, progress.good_step)
                 processes.wait()
+
+
+@dataclass
+class _Progress:
+    """Where a run is; part of its checkpoints."""
+
+    step: int = 0  # steps done
+    seconds: float = 0.0
+    cpu_seconds: float = 0.0
+    tokens: int = 0
+    best: float = math.inf  # mean loss of the best LOGGED steps; at first that of step 1
+    good_step: int = 0  # steps done before those: what was then had not diverged
+    losses: list[float] = field(default_factory=list)  # since the last row of the log
+    norms: list[float] = field(default_factory=list)
 
 
 def _loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, bf16: bool = True) -> Tensor:
@@ -222,14 +264,17 @@ def _state(model: nn.Module, optims: list[torch.optim.Optimizer]) -> dict[str, A
     }
 
 
-def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer]) -> tuple[int, float, float]:
-    """Bring the newest checkpoint back; (steps done, seconds, seconds of CPU)."""
+def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer], texts: dict[str, str]) -> _Progress:
+    """Bring the newest checkpoint back."""
     state = newest(out)
     if state is None:
-        return 0, 0.0, 0.0
+        return _Progress()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if {n: p.shape for n, p in trained.items()} != {n: p.shape for n, p in state["model"].items()}:
         raise UsageError(f"{out}: holds checkpoints of another model; name another folder with --out, or remove them")
+    for name in {**state["texts"], **texts}:
+        if state["texts"].get(name) != texts.get(name):
+            raise UsageError(f"{out}: {name} is not what this run was begun with; bring the text back, or name another folder with --out")
     of = {id(p): o for o in optims for g in o.param_groups for p in g["params"]}
     with torch.no_grad():
         for name, p in trained.items():
@@ -237,13 +282,19 @@ def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer]) ->
             memory = {k: part_of(v, p) if v.shape == state["model"][name].shape else v for k, v in state["optimizer"][name].items()}
             if memory:
                 of[id(p)].state[p] = memory
-    return int(state["step"]), float(state["seconds"]), float(state["cpu_seconds"])
+    progress = _Progress(**{f.name: state[f.name] for f in fields(_Progress)})
+    if before(out, progress.good_step) is None:
+        progress.good_step = progress.step  # it is gone: none is better than the one that is taken up now
+    return progress
 
 
-def _stopped(out: Path, step: int, what: str) -> TrainingStopped:
-    good = saved(out)
-    kept = f"last good checkpoint: {good[0]}" if good else "no checkpoint was written yet"
-    return TrainingStopped(f"step {step}: {what}; {kept}. Lower the learning rates, or look at the data, and resume")
+def _stopped(out: Path, step: int, what: str, good: Path | None) -> TrainingStopped:
+    if good is None:
+        return TrainingStopped(f"step {step}: {what}; there is no good checkpoint. Lower the learning rates and begin with another --out")
+    later = "" if good in saved(out)[:1] else "remove the later ones, "
+    return TrainingStopped(
+        f"step {step}: {what}; last good checkpoint: {good}; {later}lower training.matrix_lr and vector_lr, or look at the data, and resume"
+    )
 
 
 def _first_not_finite(model: nn.Module, tokens: Tensor) -> str:
@@ -282,10 +333,20 @@ def _largest(model: nn.Module) -> str:
     return f"largest weight {sizes[name]:.3g} in {name}"
 
 
-def _logged_tokens(out: Path, step: int) -> int:
+def read_log(out: Path) -> list[dict[str, str]]:
+    """The rows of log.csv that are whole; none where there is no such file."""
     path = out / "log.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
-    return max((int(r["tokens"]) for r in rows if int(r["step"]) <= step), default=0)
+    if not path.is_file():
+        return []
+    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8", errors="replace").replace("\0", "")))
+    return [row for row in rows if _whole_row(row)]
+
+
+def _whole_row(row: dict[str, str]) -> bool:
+    try:
+        return int(row["step"]) > 0 and all(math.isfinite(float(row[name])) for name in COLUMNS)
+    except (KeyError, TypeError, ValueError):
+        return False
 
 
 @contextmanager
@@ -294,8 +355,11 @@ def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, A
     if not writes:
         yield lambda row: None
         return
-    path = out / "log.csv"
-    rows = list(csv.DictReader(path.open())) if path.exists() else []
+    path, kept = out / "log.csv", io.StringIO(newline="")
+    whole_rows = csv.DictWriter(kept, COLUMNS, extrasaction="ignore")
+    whole_rows.writeheader()
+    whole_rows.writerows(row for row in read_log(out) if int(row["step"]) <= first)
+    write_text(path, kept.getvalue())
     board: Any = None
     try:
         from torch.utils.tensorboard import SummaryWriter
@@ -303,11 +367,8 @@ def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, A
         board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
     except ImportError:
         pass
-    with path.open("w", newline="") as file:
+    with path.open("a", newline="") as file:
         log = csv.DictWriter(file, COLUMNS)
-        log.writeheader()
-        log.writerows(r for r in rows if int(r["step"]) <= first)
-        file.flush()
 
         def write(row: dict[str, Any]) -> None:
             log.writerow(row)

@@ -1,7 +1,7 @@
 """Models to train from: whatever this program reads, as a model of transformers; and new ones by a recipe's shape.
 
-Of a model with packed ternary or binary layers these stay what they are (`FrozenTernaryLinear`), unless they shall train: then the stored
-weights are the masters that training starts from.
+Of a model with packed ternary or binary layers these stay what they are (`FrozenTernaryLinear`), unless they shall train: then they
+become floats, the values that are stored, or, where absmean makes them ternary again, masters that it takes back to these.
 """
 
 from __future__ import annotations
@@ -46,7 +46,8 @@ def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: in
 
 class Base:
     """A model that training starts from: `model` (of transformers, float32), `tokenizer`, `checkpoint` (None if only transformers reads
-    it), `begin` (ids that begin a text), `end` (the id that ends one), and `masters`: modules whose packed layers are to train."""
+    it), `begin` (ids that begin a text), `end` (the id that ends one), and `scales`, float32 [1 or out, groups], of modules whose packed
+    weights are to train, by name; these hold the values that the codes stand for."""
 
     def __init__(self, source: str, packed: bool = True) -> None:
         """`packed`: whether packed layers stay packed, and do not train. Raises what the readers raise."""
@@ -54,10 +55,10 @@ class Base:
 
         self.path: Path = resolve(source)
         self.checkpoint: Checkpoint | None = None
-        self.masters: list[str] = []
+        self.scales: dict[str, Any] = {}
         try:
             self.checkpoint = open_checkpoint(self.path)
-            self.model, self.masters = _as_transformers(self.checkpoint, packed)
+            self.model, self.scales = _as_transformers(self.checkpoint, packed)
             self.tokenizer = _tokenizer(self.checkpoint, self.model.config.vocab_size)
         except UnsupportedModelError:
             if not (self.path / "config.json").is_file():
@@ -71,10 +72,17 @@ class Base:
         self.end: int | None = ends[0] if isinstance(ends, list) else ends
         self.begin: list[int] = prefix or ([self.end] if self.end is not None else [])
 
+    def make_masters(self, names: list[str]) -> None:
+        """Of these modules, as far as they were packed: weights that absmean ternarizes to the very values they hold now."""
+        with torch.no_grad():
+            for name in names:
+                if name in self.scales:
+                    _make_masters(self.model.get_submodule(name).weight, self.scales[name])
 
-def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[str]]:
-    """(the model, the modules whose packed layers became masters)."""
-    packed_names: list[str] = []
+
+def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, dict[str, Any]]:
+    """(the model, the scales of the modules whose packed layers became floats)."""
+    scales_of: dict[str, Any] = {}
     found = read(checkpoint)
     form = FORMATS["hf-dense-f32"]
     config = config_of(found, form, found.weights)
@@ -102,10 +110,9 @@ def _as_transformers(checkpoint: Checkpoint, packed: bool) -> tuple[Any, list[st
             for first, last in weight.spans():
                 parameters[name][first:last] = torch.from_numpy(weight.values(first, last) + np.float32(off))
             if weight.codes is not None and weight.kind in LINEARS:
-                _make_masters(parameters[name], weight.scales)
-                packed_names.append(module)
+                scales_of[module] = weight.scales
     model.generation_config.eos_token_id = hf.eos_token_id
-    return model, packed_names
+    return model, scales_of
 
 
 def _make_masters(weight: Tensor, scales: Any) -> None:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,15 +19,21 @@ import yaml
 from tokenizers import Tokenizer
 
 from bitnet.chat import ChatTemplate, find_template
-from bitnet.errors import BitNetError, UsageError
+from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.files.replacing import fcntl, write_text
 from bitnet.train import data, examples, loop, parallel
 from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
 from bitnet.train.models import Base, freeze, new_model
 from bitnet.train.recipe import Recipe
+from bitnet.transformer import resolve
 
-_MAY_CHANGE = ("checkpoint_every", "micro_batch", "compile", "divergence")  # of a run's recipe, when it goes on
+_MAY_CHANGE = ("checkpoint_every", "micro_batch", "compile", "divergence", "matrix_lr", "vector_lr")  # of a run's recipe, when it goes on
+_EXPORTED = {  # all that an export writes: what else a folder holds is somebody's
+    "config.json", "generation_config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
+    "tokenizer_config.json", "chat_template.jinja", "README.md", "loss.png",
+}  # fmt: skip
+CONTEXT = 512  # tokens, where a recipe leaves it open and its base has room for as many
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -49,20 +57,22 @@ def run(
     processes = parallel.join(device)
     with _alone(out, processes.first):
         if processes.first:
+            _check_target(recipe, target)
             _check_same(recipe, out)
-            _check_target(target)
         processes.wait()
         prepared = _Prepared(recipe, texts, out, processes)
+        after = _After(recipe, prepared, evaluation, card)
         loop.train(
             prepared.model, prepared.batches, prepared.schedule, out, recipe.seed,
             teacher=prepared.teacher, processes=processes, parallel=spread, report=report, compiled=prepared.compiled,
+            texts={source.name: source.sha256 for source in prepared.sources},
         )  # fmt: skip
         whole = {n: parallel.whole(v) for n, v in prepared.model.state_dict().items()} if processes.count > 1 else None
         if processes.first:
             if spread == "fsdp" and whole is not None:  # a model that is not spread, to be written
                 prepared = _Prepared(recipe, texts, out, parallel.Processes())
                 prepared.model.load_state_dict(whole)
-            _export(recipe, prepared, out, target, evaluation, card)
+            _export(recipe, prepared, out, target, after)
         processes.wait()
     parallel.leave(processes)
     return target
@@ -82,7 +92,7 @@ class _Prepared:
             self._new(recipe, out, processes)
         else:
             self._from_base(recipe)
-        self.context = min(recipe.context, int(getattr(self.model.config, "max_position_embeddings", recipe.context)))
+        self.context = self._context(recipe)
         if not processes.first:
             processes.wait()  # the first process encodes, the others find what it wrote
         self.sources = self._sources(recipe, out)
@@ -94,6 +104,18 @@ class _Prepared:
             self.batches = loop.examples(self.sources[0], self.schedule, self.context, recipe.seed)
         else:
             self.batches = loop.windows(self.sources, self.schedule, self.context, recipe.seed)
+
+    def _context(self, recipe: Recipe) -> int:
+        """Raises `UsageError` where the recipe asks for more tokens than base or teacher have places for."""
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        most = min(int(getattr(model.config, "max_position_embeddings", None) or sys.maxsize) for model in models)
+        context = recipe.context or min(CONTEXT, most)
+        for key, tokens in (
+            ("context", context), ("training.context", self.schedule.context), ("training.decay_context", self.schedule.decay_context),
+        ):  # fmt: skip
+            if tokens is not None and tokens > most:
+                raise UsageError(f"{key} is {tokens}; {recipe.teacher or recipe.base_model} has places for {most} tokens: lower {key}")
+        return context
 
     def _files(self, recipe: Recipe, texts: Path) -> list[Path]:
         if not texts.exists():
@@ -119,9 +141,9 @@ class _Prepared:
             if processes.first and not saved.exists():
                 write_text(saved, self._learn_tokenizer(recipe).to_str())
             processes.wait()
-            self.tokenizer, self.begin, self.end = Tokenizer.from_file(str(saved)), [0], 0
+            self.tokenizer, self.begin, self.end = _read_tokenizer(saved), [0], 0
             vocab_size = recipe.vocab_size
-        self.model = new_model(recipe.model, vocab_size, recipe.context, recipe.seed, self.end or 0)
+        self.model = new_model(recipe.model, vocab_size, recipe.context or CONTEXT, recipe.seed, self.end or 0)
         self._quantize(recipe, "*", ("lm_head",))
 
     def _learn_tokenizer(self, recipe: Recipe) -> Tokenizer:
@@ -159,7 +181,9 @@ class _Prepared:
     def _quantize(self, recipe: Recipe, layers: str, keep: tuple[str, ...]) -> None:
         if recipe.scheme != "fp16":
             how = recipe.quantization.quantization(recipe.scheme)
-            ternarize_model(self.model, layers, keep=keep, quantization=how, sub_norm=recipe.quantization.sub_norm)
+            names = ternarize_model(self.model, layers, keep=keep, quantization=how, sub_norm=recipe.quantization.sub_norm)
+            if self.base is not None and how.rule == "absmean" and recipe.quantization.alphas is None:
+                self.base.make_masters(names)
 
     def _sources(self, recipe: Recipe, out: Path) -> list[data.Source]:
         folder, file = out / "tokens", self.files[0]
@@ -168,10 +192,15 @@ class _Prepared:
             ours, table = self.text_tokenizer(), self.table
             rows = lambda: table.rows(ours, self.begin, self.end, self.context)  # noqa: E731
             return [data.store(file, rows, self.tokenizer, folder, f"table {recipe.labels} {recipe.columns} {self.context}")]
-        if recipe.task == "instruct" or (recipe.task == "lora" and _holds_conversations(file)):
+        if recipe.task == "instruct" or (recipe.task == "lora" and any(map(_holds_conversations, self.files))):
+            if len(self.files) > 1:
+                raise UsageError(
+                    f"{file.parent}: conversations are taken from one file, and here are {len(self.files)} ({self.files[0].name}, "
+                    f"{self.files[1].name}, ...); name one with --data, or join them"
+                )
             template, ours = self._template(), self.text_tokenizer()
-            rows = lambda: examples.conversations(file, ours, template, self.end)  # noqa: E731
-            return [data.store(file, rows, self.tokenizer, folder, f"conversations {template.source}")]
+            rows = lambda: examples.conversations(file, ours, template, self.end, self.context)  # noqa: E731
+            return [data.store(file, rows, self.tokenizer, folder, f"conversations {self.context} {template.source}")]
         return [data.pack(f, self.tokenizer, self.begin, folder) for f in self.files]
 
     def text_tokenizer(self) -> Any:
@@ -196,21 +225,68 @@ class _Prepared:
         return ChatTemplate(examples.TEMPLATE, bos_token=self.special(self.begin), eos_token=self.special(self.end))
 
 
+def _read_tokenizer(path: Path) -> Tokenizer:
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing else
+        raise FormatError(f"{path}: is no tokenizer ({str(error)[:100]}); bring it back, or name another folder with --out") from None
+
+
 def _holds_conversations(file: Path) -> bool:
     if file.suffix != ".jsonl":
         return False
-    with file.open(encoding="utf-8") as lines:
+    with file.open(encoding="utf-8-sig") as lines, data.utf8(file):
         row = data.json_line(next((line for line in lines if line.strip()), "{}"), file, 1)
     return "messages" in row or "prompt" in row
 
 
-def _export(recipe: Recipe, prepared: _Prepared, out: Path, target: Path, evaluation: Path | None, card: Path | None) -> None:
+class _After:
+    """What is done with a trained model, all that can be refused before it is trained. Raises `BitNetError`, one line."""
+
+    def __init__(self, recipe: Recipe, prepared: _Prepared, evaluation: Path | None, card: Path | None) -> None:
+        from bitnet.evaluate.perplexity import read_text
+        from bitnet.train import export
+
+        self.card = None if card is None else read_text(card)
+        self.texts: list[Path] = []
+        self.held_out: tuple[str, examples.Table] | None = None
+        runs = prepared.base is None or prepared.base.checkpoint is not None
+        if recipe.task != "lora":
+            export.check(prepared.model)
+        if evaluation is not None and (recipe.task == "lora" or not runs):
+            what = "an adapter is not scored here" if runs else f"{recipe.base_model} is of a family that only transformers runs"
+            raise UsageError(f"--eval {evaluation}: {what}; leave --eval out")
+        if prepared.table is not None and runs:
+            self.held_out = _held_out(recipe, prepared, evaluation)
+        elif evaluation is not None:
+            self.texts = sorted(evaluation.glob("*.txt")) if evaluation.is_dir() else [evaluation]
+            if not self.texts:
+                raise UsageError(f"--eval {evaluation}: the folder holds no .txt; name one with held-out texts, or a file")
+            for path in self.texts:
+                read_text(path)
+
+
+def _held_out(recipe: Recipe, prepared: _Prepared, evaluation: Path | None) -> tuple[str, examples.Table] | None:
+    """(name, rows) of a table's held-out file: what --eval names, else dev.tsv, or MNLI's, beside the training rows."""
+    assert prepared.table is not None
+    folder = prepared.files[0].parent if evaluation is None else evaluation
+    found = [folder] if folder.is_file() else [p for n in ("dev.tsv", "dev_matched.tsv") if (p := folder / n).is_file()]
+    if not found:
+        if evaluation is not None:
+            raise UsageError(f"--eval {evaluation}: holds no dev.tsv and no dev_matched.tsv; name a .tsv")
+        warnings.warn(f"{folder}: no dev.tsv, so no accuracy is measured; name held-out rows with --eval", stacklevel=2)
+        return None
+    return found[0].name, examples.Table.read(found[0], recipe.labels, recipe.columns, prepared.table.words)
+
+
+def _export(recipe: Recipe, prepared: _Prepared, out: Path, target: Path, after: _After) -> None:
     """Model or adapter, its tokenizer, the loss as a picture, and the card filled in from what was measured."""
     from bitnet.train import export
 
-    rows = export.read_log(out)
+    rows = loop.read_log(out)
+    last = rows[-1] if rows else dict.fromkeys(loop.COLUMNS, "nan")
     decay_start = max(0, recipe.training.steps - recipe.training.decay_steps)
-    texts: dict[str, bytes] = {"loss.png": export.loss_picture(rows, decay_start)}
+    texts: dict[str, bytes] = {"loss.png": export.loss_picture(rows, decay_start)} if rows else {}
     if recipe.task == "lora":
         from bitnet.train.lora import export_adapter
 
@@ -227,19 +303,19 @@ def _export(recipe: Recipe, prepared: _Prepared, out: Path, target: Path, evalua
         "name": recipe.name,
         "what": _what(recipe),
         "task": recipe.task,
-        "scheme": recipe.scheme,
+        "scheme": recipe.trained,
         "parameters": f"{sum(p.numel() for p in parameters):,}",
         "trained": f"{sum(p.numel() for p in parameters if p.requires_grad):,}",
         "bytes": f"{sum(f.stat().st_size for f in target.iterdir() if f.suffix in ('.safetensors', '.json')) / 1e6:.2f} MB",
         "seed": recipe.seed,
-        "steps": f"{int(rows[-1]['step']):,}",
-        "tokens": f"{int(rows[-1]['tokens']) / 1e6:.1f} million",
-        "minutes": f"{float(rows[-1]['seconds']) / 60:.0f}",
-        "loss": rows[-1]["loss"],
+        "steps": f"{recipe.training.steps:,}",
+        "tokens": f"{float(last['tokens']) / 1e6:.1f} million",
+        "minutes": f"{float(last['seconds']) / 60:.0f}",
+        "loss": last["loss"],
         "texts": "\n".join(f"- {s.name} ({len(s.tokens):,} tokens)" for s in prepared.sources),
-        "scores": _scores(recipe, prepared, target, evaluation),
+        "scores": _scores(prepared, out, target, after),
     }
-    write_text(target / "README.md", export.card(card.read_text(encoding="utf-8") if card else None, values, recipe.plain()))
+    write_text(target / "README.md", export.card(after.card, values, recipe.plain()))
 
 
 def _what(recipe: Recipe) -> str:
@@ -254,30 +330,30 @@ def _what(recipe: Recipe) -> str:
     }[recipe.task]
 
 
-def _scores(recipe: Recipe, prepared: _Prepared, target: Path, evaluation: Path | None) -> str:
+def _scores(prepared: _Prepared, out: Path, target: Path, after: _After) -> str:
     """What the engine measures on what was exported, as Markdown; empty where there is nothing to measure on."""
-    from bitnet.train.export import score_table
-
-    if recipe.task == "classify" and prepared.table is not None:
-        held_out = evaluation or prepared.files[0].with_name("dev.tsv")
-        if not held_out.is_file():
-            return ""
+    if after.held_out is not None:
         from bitnet.transformer import TernaryTransformer
 
-        table = examples.Table.read(held_out, recipe.labels, recipe.columns, prepared.table.words)
+        name, table = after.held_out
         right, count = examples.accuracy(TernaryTransformer.from_pretrained(target), table, prepared.begin)
-        write_text(target.parent / "scores.json", json.dumps({"file": held_out.name, "right": right, "rows": count}) + "\n")
-        return f"Accuracy on {held_out.name}: {right / count:.1%} ({right} of {count} rows; words: {', '.join(table.words)})"
-    if evaluation is None or recipe.task == "lora":
-        return ""
-    return score_table(target, sorted(evaluation.glob("*.txt")) if evaluation.is_dir() else [evaluation])
+        write_text(out / "scores.json", json.dumps({"file": name, "right": right, "rows": count}) + "\n")
+        return f"Accuracy on {name}: {right / count:.1%} ({right} of {count} rows; words: {', '.join(table.words)})"
+    from bitnet.train.export import score_table
+
+    return score_table(target, after.texts) if after.texts else ""
 
 
 def _check_same(recipe: Recipe, out: Path) -> None:
     """A run goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
     path, now = out / "recipe.yaml", recipe.plain()
     if path.exists():
-        then = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            then = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError):
+            then = None
+        if not isinstance(then, dict):
+            raise FormatError(f"{path}: is damaged; remove it to go on by the recipe of --config, or name another folder with --out")
         for key, before, after in _differences(then, now, ""):
             if key.rpartition(".")[2] not in _MAY_CHANGE:
                 raise UsageError(f"{out}: this run was begun with {key} {before!r}, now it is {after!r}; name another folder with --out")
@@ -293,12 +369,17 @@ def _differences(then: Any, now: Any, at: str) -> Iterator[tuple[str, Any, Any]]
         yield at, then, now
 
 
-def _check_target(target: Path) -> None:
-    """Raises `UsageError` for a folder of other things, which would be replaced; before anything is trained."""
+def _check_target(recipe: Recipe, target: Path) -> None:
+    """Raises `UsageError` for a folder of other things, which would be replaced, and for the base; before anything is trained."""
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; expected a folder to write the model into")
-    if target.is_dir() and any(target.iterdir()) and not any((target / n).is_file() for n in ("config.json", "adapter_config.json")):
-        raise UsageError(f"{target}: is a folder of other things, which would be replaced; name another with --export")
+    names = {p.name for p in target.iterdir()} if target.is_dir() else set()
+    if names and (names - _EXPORTED or not names & {"config.json", "adapter_config.json"}):
+        other = min(names - _EXPORTED or names)
+        raise UsageError(f"{target}: is a folder of other things ({other}), which would be replaced; name another with --export")
+    for source in filter(None, (recipe.base_model, recipe.teacher)):
+        if names and resolve(source).resolve() in (target.resolve(), *(p.resolve() for p in target.iterdir())):
+            raise UsageError(f"{target}: is {source}, which is trained from; name another folder with --export")
     if not target.absolute().parent.is_dir():
         raise UsageError(f"{target}: there is no folder {target.absolute().parent}; make it first")
 

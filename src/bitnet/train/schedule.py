@@ -16,9 +16,9 @@ def _limits(least: float, most: float = float("inf"), above: bool = False) -> di
 class Schedule:
     """Warm-up, constant, then linear decay to zero. The section `training` of a recipe."""
 
-    steps: int = field(default=300, metadata=_limits(1))
-    batch_tokens: int = field(default=4096, metadata=_limits(1))  # per step, of all processes together
-    batch_examples: int = field(default=16, metadata=_limits(1))  # per step where examples are trained on
+    steps: int = field(default=300, metadata=_limits(1, 1_000_000_000))
+    batch_tokens: int = field(default=4096, metadata=_limits(1, 1_000_000_000))  # per step, of all processes together
+    batch_examples: int = field(default=16, metadata=_limits(1, 1_000_000))  # per step where examples are trained on
     micro_batch: int = field(default=0, metadata=_limits(0))  # windows or examples at once in a process, to save memory; 0: all
     context: int | None = field(default=None, metadata=_limits(2))  # tokens per window, until the decay; None: the model's
     decay_context: int | None = field(default=None, metadata=_limits(2))  # tokens per window while the rate decays; None: as before
@@ -47,10 +47,12 @@ class Schedule:
     def decaying(self, step: int) -> bool:
         return step >= self.steps - self.decay_steps
 
-    def check(self, where: str, context: int) -> None:
-        """Raises `UsageError` for values that do not go together. `context`: the model's."""
+    def check(self, where: str, context: int | None) -> None:
+        """Raises `UsageError` for values that do not go together. `context`: the model's; None: not known yet."""
+        if self.blend_steps >= self.steps:
+            raise UsageError(f"{where}: training.blend_steps is {self.blend_steps}; expected less than the {self.steps} steps")
         for key in ("context", "decay_context"):
-            if (found := getattr(self, key)) is not None and found > context:
+            if (found := getattr(self, key)) is not None and context is not None and found > context:
                 raise UsageError(f"{where}: training.{key} is {found}, above the model's context of {context}")
             if found is not None and found > self.batch_tokens:
                 raise UsageError(
