@@ -206,3 +206,10 @@ def test_help_names_every_format() -> None:
     words = HELP.replace(",", " ").split()
     for name in FORMATS:
         assert name in words or name.startswith("safetensors-") or f"-{name.rsplit('-', 1)[-1]}" in words, name
+
+
+def test_inspect_and_doctor_accept_ternary(bitnet: Run) -> None:
+    plain, ternary = (bitnet("inspect", EMBEDDED_MODEL, "--json", *words) for words in ([], ["--ternary"]))
+    assert plain.exit_code == ternary.exit_code == 0 and plain.stdout == ternary.stdout
+    done = bitnet("doctor", "nothing-here", "--ternary")
+    assert done.exit_code == 2 and "no folder, file or embedded model named 'nothing-here'" in done.stderr

@@ -39,6 +39,7 @@ REINSTALL = f"reinstall: pip install --force-reinstall {DISTRIBUTION}"
 @click.command("doctor", short_help="Check this machine, or a model: does it run right, and if not, why.")
 @click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--data", metavar="FILE", help="With MODEL: a text to measure perplexity on as well, such as WikiText-2's test set.")
+@click.option("--ternary", is_flag=True, expose_value=False, help="Accepted as by every command: the model is checked as it is stored.")
 @hub_options
 @json_option
 @debug_option

@@ -30,6 +30,7 @@ MAX_ACCURACY_BYTES = 16_384  # of --data: some 4,000 tokens
 )
 @click.option("--data", metavar="FILE", help="With --accuracy or --zeros: the text to measure on. Default: a short built-in one.")
 @click.option("--threads", type=int, metavar="N", help="With --accuracy or --zeros: threads. Default: one per core.")
+@click.option("--ternary", is_flag=True, expose_value=False, help="Accepted as by every command: weights are shown as they are stored.")
 @hub_options
 @json_option
 @debug_option
