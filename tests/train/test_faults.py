@@ -351,3 +351,23 @@ def test_fp16_of_an_adapter(trained: dict[str, Path], corpus: Path, tmp_path: Pa
     assert len(set(np.abs(row))) > 2  # floats, not a magnitude and 0
     bad = bitnet(*words, "binary")
     assert bad.exit_code == 2 and "A and B of an adapter are ternary or fp16, not binary" in bad.stderr
+
+
+def test_targets_of_an_adapter_that_are_none(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    for targets, said in (
+        (["proj"], r"ends with \.proj; there are down_proj, gate_proj"),
+        ([""], "ends with"),
+        ([], "names none; there are"),
+    ):
+        with pytest.raises(UsageError, match=f"target_modules: .*{said}"):
+            run(of_base(trained, "lora", target_modules=targets), corpus, tmp_path / "run")
+        shutil.rmtree(tmp_path / "run")
+
+
+def test_a_step_has_one_window_at_least_and_a_device_is_known(corpus: Path, tmp_path: Path) -> None:
+    recipe = Recipe.parse({**MINI, "training": {**MINI["training"], "context": None, "batch_tokens": 16}}, "mini")
+    with pytest.raises(UsageError, match=r"training\.batch_tokens is 16, less than one window of 64 tokens"):
+        run(recipe, corpus, tmp_path / "run")
+    for device in ("foo", "meta"):
+        with pytest.raises(UsageError, match=f"device is '{device}'; expected cpu, cuda, cuda:N or mps"):
+            run(mini(), corpus, tmp_path / "other", device=device)

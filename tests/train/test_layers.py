@@ -158,6 +158,32 @@ def test_sub_norm_and_embedding() -> None:
     assert torch.allclose(whole(ids), dequantized(*Quantization().of(table.weight))[ids], atol=1e-7)
 
 
+def test_a_binary_layer_stays_binary_and_one_row_is_a_batch() -> None:
+    layer = BinaryLinear(48, 20, quantization=Quantization(scale="tensor"))
+    assert layer.quantization == Quantization("binary", scale="tensor") and set(
+        layer.quantization.of(layer.weight)[0].unique().tolist()
+    ) == {-1, 1}
+    x = X[0, 0].clone().requires_grad_()
+    layer(x).sum().backward()
+    one = layer.weight.grad.clone()
+    layer.weight.grad = None
+    layer(X[0, :1]).sum().backward()
+    assert torch.allclose(one, layer.weight.grad) and x.grad.shape == (48,)
+    table = TernaryEmbedding(11, 48)
+    assert torch.equal(table(torch.tensor(3)), table(torch.tensor([3]))[0])
+
+
+def test_float16_holds_the_sums_of_integers() -> None:
+    layer = TernaryLinear(2048, 8, bias=False)
+    layer.weight.data.abs_().add_(0.01)
+    x = torch.ones(3, 2048)
+    exact = layer(x).detach()
+    half = layer.half()
+    y = half(x.half().requires_grad_())
+    y.sum().backward()
+    assert y.dtype == torch.float16 and torch.allclose(y.float(), exact, rtol=2e-3) and torch.isfinite(half.weight.grad).all()
+
+
 def tiny(kind: str = "Llama", **changes: object) -> torch.nn.Module:
     sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = getattr(transformers, f"{kind}Config")(**sizes, num_key_value_heads=2, **changes)
@@ -177,6 +203,26 @@ def test_ternarize_model_swaps_by_pattern_and_shares_parameters() -> None:
     assert isinstance(some.model.layers[0].mlp.up_proj, BinaryLinear)
     with pytest.raises(UsageError, match=r"no layer of LlamaForCausalLM matches \*nothing"):
         ternarize_model(tiny(), "*nothing")
+
+
+def test_what_ternarize_model_leaves_out_is_said() -> None:
+    model = tiny()
+    assert "lm_head" not in ternarize_model(model, keep="lm_head")
+    with pytest.raises(UsageError, match="layers is list; expected one pattern"):
+        ternarize_model(tiny(), ["*.mlp.*"])  # type: ignore[arg-type]
+    with pytest.warns(UserWarning, match=r"no layer of LlamaForCausalLM matches \*nothing; 6 others became ternary"):
+        ternarize_model(tiny(), {"*.mlp.*": 0.05, "*nothing": 0.05})
+    falcon = transformers.FalconForCausalLM(
+        transformers.FalconConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2)
+    )
+    assert len(ternarize_model(falcon)) == 4  # its own class of linear layers computes the same
+    assert torch.isfinite(falcon(input_ids=torch.tensor([[1, 2]])).logits).all()
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
+    with pytest.raises(UsageError, match="its layers are Conv1D, which stay as they are"):
+        ternarize_model(gpt2)
+    experts = tiny("Mixtral", num_local_experts=2)
+    with pytest.warns(UserWarning, match=r"tensors of MixtralForCausalLM that hold all experts stay as they are"):
+        ternarize_model(experts)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3Text"])

@@ -38,7 +38,12 @@ _GATES: dict[str, Callable[[Tensor], Tensor]] = {
 
 def torch_device(name: str) -> torch.device:
     """The device "cuda", "cuda:N" or "mps". Raises `UsageError` where torch cannot use it, with what is missing."""
-    device = torch.device(name)
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("cpu")
+    if device.type not in ("cuda", "mps"):
+        raise UsageError(f"device is {name!r}; expected cpu, cuda, cuda:N or mps")
     if device.type == "mps":
         if not torch.backends.mps.is_available():
             raise UsageError(

@@ -15,6 +15,7 @@ Weights, as ternary.py and convert/quantize.py define them; mean and scale over 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -132,8 +133,8 @@ def dequantized(codes: Tensor, scales: Tensor) -> Tensor:
 class _Product(torch.autograd.Function):
     """y = x^ W^T, where x^ is x by int8 steps or x itself, and W^ = codes * scales; gradients straight through to x and to `weight`.
 
-    A scale that a whole row shares leaves with the sum, which then is one of integers. The result is of the `dtype` of the product, as
-    that of `nn.Linear` is under autocast.
+    A scale that a whole row shares leaves with the sum, which then is one of integers. The result is of `dtype`, as that of `nn.Linear`
+    is under autocast, and so is the product; but float16, which ends at 65,504, would not hold 516 times 127: there it is float32.
     """
 
     @staticmethod
@@ -141,14 +142,15 @@ class _Product(torch.autograd.Function):
         ctx: Any, x: Tensor, weight: Tensor | None, codes: Tensor, scales: Tensor, integers: bool, clip: float | None, dtype: torch.dtype
     ) -> Tensor:
         whole = scales.shape[1] == 1
-        w = (codes if whole else dequantized(codes, scales)).to(dtype)
+        wide = torch.float32 if dtype == torch.float16 else dtype
+        w = (codes if whole else dequantized(codes, scales)).to(wide)
         factor = scales[:, 0] if whole else None  # [1 or out]
         if integers:
             q, most = int8_rows(x.float())
             step = most / 127.0
         else:
             q, step = x, None
-        q = q.to(dtype)
+        q = q.to(wide)
         ctx.input_dtype = x.dtype
         ctx.save_for_backward(q, step, w, factor, (weight.detach().abs() <= clip) if clip is not None and weight is not None else None)
         y = (q @ w.t()).float()
@@ -166,7 +168,7 @@ class _Product(torch.autograd.Function):
             grad_x = (grad_x * factor if one else grad_x).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             x = q if step is None else (q * step).to(w.dtype)  # what layers that share an input share, too
-            grad_weight = (g.flatten(0, -2).t() @ x.flatten(0, -2)).float()
+            grad_weight = (g.reshape(-1, g.shape[-1]).t() @ x.reshape(-1, x.shape[-1])).float()
             if passes is not None:
                 grad_weight = grad_weight * passes
         return grad_x, grad_weight, None, None, None, None, None
@@ -237,6 +239,10 @@ class BinaryLinear(TernaryLinear):
 
     default = Quantization(rule="binary", scale="row")
 
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.quantization = replace(self.quantization, rule="binary")  # whatever else is asked for
+
 
 class TernaryEmbedding(nn.Embedding):
     """Drop-in `nn.Embedding` whose rows are ternary, by default with a scale for each row, which is a token's.
@@ -260,7 +266,7 @@ class TernaryEmbedding(nn.Embedding):
         if self.quantization.scale == "tensor":
             quantized = dequantized(*self.quantization.of(self.weight))[ids]
         else:
-            quantized = dequantized(*self.quantization.of(rows.flatten(0, -2))).view_as(rows)
+            quantized = dequantized(*self.quantization.of(rows.reshape(-1, rows.shape[-1]))).view_as(rows)
         off = quantized.to(rows.dtype) - rows.detach()
         through = (
             rows if self.quantization.clip is None else torch.where(rows.detach().abs() <= self.quantization.clip, rows, rows.detach())
@@ -275,7 +281,7 @@ def ternarize_model(
     model: nn.Module,
     layers: str | Mapping[str, float | Quantization] = "*",
     *,
-    keep: tuple[str, ...] = ("lm_head",),
+    keep: str | tuple[str, ...] = ("lm_head",),
     quantization: Quantization | None = None,
     sub_norm: bool = False,
 ) -> list[str]:
@@ -286,30 +292,54 @@ def ternarize_model(
     those it is for, means linear layers: an embedding changes only where its own pattern names it.
     `keep`: patterns, or ends of names, of what stays. `quantization`: of layers without their own; default: absmean, int8 activations.
     Tied embedding and head stay tied: one master for both. Returns the names of the replaced modules.
-    Raises `UsageError` where no layer matches.
+    A warning says which patterns match nothing, and that experts in one tensor stay as they are. Raises `UsageError` where none matches.
     """
+    if not isinstance(layers, (str, Mapping)):
+        raise UsageError(f"layers is {type(layers).__name__}; expected one pattern, or {{pattern: alpha or Quantization, ...}}")
+    keep = (keep,) if isinstance(keep, str) else keep
     base = quantization or Quantization()
     if layers == "article":
         layers, keep = ARTICLE_ALPHAS, tuple(k for k in keep if k != "lm_head")
     patterns: Mapping[str, float | Quantization] = {layers: base} if isinstance(layers, str) else layers
     tables = not isinstance(layers, str)
     found: list[str] = []
+    used: set[str] = set()
     for name, module in list(model.named_modules()):
         embedding = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and not isinstance(module, TernaryEmbedding))
-        if not (type(module) is nn.Linear or (embedding and tables)) or any(name.endswith(k) or fnmatchcase(name, k) for k in keep):
+        if not (_is_linear(module) or (embedding and tables)) or any(name.endswith(k) or fnmatchcase(name, k) for k in keep):
             continue
-        how = next((value for pattern, value in patterns.items() if fnmatchcase(name, pattern)), None)
+        which = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
+        how = None if which is None else patterns[which]
         if how is None or (embedding and not any("embed" in p and fnmatchcase(name, p) for p in patterns)):
             continue
         if not isinstance(how, Quantization):
             how = replace(base, rule="threshold", alpha=how)
         model.set_submodule(name, _replaced(module, how, sub_norm, table=embedding or name.endswith("lm_head")))
         found.append(name)
+        used |= {pattern for pattern in patterns if fnmatchcase(name, pattern)}
+    kind, unused = type(model).__name__, [pattern for pattern in patterns if pattern not in used]
     if not found:
-        raise UsageError(
-            f"no layer of {type(model).__name__} matches {', '.join(patterns)}; expected patterns of module names, as '*.mlp.*'"
-        )
+        transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())
+        why = "its layers are Conv1D, which stay as they are" if transposed else "expected patterns of module names, as '*.mlp.*'"
+        raise UsageError(f"no layer of {kind} matches {', '.join(patterns)}; {why}")
+    if unused:
+        warnings.warn(f"no layer of {kind} matches {', '.join(unused)}; {len(found)} others became ternary", stacklevel=2)
+    experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
+    if experts:
+        warnings.warn(f"{len(experts)} tensors of {kind} that hold all experts stay as they are ({experts[0]}, ...)", stacklevel=2)
     return found
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether it computes what `nn.Linear` does: the class itself, or one of another name with the same outputs (falcon's)."""
+    if type(module) is nn.Linear or not isinstance(module, nn.Linear) or isinstance(module, (TernaryLinear, FrozenTernaryLinear)):
+        return type(module) is nn.Linear
+    weight = module.weight
+    if weight.is_meta or not weight.is_floating_point() or weight.shape != (module.out_features, module.in_features):
+        return False
+    x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device).reshape(2, -1).to(weight.dtype)
+    with torch.no_grad():
+        return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-3, atol=1e-5)
 
 
 def _replaced(old: nn.Module, how: Quantization, sub_norm: bool, table: bool) -> nn.Module:

@@ -8,6 +8,7 @@ scales, in PEFT's layout: peft, and this program (docs/lora.md), run them as any
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +29,18 @@ def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
     from peft import LoraConfig, get_peft_model
 
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
-    ends = recipe.target_modules or sorted({n.rpartition(".")[2] for n in linears})
-    missing = [e for e in ends if not any(n.endswith(e) for n in linears)]
-    if missing:
-        there = ", ".join(sorted({n.rpartition(".")[2] for n in linears}))
-        raise UsageError(f"target_modules: no linear layer ends with {missing[0]!r}; there are {there}")
+    there = sorted({n.rpartition(".")[2] for n in linears})
+    ends = there if recipe.target_modules is None else recipe.target_modules
+    missing = [e for e in ends if not any(f".{n}".endswith(f".{e}") for n in linears)]
+    if missing or not ends:
+        what = f"no linear layer has a name that ends with .{missing[0]}" if missing else "names none"
+        raise UsageError(f"target_modules: {what}; there are {', '.join(there)}")
     config = LoraConfig(r=recipe.rank, lora_dropout=recipe.lora_dropout, target_modules=ends, task_type="CAUSAL_LM")
     config.lora_alpha = recipe.alpha  # type: ignore[assignment]
     model.name_or_path = base  # type: ignore[assignment]
-    found = get_peft_model(model, config)
+    with warnings.catch_warnings():  # peft 0.18 asks transformers 5 by an old name
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
+        found = get_peft_model(model, config)
     if recipe.quantize == "ternary":
         ternarize_model(found, "*.lora_?.default", quantization=FACTORS)
     return found
