@@ -190,7 +190,7 @@ def _two_valued(weight: Weight) -> str | int | None:
 def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
     """`checkpoint` with the weights that it was binarized or ternarized from in the places of those, if it has them beside (LATENT)."""
     tensors: dict[str, Any] = dict(checkpoint.tensors)
-    found = 0
+    found, others = 0, list[str]()
     for name in checkpoint.tensors:
         module, _, last = name.rpartition(".")
         if last in LATENT and f"{module}.weight" in tensors:
@@ -200,9 +200,9 @@ def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
                 tensors[f"{module}.weight"] = latent
                 found += 1
             else:
-                notes.append(
-                    f"{latent.where}: has shape {list(latent.shape)}, the layer {list(run.shape)}: these latent weights are not taken"
-                )
+                others.append(f"{latent.where} has shape {list(latent.shape)}, its layer {list(run.shape)}")
+    if others:
+        notes.append(f"latent weights of {len(others)} layers are not taken, for they are of another shape (the first: {others[0]})")
     if len(tensors) == len(checkpoint.tensors):
         return checkpoint
     config = checkpoint.config

@@ -98,9 +98,13 @@ def _packed(weight: Weight, form: Format, requantize: bool, beside: bool) -> tup
         wanted = "; ".join(
             f"{name} takes multiples of {n}" for name, n in (("gguf-q2_0", 64), ("gguf-q1_0", 128), ("gguf-i2_s", 1)) if n < block
         )
-        raise UsageError(f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({wanted or 'hf takes any'})")
+        raise UsageError(
+            f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({wanted or 'safetensors takes any'})"
+        )
     if form.weights == "i2_s" and (weight.shape[0] * inputs) % 128:
-        raise UsageError(f"{weight.where}: has {weight.shape[0] * inputs:,} weights; gguf-i2_s needs a multiple of 128 (hf takes any)")
+        raise UsageError(
+            f"{weight.where}: has {weight.shape[0] * inputs:,} weights; gguf-i2_s needs a multiple of 128 (safetensors takes any)"
+        )
     if form.container == "hf" and weight.shape[0] % 4:
         raise UsageError(
             f"{weight.where}: has {weight.shape[0]} rows, and transformers loads packed layers of a multiple of 4 only; choose "
