@@ -208,6 +208,14 @@ def test_help_names_every_format() -> None:
         assert name in words or name.startswith("safetensors-") or f"-{name.rsplit('-', 1)[-1]}" in words, name
 
 
+@pytest.mark.parametrize("words", [[], ["--ternary", "--alpha", "auto"]])
+def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, bitnet: Run, words: list[str]) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=not words)
+    (tmp_path / "text.txt").write_text("a text")
+    done = bitnet("convert", source, "-o", tmp_path / "out", "--tokenizer", tmp_path / "text.txt", *words)
+    assert done.exit_code == 1 and f"{tmp_path}/text.txt: tokenizer.json cannot be used" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_inspect_and_doctor_accept_ternary(bitnet: Run) -> None:
     plain, ternary = (bitnet("inspect", EMBEDDED_MODEL, "--json", *words) for words in ([], ["--ternary"]))
     assert plain.exit_code == ternary.exit_code == 0 and plain.stdout == ternary.stdout

@@ -153,6 +153,7 @@ def _ternarization(
 def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None, count: int, length: int) -> Any:
     """int32 [sequences, tokens] of the file's text, or of the built-in sample."""
     from bitnet.convert.layerwise import sequences
+    from bitnet.errors import FormatError
     from bitnet.evaluate import sample
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical, open_checkpoint
@@ -162,7 +163,10 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
         raise click.UsageError(f"--sequences is {count}, --sequence-length {length}; expected at least 1 of at least 2 tokens")
     checkpoint = open_checkpoint(path, i2_s)
     config = canonical(checkpoint).config
-    loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
+    try:
+        loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
+    except FormatError as error:
+        raise error if tokenizer is None else FormatError(f"{tokenizer}: {error}") from None
     text = sample.text() if file is None else read_text(Path(file), count * length * MOST_BYTES, "--calibration")
     return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
 
