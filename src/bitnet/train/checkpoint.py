@@ -63,7 +63,7 @@ def newest(run: Path) -> dict[str, Any] | None:
         try:
             return _read(path)
         except Exception as error:  # torch raises whatever its unpickler meets
-            warnings.warn(f"{path}: cannot be read ({error or type(error).__name__}); the checkpoint before it is taken", stacklevel=2)
+            warnings.warn(f"{path}: cannot be read ({error or type(error).__name__}); an older one is looked for", stacklevel=2)
     if found:
         raise BitNetError(f"{run}: none of its {len(found)} checkpoints can be read; bring one back, or begin again with another --out")
     return None
