@@ -116,6 +116,8 @@ def test_divergence_within_the_first_window_is_seen(corpus: Path, tmp_path: Path
     poison(monkeypatch, 3)
     with pytest.raises(loop.TrainingStopped, match=r"^step 10: the loss .* no good checkpoint\. Lower the learning rates and begin"):
         run(mini(scheme="fp16", steps=20, divergence=1.0), corpus, tmp_path / "run")
+    with pytest.raises(loop.TrainingStopped, match="no good checkpoint"):  # nor is the one that is resumed from
+        run(mini(scheme="fp16", steps=20, divergence=1.0), corpus, tmp_path / "run")
 
 
 def test_floats_from_a_packed_base_are_what_it_computes_with(trained: dict[str, Path], tmp_path: Path) -> None:

@@ -137,6 +137,8 @@ def train(
     optims = optimizers(model, schedule)
     progress = _resume(out, model, optims, dict(texts or {}))
     first = progress.step
+    if before(out, progress.good_step) is None and not progress.diverged(schedule.divergence):
+        progress.good_step = first  # that one is gone: none is better than the one that is taken up now
     also = () if teacher is None else (teacher,)
     objective: Any = _distil_loss if teacher is not None else _loss
     run = torch.compile(objective, dynamic=False) if compiled and schedule.compile else objective
@@ -177,8 +179,7 @@ def train(
                 what = "the loss" if not math.isfinite(mean) else "the norm of the gradients"
                 where = _first_not_finite(model, tokens[list(rows)].to(processes.device))
                 value = mean if what == "the loss" else norm_value
-                diverged = bool(progress.losses) and np.mean(progress.losses) > progress.best + schedule.divergence
-                good = before(out, progress.good_step if diverged else step)
+                good = before(out, progress.good_step if progress.diverged(schedule.divergence) else step)
                 raise _stopped(out, step + 1, f"{what} is {value}; first not finite: {where}", good)
             for o in optims:
                 o.step()
@@ -200,7 +201,7 @@ def train(
                 log(row)
                 if processes.first:
                     report(row)
-                if done > schedule.warmup_steps and average > progress.best + schedule.divergence:
+                if done > schedule.warmup_steps and progress.diverged(schedule.divergence):
                     what = f"the loss is {average:.2f}, {average - progress.best:.2f} above its best; {_largest(model)}"
                     raise _stopped(out, done, what, before(out, progress.good_step))
                 if average < progress.best:
@@ -226,6 +227,9 @@ class _Progress:
     good_step: int = 0  # steps done before those: what was then had not diverged
     losses: list[float] = field(default_factory=list)  # since the last row of the log
     norms: list[float] = field(default_factory=list)
+
+    def diverged(self, by: float) -> bool:
+        return bool(self.losses) and float(np.mean(self.losses)) > self.best + by
 
 
 def _loss(model: nn.Module, tokens: Tensor, targets: Tensor, count: int, bf16: bool = True) -> Tensor:
@@ -282,10 +286,7 @@ def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer], te
             memory = {k: part_of(v, p) if v.shape == state["model"][name].shape else v for k, v in state["optimizer"][name].items()}
             if memory:
                 of[id(p)].state[p] = memory
-    progress = _Progress(**{f.name: state[f.name] for f in fields(_Progress)})
-    if before(out, progress.good_step) is None:
-        progress.good_step = progress.step  # it is gone: none is better than the one that is taken up now
-    return progress
+    return _Progress(**{f.name: state[f.name] for f in fields(_Progress)})
 
 
 def _stopped(out: Path, step: int, what: str, good: Path | None) -> TrainingStopped:
