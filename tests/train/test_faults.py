@@ -184,7 +184,9 @@ def test_a_text_of_one_long_line_is_read_in_parts(tmp_path: Path, monkeypatch: p
 def test_what_cannot_be_exported_is_refused_before_it_is_trained(corpus: Path, tmp_path: Path, changes: Any, said: str) -> None:
     with pytest.raises(BitNetError, match=said):
         run(mini(**changes), corpus, tmp_path / "run")
-    assert not (tmp_path / "run" / "log.csv").exists()
+    assert not {"log.csv", "recipe.yaml"} & set(os.listdir(tmp_path / "run"))  # so that another recipe may begin here
+    with pytest.raises(UsageError, match=r"tokenizer\.json: has 300 tokens, vocab_size is 299; raise it, or remove the file"):
+        run(mini(vocab_size=299), corpus, tmp_path / "run")
 
 
 def test_what_cannot_be_read_afterwards_is_refused_before(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
@@ -215,6 +217,18 @@ def test_mnlis_matched_rows_are_scored_and_a_missing_file_is_said(trained: dict[
     run(of_base(trained, "classify"), tmp_path, tmp_path / "run", export=tmp_path / "elsewhere")
     assert "Accuracy on dev_matched.tsv" in (tmp_path / "elsewhere" / "README.md").read_text()
     assert (tmp_path / "run" / "scores.json").is_file() and not (tmp_path / "scores.json").exists()
+
+
+def test_labels_that_cannot_be_learned(trained: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "one.tsv").write_text("sentence\tlabel\na\tyes\n")
+    with pytest.raises(UsageError, match=r"one\.tsv: every row has the label 'yes'; a classification needs two labels at least"):
+        run(of_base(trained, "classify"), tmp_path / "one.tsv", tmp_path / "run")
+    (tmp_path / "none.tsv").write_text("sentence\tlabel\n")
+    with pytest.raises(FormatError, match=r"none\.tsv: holds a header and no rows"):
+        examples.Table.read(tmp_path / "none.tsv", None, None)
+    tokenizer = TernaryTransformer.from_pretrained(trained["ternary"] / "model").tokenizer
+    with pytest.raises(UsageError, match="context is 8; the label 'incomprehensibility' alone takes"):
+        list(examples.Table(["a"], ["incomprehensibility"], ["incomprehensibility", "b"]).rows(tokenizer, [0], 0, 8))
 
 
 def test_conversations_of_several_files_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:

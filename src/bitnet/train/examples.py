@@ -126,7 +126,9 @@ class Table:
         if missing or not texts:
             raise FormatError(f"{path}: has no column {missing[0] if missing else ' or '.join(_TEXTS)}; it has {', '.join(header)}")
         rows = [row for row in (line.split("\t") for line in lines[1:]) if len(row) == len(header)]
-        if len(rows) < 0.99 * (len(lines) - 1) or not rows:
+        if len(lines) == 1:
+            raise FormatError(f"{path}: holds a header and no rows; expected an example a line")
+        if len(rows) < 0.99 * (len(lines) - 1):
             raise FormatError(
                 f"{path}: {len(lines) - 1 - len(rows)} of {len(lines) - 1} rows have not the {len(header)} columns of the header"
             )
@@ -152,7 +154,12 @@ class Table:
         for prompt, answer in zip(self.prompts, self.answers, strict=True):
             asked = [*tokenizer.encode(f" {answer}", add_special=False), *([] if end is None else [end])]
             given = [*begin, *tokenizer.encode(prompt, add_special=False)]
-            given = given[: len(begin)] + given[len(begin) :][-(context - len(asked) - len(begin)) :]  # a long text loses its beginning
+            room = context - len(asked) - len(begin)
+            if room < 1:
+                raise UsageError(
+                    f"context is {context}; the label {answer!r} alone takes {len(asked)} tokens, beside the text: raise context"
+                )
+            given = given[: len(begin)] + given[len(begin) :][-room:]  # a long text loses its beginning
             yield given + asked, [False] * len(given) + [True] * len(asked), True
 
 

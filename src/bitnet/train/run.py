@@ -62,6 +62,8 @@ def run(
         processes.wait()
         prepared = _Prepared(recipe, texts, out, processes)
         after = _After(recipe, prepared, evaluation, card)
+        if processes.first and not (out / "recipe.yaml").exists():
+            write_text(out / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
         loop.train(
             prepared.model, prepared.batches, prepared.schedule, out, recipe.seed,
             teacher=prepared.teacher, processes=processes, parallel=spread, report=report, compiled=prepared.compiled,
@@ -142,6 +144,8 @@ class _Prepared:
                 write_text(saved, self._learn_tokenizer(recipe).to_str())
             processes.wait()
             self.tokenizer, self.begin, self.end = _read_tokenizer(saved), [0], 0
+            if (size := self.tokenizer.get_vocab_size()) > recipe.vocab_size:
+                raise UsageError(f"{saved}: has {size} tokens, vocab_size is {recipe.vocab_size}; raise it, or remove the file")
             vocab_size = recipe.vocab_size
         self.model = new_model(recipe.model, vocab_size, recipe.context or CONTEXT, recipe.seed, self.end or 0)
         self._quantize(recipe, "*", ("lm_head",))
@@ -189,6 +193,8 @@ class _Prepared:
         folder, file = out / "tokens", self.files[0]
         if recipe.task == "classify":
             self.table = examples.Table.read(file, recipe.labels, recipe.columns)
+            if len(self.table.words) < 2:
+                raise UsageError(f"{file}: every row has the label {self.table.words[0]!r}; a classification needs two labels at least")
             ours, table = self.text_tokenizer(), self.table
             rows = lambda: table.rows(ours, self.begin, self.end, self.context)  # noqa: E731
             return [data.store(file, rows, self.tokenizer, folder, f"table {recipe.labels} {recipe.columns} {self.context}")]
@@ -346,19 +352,18 @@ def _scores(prepared: _Prepared, out: Path, target: Path, after: _After) -> str:
 
 def _check_same(recipe: Recipe, out: Path) -> None:
     """A run goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
-    path, now = out / "recipe.yaml", recipe.plain()
-    if path.exists():
-        try:
-            then = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            then = None
-        if not isinstance(then, dict):
-            raise FormatError(f"{path}: is damaged; remove it to go on by the recipe of --config, or name another folder with --out")
-        for key, before, after in _differences(then, now, ""):
-            if key.rpartition(".")[2] not in _MAY_CHANGE:
-                raise UsageError(f"{out}: this run was begun with {key} {before!r}, now it is {after!r}; name another folder with --out")
+    path = out / "recipe.yaml"
+    if not path.exists():
         return
-    write_text(path, yaml.safe_dump(now, sort_keys=False, allow_unicode=True))
+    try:
+        then = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        then = None
+    if not isinstance(then, dict):
+        raise FormatError(f"{path}: is damaged; remove it to go on by the recipe of --config, or name another folder with --out")
+    for key, before, after in _differences(then, recipe.plain(), ""):
+        if key.rpartition(".")[2] not in _MAY_CHANGE:
+            raise UsageError(f"{out}: this run was begun with {key} {before!r}, now it is {after!r}; name another folder with --out")
 
 
 def _differences(then: Any, now: Any, at: str) -> Iterator[tuple[str, Any, Any]]:
