@@ -311,6 +311,27 @@ def test_a_context_beyond_the_bases_is_refused(trained: dict[str, Path], corpus:
     assert _Prepared(of_base(trained, "heal", training=training), corpus, tmp_path, Processes()).context == 64  # where it is left open
 
 
+def test_a_base_that_only_transformers_runs(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1}
+    config = transformers.OPTConfig(
+        **sizes, num_attention_heads=2, max_position_embeddings=64, pad_token_id=0, bos_token_id=0, eos_token_id=0
+    )
+    base = tmp_path / "opt"
+    transformers.OPTForCausalLM(config).save_pretrained(base)
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(trained["fp16"] / "tokenizer.json"))
+    tokenizer.save_pretrained(base)
+    assert "1000000000000000019884624838656" in (base / "tokenizer_config.json").read_text()  # which stopped nothing
+    with pytest.raises(UsageError, match="opt is of a family that only transformers runs; leave --eval out"):
+        run(of_base(trained, "heal", base_model=str(base)), corpus, tmp_path / "run", evaluation=corpus)
+    with pytest.raises(UsageError, match=r"training\.context is 128; .*opt has places for 64 tokens"):
+        long = {**MINI["training"], "context": 128}
+        run(of_base(trained, "heal", base_model=str(base), training=long), corpus, tmp_path / "run")
+    run(of_base(trained, "heal", base_model=str(base)), corpus, tmp_path / "run")
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
 def test_damaged_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     run(mini(steps=2), corpus, out)

@@ -47,6 +47,7 @@ def train(count: int, config: Path, corpus: Path, out: Path, environment: dict[s
         env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count(": pretrain, ") == 1 and done.stderr.count("loss ") <= 1  # one process speaks for all
     state = checkpoint.newest(out)
     assert state is not None and (out / "model" / "model.safetensors").is_file()
     return state

@@ -27,6 +27,7 @@ from bitnet.train.layers import Quantization
 from bitnet.train.schedule import Schedule
 
 TASKS = ("pretrain", "distil", "heal", "lora", "instruct", "classify")
+CONTEXT = 512  # tokens, where a recipe leaves it open and its base has room for as many
 SCHEMES = ("fp16", "binary", "ternary")
 _GUESSES = {
     "rank": "lora", "quantize": "lora", "lora_dropout": "lora", "teacher": "distil", "labels": "classify", "base_model": "heal",
@@ -173,7 +174,7 @@ class Recipe:
         if isinstance(values.get("training", {}), Mapping) and isinstance(task, str):
             values = {**values, "training": {**_TRAINING.get(task, {}), **values.get("training", {})}}
         if task in ("pretrain", "distil") and values.get("context") is None:
-            values = {**values, "context": 512}
+            values = {**values, "context": CONTEXT}
         recipe: Recipe = _section(Recipe, values, where, "")
         if recipe.task in ("pretrain", "distil") and recipe.model is None:
             raise UsageError(f"{where}: task {recipe.task} makes a new model, whose shape is missing; add model: with hidden_size, ...")

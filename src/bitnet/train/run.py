@@ -25,7 +25,7 @@ from bitnet.train import data, examples, loop, parallel
 from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
 from bitnet.train.models import Base, freeze, new_model
-from bitnet.train.recipe import Recipe
+from bitnet.train.recipe import CONTEXT, Recipe
 from bitnet.transformer import resolve
 
 _MAY_CHANGE = ("checkpoint_every", "micro_batch", "compile", "divergence", "matrix_lr", "vector_lr")  # of a run's recipe, when it goes on
@@ -33,7 +33,6 @@ _EXPORTED = {  # all that an export writes: what else a folder holds is somebody
     "config.json", "generation_config.json", "model.safetensors", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",
     "tokenizer_config.json", "chat_template.jinja", "README.md", "loss.png",
 }  # fmt: skip
-CONTEXT = 512  # tokens, where a recipe leaves it open and its base has room for as many
 Report = Callable[[dict[str, Any]], None]
 
 
@@ -330,7 +329,7 @@ def _what(recipe: Recipe) -> str:
         "pretrain": f"A language model {scheme}, trained from scratch.",
         "distil": f"A language model {scheme}, taught by {recipe.teacher}.",
         "heal": f"{recipe.base_model}, its layers made {recipe.scheme} and trained to bear it.",
-        "lora": f"A low-rank adapter ({recipe.quantize} factors of rank {recipe.rank}) for {recipe.base_model}.",
+        "lora": f"A low-rank adapter ({recipe.trained} factors of rank {recipe.rank}) for {recipe.base_model}.",
         "instruct": f"{recipe.base_model}, trained to answer ({scheme}).",
         "classify": f"{recipe.base_model}, trained to name a label ({scheme}).",
     }[recipe.task]
