@@ -181,7 +181,8 @@ def lora(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     }
     found = {}
     for name, values in kinds.items():
-        settings = {"steps": args.steps, "batch_tokens": 2048, "warmup_steps": 10, "decay_steps": args.steps // 2, "compile": False}
+        settings = {"steps": args.steps, "batch_tokens": 2048, "warmup_steps": 10, "decay_steps": max(1, args.steps // 2)}
+        settings |= {"compile": False, "micro_batch": args.micro_batch}
         recipe = {**values, "base_model": args.base, "context": 256, "training": settings}
         words = [sys.executable, __file__, "one", "--data", str(args.data), "--recipe", json.dumps(recipe), "--out", str(place / name)]
         done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
@@ -230,6 +231,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--eval", type=Path, help="lora: a held-out text")
     parser.add_argument("--max-bytes", type=int, help="lora: of it")
+    parser.add_argument("--micro-batch", type=int, default=0, help="lora: windows at once; 0: all")
     parser.add_argument("--picture", type=Path)
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--batch-tokens", type=int, default=8192)
