@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import errno
 import os
+import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -281,6 +282,23 @@ def test_a_flipped_bit_is_noticed_and_a_run_without_a_whole_checkpoint_stops(cor
     with pytest.warns(UserWarning), pytest.raises(BitNetError, match="none of its 2 checkpoints can be read"):
         run(mini(), corpus, out)
     assert (out / "log.csv").read_bytes() == log
+
+
+def test_a_disk_that_fills_while_a_checkpoint_is_written(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, 1, {"a": torch.ones(1000)})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500_000, hard))
+    try:
+        with pytest.raises(BitNetError, match=r"checkpoint-2\.pt: cannot be written \(File too large\)"):
+            checkpoint.save(tmp_path, 2, {"a": torch.ones(1000), "b": torch.ones(1_000_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    found = checkpoint.newest(tmp_path)
+    assert (
+        [path.name for path in tmp_path.iterdir()] == ["checkpoint-1.pt"]
+        and found is not None
+        and torch.equal(found["a"], torch.ones(1000))
+    )
 
 
 def test_a_full_disk_costs_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

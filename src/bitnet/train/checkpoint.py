@@ -8,11 +8,10 @@ warning says so.
 from __future__ import annotations
 
 import hashlib
-import io
 import re
 import warnings
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, BinaryIO, cast
 
 import torch
 
@@ -44,11 +43,13 @@ def before(run: Path, step: int) -> Path | None:
 def save(run: Path, step: int, state: dict[str, Any], good_step: int = 0) -> Path:
     """Write the state after `step` steps, then remove what is older than the newest `KEPT`, but for the newest of at most `good_step`."""
     path = run / f"checkpoint-{step}.pt"
-    content = io.BytesIO()  # a full disk is then our own writer's error, not one from within torch's
-    torch.save(state, content)
     with new_file(path) as file:
-        file.write(content.getbuffer())
-        file.write(hashlib.sha256(content.getbuffer()).digest())
+        hashed = _Hashed(file)
+        try:
+            torch.save(state, cast(IO[bytes], hashed))
+        except RuntimeError as error:
+            raise hashed.error or error from None  # torch hides what the disk said
+        file.write(hashed.digest.digest())
     good = before(run, good_step)
     for old in saved(run)[KEPT:]:
         if old != good:
@@ -69,10 +70,33 @@ def newest(run: Path) -> dict[str, Any] | None:
     return None
 
 
+class _Hashed:
+    """A file to write to, and the SHA-256 of what was written."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        try:
+            self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+        self.digest.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
 def _read(path: Path) -> dict[str, Any]:
-    content = memoryview(path.read_bytes())
-    body, digest = content[:-_DIGEST_BYTES], content[-_DIGEST_BYTES:]
-    if hashlib.sha256(body).digest() != digest:
-        raise ValueError("it is damaged: its SHA-256 is another")
-    state: dict[str, Any] = torch.load(io.BytesIO(body), weights_only=True, map_location="cpu")
+    digest, left = hashlib.sha256(), path.stat().st_size - _DIGEST_BYTES
+    with path.open("rb") as file:
+        while left > 0 and (part := file.read(min(left, 1 << 20))):
+            digest.update(part)
+            left -= len(part)
+        if digest.digest() != file.read():
+            raise ValueError("it is damaged: its SHA-256 is another")
+    state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")  # what follows its archive does not disturb it
     return state
