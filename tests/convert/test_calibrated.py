@@ -99,10 +99,8 @@ def test_auto_takes_the_best_of_all_choices_of_a_head() -> None:
     for pair in combinations(TRIED, repeat=2):
         how = Ternarization("threshold", alphas=(("q", tuple(pair)),))
         trits = ternarized(weight_of(w), how, "f32").codes(0, 8)
-        best = min(
-            best,
-            error_of(w, as_ternary(weight_of(w), trits, refit(w, trits, np.ones((1, 1), np.float32), gram, plain_product), "f32"), gram),
-        )
+        scales, _ = refit(w, w @ gram, trits, np.ones((1, 1), np.float32), gram, plain_product)
+        best = min(best, error_of(w, as_ternary(weight_of(w), trits, scales, "f32"), gram))
     assert best <= error_of(w, made, gram) * (1 + 1e-6) and error_of(w, made, gram) <= 1.01 * best, "in turn, not jointly: near the best"
 
 
@@ -111,12 +109,13 @@ def test_refit_lowers_the_output_error(groups: int) -> None:
     w, _, gram = correlated()
     trits = np.sign(w).astype(np.int8) * (np.abs(w) > 0.02)
     start = np.full((32, groups), 0.03, np.float32)
-    found = refit(w, trits, start, gram, plain_product)
+    found, squared = refit(w, w @ gram, trits, start, gram, plain_product)
 
     def error(scales: np.ndarray) -> float:
         return output_error(w, scaled(trits, scales), gram, plain_product).relative
 
     assert error(found) < error(start)
+    assert squared == pytest.approx(error(found) ** 2 * np.einsum("ri,ij,rj->", w, gram, w, dtype=np.float64), rel=1e-4)
     if groups == 1:  # the closed form: no other scale of a row is better
         assert error(found) <= min(error(found * np.float32(1.01)), error(found * np.float32(0.99)))
 

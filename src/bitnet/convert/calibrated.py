@@ -96,7 +96,7 @@ def best_threshold(weight: Weight, gram: F32, unit: str | int, stored: str, head
         factor = along[chosen, np.arange(rows)] / across[chosen, np.arange(rows)]
         scales = np.asarray(factor[:, None] * np.broadcast_to(plain(codes), (rows, parts.shape[1])), np.float32)
         if isinstance(unit, int):
-            scales = refit(w, codes, scales, gram, product)
+            scales, _ = refit(w, wh, codes, scales, gram, product)
     return as_ternary(weight, codes, scales, stored), taken
 
 
@@ -118,18 +118,21 @@ def _one_scale(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[
     return best
 
 
-def refit(w: F32, trits: I8, scales: F32, gram: F32, product: Product) -> F32:
-    """Scales of less error for these trits: the best for the tensor [1, 1] or the rows [rows, 1]; of groups, one after another."""
+def refit(w: F32, wh: F32, trits: I8, scales: F32, gram: F32, product: Product) -> tuple[F32, float]:
+    """(scales of less error for these trits, that error: the sum of (w - q) H (w - q)^T over rows); wh: w H.
+
+    The scales are the best for the tensor [1, 1] or the rows [rows, 1]; of groups, one after another.
+    """
     if scales.shape[1] == 1:
         t = trits.astype(np.float32)
-        along, across = np.einsum("ri,ri->r", t, product(w, gram), dtype=np.float64), quadratic(t, gram, product)
+        along, across = np.einsum("ri,ri->r", t, wh, dtype=np.float64), quadratic(t, gram, product)
         if len(scales) == 1:
             along, across = along.sum(keepdims=True), across.sum(keepdims=True)
         better = np.where((across > 0) & (along > 0), along / np.maximum(across, 1e-30), scales[:, 0])
-        return np.asarray(better[:, None], np.float32)
+        return np.asarray(better[:, None], np.float32), float(_inner(w, wh) + (better * (better * across - 2 * along)).sum())
     scales = np.broadcast_to(scales, (len(w), scales.shape[1])).copy()
     size = w.shape[1] // scales.shape[1]
-    left = product(w - scaled(trits, scales), gram)  # (w - q) H
+    left = wh - product(scaled(trits, scales), gram)  # (w - q) H
     for _ in range(_SWEEPS):
         for g in range(scales.shape[1]):
             part = slice(g * size, (g + 1) * size)
@@ -140,7 +143,11 @@ def refit(w: F32, trits: I8, scales: F32, gram: F32, product: Product) -> F32:
             step = np.asarray(np.where(scales[:, g] + step > 0, step, 0), np.float32)
             scales[:, g] += step
             left -= step[:, None] * th
-    return scales
+    return scales, _inner(w - scaled(trits, scales), left)
+
+
+def _inner(a: F32, b: F32) -> float:
+    return float(np.einsum("ri,ri->", a, b, dtype=np.float64))
 
 
 def best_rows(weight: Weight, unit: str | int, stored: str) -> Weight:

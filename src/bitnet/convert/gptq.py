@@ -20,10 +20,9 @@ from typing import Any
 
 import numpy as np
 
-from bitnet.convert.calibrated import as_ternary, quadratic, refit
-from bitnet.convert.layerwise import plain_product
+from bitnet.convert.calibrated import as_ternary, refit
 from bitnet.convert.quantize import finite, groups_of
-from bitnet.convert.source import F32, I8, Weight, scaled
+from bitnet.convert.source import F32, I8, Weight
 from bitnet.errors import BitNetError, UsageError
 
 DAMPING = 0.01
@@ -67,12 +66,11 @@ class ErrorFeedback:
 
     def _fitted(self, w: F32, gram: F32, unit: str | int, groups: int, where: str) -> tuple[I8, F32]:
         upper, order = self._factored(gram, where)
-        scales = self.fitted_grid(w, gram, unit, groups)
+        scales, wh = self.fitted_grid(w, gram, unit, groups), self.product(w, gram)
         best: tuple[float, I8, F32] | None = None
         for _ in range(ROUNDS):
             trits = error_feedback(self.torch, w, scales, upper, order)
-            scales = refit(w, trits, scales, gram, self.product)
-            error = float(quadratic(w - scaled(trits, scales), gram, plain_product).sum())
+            scales, error = refit(w, wh, trits, scales, gram, self.product)
             if best is not None and error >= best[0]:
                 break
             best = error, trits, scales
