@@ -162,6 +162,22 @@ def test_gguf_alone_takes_what_holds_the_scale(tmp_path: Path, unit: str | int, 
     assert report.format == form and report.verified and not report.losses
 
 
+@pytest.mark.parametrize(("group", "form"), [(64, "gguf-q2_0"), (128, "gguf-q2_0"), (256, "gguf-tq2_0")])
+def test_gguf_alone_looks_for_shared_scales_in_plain_numbers(tmp_path: Path, group: int, form: str) -> None:
+    source, rng = write(tmp_path / "source", "qwen3", trits=False), np.random.default_rng(0)
+    tensors: dict[str, Any] = {}
+    for key, tensor in safetensors.read(source / "model.safetensors").tensors.items():
+        tensors[key] = ("BF16", tensor.raw())
+        if "_proj" in key:
+            scales = rng.choice([0.25, 0.5], (tensor.shape[0], tensor.shape[1] // group)).astype(np.float32)
+            tensors[key] = rng.choice([-1, 0, 1], tensor.shape).astype(np.float32) * np.repeat(scales, group, axis=1)
+    safetensors.write(source / "model.safetensors", tensors)
+    report = convert(source, tmp_path / "m.gguf")
+    assert report.format == form and report.verified and not report.losses
+    one, other = weights(source), weights(tmp_path / "m.gguf")
+    assert all(np.array_equal(one[key], other[key]) for key in one)
+
+
 def test_patterns_that_fit_no_layer_are_noted(tmp_path: Path) -> None:
     how = Ternarization(alphas=(("layers.7.q", 0.9), ("head", "keep"), ("q_proj", 0.1)))
     report = convert(write(tmp_path / "source", "qwen3", trits=False), tmp_path / "out", quantization="ternary", ternarization=how)

@@ -21,7 +21,7 @@ from bitnet.chat import find_template
 from bitnet.convert import adapters, gguf, hf, tokenizer, weights_alone
 from bitnet.convert.choice import check, dequantized, stand_ins, with_latent_weights
 from bitnet.convert.choice import choose as choose_weights
-from bitnet.convert.fit import InexactError, Loss, fit, rebased
+from bitnet.convert.fit import InexactError, Loss, fit, rebased, shared
 from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.quantize import SCHEMES, Ternarization
 from bitnet.convert.report import LAYER_BYTES, REPORT_BYTES, Layer, measure
@@ -193,7 +193,7 @@ def convert(
 def _format(name: str | None, target: Path, quantization: str | None, model: Model, how: Ternarization) -> Format:
     """The format that is asked for, or that fits what is to be written. Raises UsageError where the two contradict each other."""
     linears = [w for w in model.weights.values() if w.kind in LINEARS]
-    groups = [w.group for w in linears if w.codes is not None and w.scheme not in INTEGERS]
+    groups = [shared(w) for w in linears if quantization is None or w.codes is not None]
     groups += [how.scale] if quantization == "ternary" and isinstance(how.scale, int) else []
     own = linears[0].scheme if linears[0].scheme in INTEGERS and len({w.scheme for w in linears}) == 1 else None
     form = choose(name, target, quantization or own, min((g for g in groups if g), default=0), bool(model.config.biases))

@@ -301,6 +301,17 @@ def three_valued(weight: Weight) -> Weight:
     return from_codes(weight.name, weight.shape, "ternary", weight.where, codes, filled)
 
 
+def shared(weight: Weight) -> int:
+    """Inputs that share a scale in a weight of three values, of a dense one by its first rows; 0 where a row does, and of others."""
+    if weight.scheme in INTEGERS:
+        return 0
+    try:
+        found = weight if weight.codes is not None else three_valued(replace(weight, shape=(min(16, weight.shape[0]), weight.shape[1])))
+    except InexactError:
+        return 0
+    return found.group
+
+
 def _filled(scales: F32) -> F32:
     """Scales, with those of groups of zeros (0) replaced so that as few as possible differ."""
     most = scales.max()
