@@ -178,6 +178,20 @@ def test_gguf_alone_looks_for_shared_scales_in_plain_numbers(tmp_path: Path, gro
     assert all(np.array_equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.parametrize("options", [
+    {"format": "gguf-bf16"},
+    {"quantization": "int8", "format": "gguf-f32"},
+    {"quantization": "ternary", "ternarization": Ternarization(alphas=(("q", "keep"),))},
+    {"quantization": "ternary", "ternarization": Ternarization(scale="row"), "format": "gguf-f32"},
+])  # fmt: skip
+def test_dense_layers_of_bitnet_in_gguf(tmp_path: Path, options: dict[str, Any]) -> None:
+    """They would be read as masters, and become ternary at load."""
+    source = write(tmp_path / "source", "bitnet", trits=False)
+    with pytest.raises(BitNetError, match=r"q_proj.weight': is dense, and what is dense in a bitnet model's GGUF is read as what becomes"):
+        convert(source, tmp_path / "out.gguf", ready=lambda: pytest.fail("it was ready"), **options)
+    assert convert(source, tmp_path / "out.gguf", quantization="ternary", format="gguf-f16").verified
+
+
 def test_patterns_that_fit_no_layer_are_noted(tmp_path: Path) -> None:
     how = Ternarization(alphas=(("layers.7.q", 0.9), ("head", "keep"), ("q_proj", 0.1)))
     report = convert(write(tmp_path / "source", "qwen3", trits=False), tmp_path / "out", quantization="ternary", ternarization=how)

@@ -104,9 +104,7 @@ def stand_ins(model: Model, form: Format, scheme: str | None, how: Ternarization
         rows, inputs = weight.shape
         unit = _binary_unit(weight, form) if scheme == "binary" else how.unit(weight.kind) if scheme == "ternary" else GROUP
         shape = (1 if unit == "tensor" else rows, groups_of(weight, unit))
-        scales = np.ones(shape, np.float32)
-        if scheme == "ternary":  # whose scales differ from their neighbours
-            scales += (np.arange(shape[0])[:, None] + np.arange(shape[1])) % 2
+        scales = np.asarray(1 + (np.arange(shape[0])[:, None] + np.arange(shape[1])) % 2, np.float32)  # each differs from its neighbours
         found[name] = from_codes(name, weight.shape, str(scheme), weight.where, lambda a, b, n=inputs: np.ones((b - a, n), np.int8), scales)  # type: ignore[misc]
     return found
 

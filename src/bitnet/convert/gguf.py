@@ -129,7 +129,23 @@ def items(model: Model, weights: Iterable[Weight], form: Format) -> Iterator[Ite
             if apart:
                 yield Item(f"{name.removesuffix('.weight')}.scale", "f32", (1,), lambda scales=scales: [scales.reshape(1)])  # type: ignore[misc]
         else:
+            if c.architecture == "bitnet" and weight.kind in LINEARS and not _one_scale(weight):
+                raise UnsupportedModelError(
+                    f"{weight.where}: is dense, and what is dense in a bitnet model's GGUF is read as what becomes ternary at load; choose "
+                    "a Hugging Face layout, such as hf-dense-f32, or make it ternary with one scale (--quantization ternary)"
+                )
             yield Item(name, weight.scheme, weight.shape, _plain(weight, heads, c))
+
+
+def _one_scale(weight: Weight) -> bool:
+    """Whether all that is not 0 has the same size."""
+    most = np.float32(0)
+    for first, last in weight.spans():
+        size = np.abs(weight.values(first, last))
+        most = most or size.max()
+        if not ((size == 0) | (size == most)).all():
+            return False
+    return True
 
 
 def _turned(rows: Callable[[int, int], NDArray[Any]], heads: bool, c: ModelConfig) -> Callable[[int, int], NDArray[Any]]:
