@@ -28,6 +28,7 @@ def schemes(path: Path) -> set[str]:
     return {w.scheme for w in read(open_checkpoint(path)).weights.values() if w.kind in LINEARS}
 
 
+KEPT = Ternarization(alphas=(("layers.*", "keep"),))
 CASES: list[tuple[str, dict[str, Any], str]] = [
     ("out", {"format": "onnx"}, "format is 'onnx'"),
     ("source", {}, "is the source itself"),
@@ -41,6 +42,9 @@ CASES: list[tuple[str, dict[str, Any], str]] = [
     ("out", {"quantization": "int8", "format": "hf"}, "is int8, and hf holds ternary weights, not int8; choose --format hf-int8"),
     ("out", {"ternarization": Ternarization(alphas=(("k", (0.1,) * 4),))}, "alpha of layers.0.k: is a list of 4; expected 2"),
     ("out", {"ternarization": Ternarization(alphas=(("o", (0.1, 0.2)),))}, "alpha of layers.0.o: .* expected one number"),
+    ("out", {"ternarization": KEPT}, "every linear layer is kept as it is, so hf would hold nothing ternary; keep fewer"),
+    ("out.gguf", {"quantization": "int4", "ternarization": KEPT}, "so gguf-q4_0 would hold nothing int4"),
+    ("out", {"quantization": "fp16", "calibration": None, "ternarization": KEPT}, "fp16 brings every weight into f16"),
 ]  # fmt: skip
 
 

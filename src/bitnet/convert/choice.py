@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -115,6 +115,7 @@ def check(model: Model, form: Format, scheme: str | None, how: Ternarization, no
     notes += [f"pattern {shown(repr(p))} fits no layer of this model" for p, _ in how.alphas if not any(fits(p, name) for name in layers)]
     if scheme == "ternary" and form.weights == "q1_0" and any(_changes(weight, how) for weight in layers.values()):
         raise UsageError(f"{form.name} is binary and holds no zeros; choose another format, such as gguf-tq2_0, or --quantization binary")
+    refuse_keeping_all(layers.values(), form, scheme, how)
     for name, weight in layers.items():
         alpha, heads = how.alpha_of(name), {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}.get(weight.kind, 0)
         if isinstance(alpha, tuple) and len(alpha) != heads:
@@ -124,6 +125,15 @@ def check(model: Model, form: Format, scheme: str | None, how: Ternarization, no
             raise UsageError(
                 f"{weight.where}: is ternary already, and binary has no place for its zeros; leave --quantization out to keep it as it is"
             )
+
+
+def refuse_keeping_all(layers: Iterable[Weight], form: Format, scheme: str | None, how: Ternarization) -> None:
+    """Raises UsageError where what is kept leaves nothing that the scheme changes, or a packed format nothing that it packs."""
+    kept = any(alpha == "keep" for _, alpha in how.alphas)
+    if kept and scheme == "fp16":
+        raise UsageError("fp16 brings every weight into f16, and none can be kept; leave --keep out")
+    if kept and not any(weight.codes is not None or _changes(weight, how) for weight in layers if form.dense or weight.kind in LINEARS):
+        raise UsageError(f"every linear layer is kept as it is, so {form.name} would hold nothing {scheme}; keep fewer layers")
 
 
 def _has_zeros(weight: Weight) -> bool:

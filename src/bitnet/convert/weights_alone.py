@@ -16,7 +16,7 @@ import numpy as np
 
 from bitnet.convert import hf
 from bitnet.convert.calibrated import best_rows
-from bitnet.convert.choice import Choice, scale_dtype
+from bitnet.convert.choice import Choice, refuse_keeping_all, scale_dtype
 from bitnet.convert.fit import Loss, fit
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import MODULES, TABLES, Ternarization, ternarized
@@ -63,6 +63,8 @@ def made_ternary(
         raise UsageError(f"{source}: has no config.json, which {form.name} needs; put it there, or write a .safetensors")
     if how.calibrated:
         raise UsageError(f"{source}: has no config.json, and without it the model cannot run over calibration text; put it there")
+    kinds = [Weight(n, t.shape, t.scheme, t.where, t.dense_rows) for n, t in tensors.items() if n != t.name]
+    refuse_keeping_all(kinds, form, "ternary", how)
     before, after, choices, losses = {}, {}, {}, []
     for name, tensor in tensors.items():
         if tensor.scheme not in ("f32", "f16", "bf16") or not tensor.shape:
