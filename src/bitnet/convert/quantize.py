@@ -15,6 +15,7 @@ int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 an
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -99,10 +100,10 @@ def _check_alpha(what: str, alpha: Any) -> Alpha:
     if alpha in ("auto", "keep") and what != "alpha":
         return str(alpha)
     if isinstance(alpha, (list, tuple)) and alpha and what != "alpha":
-        bad = next((a for a in alpha if not _is_number(a)), None)
-        if bad is None:
+        if all(map(_is_number, alpha)):
             return tuple(map(float, alpha))
-        alpha = bad
+        bad = next(a for a in alpha if not _is_number(a))
+        raise UsageError(f"{what} has {shown(repr(bad))} in its list; expected a finite number >= 0 there for every head")
     if not _is_number(alpha) and (alpha != "auto" or what != "alpha"):
         more = "" if what == "alpha" else ', "keep", or a list of one for every head'
         raise UsageError(f'{what} is {shown(repr(alpha))}; expected a finite number >= 0 (0.05 to 0.1 is usual), "auto"{more}')
@@ -110,7 +111,7 @@ def _check_alpha(what: str, alpha: Any) -> Alpha:
 
 
 def _is_number(alpha: Any) -> bool:
-    return isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and bool(np.isfinite(alpha)) and alpha >= 0
+    return isinstance(alpha, (int, float)) and not isinstance(alpha, bool) and 0 <= alpha <= sys.float_info.max
 
 
 def read_alphas(path: PathLike) -> tuple[tuple[str, Alpha], ...]:
@@ -127,7 +128,7 @@ def read_alphas(path: PathLike) -> tuple[tuple[str, Alpha], ...]:
 
     try:
         found = json.loads(raw, object_pairs_hook=once)
-    except ValueError:
+    except (ValueError, RecursionError):
         found = _yaml(raw, where)
     if not isinstance(found, dict) or not found or not all(isinstance(pattern, str) for pattern in found):
         raise UsageError(f'{where}: expected an object of patterns and alphas, such as {{"layers.0.*": 0.1, "*": 0.06}}')
