@@ -68,6 +68,10 @@ def convert_model(
     quantization = "ternary" if ternary else quantization
     if quantization is None and report_file is not None:
         raise click.UsageError("--report is of --quantization, and none was asked for; add --ternary, or leave it out")
+    if evaluate_bytes is not None and evaluate is None:
+        raise click.UsageError("--evaluate-bytes is of --evaluate, and no text was named; add it, or leave both out")
+    if evaluate_bytes is not None and evaluate_bytes < 1:
+        raise click.UsageError(f"--evaluate-bytes is {evaluate_bytes}; expected at least 1")
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
     report_path = report_file or f"{str(target).rstrip('/')}.report.json"
     if quantization is not None:
