@@ -10,8 +10,10 @@ import numpy as np
 import packed_models
 import peft_adapters as made
 import pytest
+from click.testing import CliRunner
 from packed_models import IDS
 
+from bitnet.cli import cli
 from bitnet.convert import Ternarization, convert
 from bitnet.convert.adapters import delta, together
 from bitnet.convert.source import read
@@ -263,3 +265,19 @@ def test_what_is_not_merged_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UnsupportedModelError, match="is q8_0; an adapter is merged into ternary or plain weights only"):
         convert(tmp_path / "q8.gguf", tmp_path / "out.gguf", format="gguf-q8_0", merge_adapter=adapter)
     assert not (tmp_path / "out.gguf").exists()
+
+
+def test_perplexity_before_a_merge_is_that_of_base_and_adapter(tmp_path: Path) -> None:
+    """What a merge should keep: in float32, which is never rounded to the trits or to bf16, nothing has changed."""
+    base = tmp_path / "base"
+    convert(source(tmp_path, "llama", trits=False), base, format="hf-dense-f32")
+    (tmp_path / "text.txt").write_text("the abbot ate the bread " * 20)
+    words = ["convert", str(base), "-o", str(tmp_path / "out"), "--format", "hf-dense-f32"]
+    words += ["--evaluate", str(tmp_path / "text.txt"), "--merge-adapter", str(base / "style"), "--json"]
+    done = CliRunner().invoke(cli, words)
+    assert done.exit_code == 0, done.output
+    before, after = (json.loads(done.output.splitlines()[-1])["evaluation"][when]["perplexity"] for when in ("before", "after"))
+    words[words.index("--merge-adapter") :] = ["--json"]
+    alone = json.loads(CliRunner().invoke(cli, words).output.splitlines()[-1])["evaluation"]["before"]["perplexity"]
+    # sums of at most 512 products in another order: 512 * 2^-24 = 3e-5 of logits that are below 10
+    assert abs(before / after - 1) < 3e-4 < abs(alone / after - 1)

@@ -86,7 +86,7 @@ def convert_model(
     def ready() -> None:
         nonlocal before, start
         if held_out is not None:
-            before = _perplexity(path, held_out, i2_s, tokenizer, "before")
+            before = _perplexity(path, held_out, i2_s, tokenizer, "before", merge_adapter)
             start = time.perf_counter()
 
     with (
@@ -175,14 +175,14 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
     return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
 
 
-def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: str) -> dict[str, Any]:
+def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: str, adapter: str | None = None) -> dict[str, Any]:
     from dataclasses import asdict
 
     from bitnet.cli.progress import DelayedBar
     from bitnet.evaluate.perplexity import score_text
     from bitnet.transformer import TernaryTransformer
 
-    model = TernaryTransformer.from_pretrained(path, i2_s=i2_s, tokenizer=tokenizer, head="stored")
+    model = TernaryTransformer.from_pretrained(path, i2_s=i2_s, tokenizer=tokenizer, head="stored", adapter=adapter)
     with DelayedBar(f"perplexity {when}") as bar:
         return asdict(score_text(model, text, bar))
 
