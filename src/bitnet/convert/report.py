@@ -182,7 +182,8 @@ def check_place(path: Path, target: Path) -> None:
         what = "the picture's name" if path.suffix.lower() == ".png" else "the target itself"
         raise UsageError(f"{shown(path)}: is {what}; the report is JSON, name it so (TARGET.report.json is the default)")
     if folder != target.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
-        raise UsageError(f"{shown(path)}: the report cannot be written in {shown(folder)}; make that folder, or name another --report")
+        why = "which is read-only; make it writable" if folder.is_dir() else "which does not exist; make it"
+        raise UsageError(f"{shown(path)}: the report cannot be written in {shown(folder)}, {why}, or name another --report")
     for place, looks in ((path, _is_report), (path.with_suffix(".png"), _is_png)):
         if os.path.lexists(place) and not (place.is_file() and looks(place)):
             raise UsageError(f"{shown(place)}: is in the way of the report, and is none; move it, or name another --report")
