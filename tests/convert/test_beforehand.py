@@ -157,11 +157,12 @@ def test_biases_choose_the_class_that_transformers_runs_right(tmp_path: Path) ->
     assert convert(write(tmp_path / "other", "qwen3"), tmp_path / "plain").format == "hf"
 
 
-@pytest.mark.parametrize(
-    ("unit", "form"), [(64, "gguf-q2_0"), (128, "gguf-q2_0"), (256, "gguf-tq2_0"), ("tensor", "gguf-tq2_0"), ("row", "gguf-tq2_0")]
-)
-def test_gguf_alone_takes_what_holds_the_scale(tmp_path: Path, unit: str | int, form: str) -> None:
-    source = write(tmp_path / "source", "qwen3", trits=False)
+@pytest.mark.parametrize(("unit", "feed_forward", "form"), [
+    (64, 512, "gguf-q2_0"), (128, 512, "gguf-q2_0"), (256, 512, "gguf-tq2_0"), ("tensor", 512, "gguf-tq2_0"), ("row", 512, "gguf-tq2_0"),
+    ("tensor", 448, "gguf-q2_0"), ("row", 384, "gguf-q2_0"),
+])  # fmt: skip
+def test_gguf_alone_takes_what_holds_the_scale(tmp_path: Path, unit: str | int, feed_forward: int, form: str) -> None:
+    source = write(tmp_path / "source", "qwen3", trits=False, intermediate_size=feed_forward)
     report = convert(source, tmp_path / "m.gguf", quantization="ternary", ternarization=Ternarization(scale=unit))
     assert report.format == form and report.verified and not report.losses
 

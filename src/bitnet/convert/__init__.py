@@ -194,6 +194,7 @@ def _format(name: str | None, target: Path, quantization: str | None, model: Mod
     """The format that is asked for, or that fits what is to be written. Raises UsageError where the two contradict each other."""
     linears = [w for w in model.weights.values() if w.kind in LINEARS]
     groups = [shared(w) for w in linears if quantization is None or w.codes is not None]
+    groups += [64 for w in linears if w.shape[1] % 256]  # which no block of 256 takes
     groups += [how.scale] if quantization == "ternary" and isinstance(how.scale, int) else []
     own = linears[0].scheme if linears[0].scheme in INTEGERS and len({w.scheme for w in linears}) == 1 else None
     form = choose(name, target, quantization or own, min((g for g in groups if g), default=0), bool(model.config.biases))

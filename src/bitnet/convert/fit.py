@@ -95,12 +95,8 @@ def _packed(weight: Weight, form: Format, requantize: bool, beside: bool) -> tup
     scales, codes, block, inputs = weight.scales, weight.codes, form.block, weight.shape[1]
     assert scales is not None and codes is not None
     if block and inputs % block:
-        wanted = "; ".join(
-            f"{name} takes multiples of {n}" for name, n in (("gguf-q2_0", 64), ("gguf-q1_0", 128), ("gguf-i2_s", 1)) if n < block
-        )
-        raise UsageError(
-            f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({wanted or 'safetensors takes any'})"
-        )
+        others = "gguf-q2_0 takes multiples of 64" if inputs % 64 == 0 else "gguf-i2_s and safetensors take any"
+        raise UsageError(f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({others})")
     if form.weights == "i2_s" and (weight.shape[0] * inputs) % 128:
         raise UsageError(
             f"{weight.where}: has {weight.shape[0] * inputs:,} weights; gguf-i2_s needs a multiple of 128 (safetensors takes any)"

@@ -74,7 +74,8 @@ def choose(name: str | None, target: PathLike, quantization: str | None, group: 
     """The format called `name`, or the one that the target's name asks for.
 
     quantization: the scheme that weights are brought into or have, None for ternary or plain ones; group: the smallest run of inputs that
-    share a scale, 0 for none; biases: whether linear layers have some, which `transformers` runs right in linear class bitlinear only.
+    share a scale or into which rows must be cut, 0 for none; biases: whether linear layers have some, which `transformers` runs right in
+    linear class bitlinear only.
     Raises UsageError for a name that is none.
     """
     if name is None:
