@@ -267,6 +267,18 @@ def test_what_is_not_merged_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "out.gguf").exists()
 
 
+def test_another_model_with_its_adapter_is_no_adapter_beside(tmp_path: Path) -> None:
+    """Not in a folder of models, and not in a target: its weights are neither copied nor replaced."""
+    source(tmp_path, name="")
+    convert(packed_models.write(tmp_path / "other"), tmp_path / "one.bin")
+    report = convert(tmp_path / "one.bin", tmp_path / "out")
+    assert not report.notes and not (tmp_path / "out" / "source").exists()
+    (tmp_path / "source").rename(tmp_path / "out" / "source")
+    with pytest.raises(UsageError, match="out: holds source, a folder or a link, which would be lost"):
+        convert(tmp_path / "one.bin", tmp_path / "out")
+    assert (tmp_path / "out" / "source" / "model.safetensors").exists()
+
+
 def test_perplexity_before_a_merge_is_that_of_base_and_adapter(tmp_path: Path) -> None:
     """What a merge should keep: in float32, which is never rounded to the trits or to bf16, nothing has changed."""
     base = tmp_path / "base"

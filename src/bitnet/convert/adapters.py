@@ -27,7 +27,7 @@ from bitnet.convert.quantize import rounded
 from bitnet.convert.source import F32, I8, Model, Weight, from_codes
 from bitnet.convert.verify import NotTheSameError
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
-from bitnet.files import gguf_write, json_object, read_file, shown, system_errors
+from bitnet.files import PathLike, gguf_write, json_object, read_file, shown, system_errors
 from bitnet.files.replacing import new_file
 from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import ModelConfig, lora_gguf
@@ -63,6 +63,7 @@ def together(parts: list[Merged], name: str) -> Merged:
 # ---- keeping
 
 NESTED = "adapters"  # a folder of adapters beside a model
+_MODELS = ("model.safetensors", "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,13 @@ def beside(source: Path) -> dict[str, Path]:
     for prefix, parent in (("", folder), (f"{NESTED}/", folder / NESTED)):
         with system_errors(parent, "read"):
             names = sorted(os.listdir(parent)) if parent.is_dir() else []
-        found |= {prefix + name: parent / name for name in names if is_adapter(parent / name)}
+        found |= {prefix + name: parent / name for name in names if is_adapter_alone(parent / name)}
     return found
+
+
+def is_adapter_alone(path: PathLike) -> bool:
+    """Whether a folder is an adapter's, and not that of another model, beside which one lies."""
+    return is_adapter(path) and not any(map(os.path.exists, (os.path.join(path, name) for name in _MODELS)))
 
 
 def places(source: Path, target: Path, folder: bool) -> list[Kept]:

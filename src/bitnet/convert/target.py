@@ -8,12 +8,12 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from bitnet.convert.adapters import NESTED
+from bitnet.convert.adapters import NESTED, is_adapter_alone
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import is_gguf, shown, system_errors
 from bitnet.models.lora_gguf import is_lora
-from bitnet.models.peft import WEIGHTS_FILE, is_adapter
+from bitnet.models.peft import WEIGHTS_FILE
 
 # what a model's folder holds of the model; other files of a folder that is replaced stay in it
 _MODEL_FILES = re.compile(
@@ -54,7 +54,7 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
             raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
-        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter(e.path) or e.name == NESTED)), None)
+        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter_alone(e.path) or e.name == NESTED)), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
 
