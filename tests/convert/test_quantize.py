@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed_models import logits, write
+from packed_models import logits, safetensors, write
 
 from bitnet import ternary
 from bitnet.convert import Ternarization, convert
-from bitnet.convert.quantize import ALPHAS, integer, rounded, ternarized
+from bitnet.convert.quantize import ALPHAS, binary, integer, rounded, ternarized
 from bitnet.convert.source import Weight, read
-from bitnet.errors import FormatError, UsageError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.models import LINEARS, open_checkpoint
 
 VALUES = np.random.default_rng(4).standard_normal((96, 256)).astype(np.float32) * np.linspace(0.5, 2, 96, dtype=np.float32)[:, None]
@@ -170,3 +170,29 @@ def test_alpha_without_ternary_is_refused(tmp_path: Path) -> None:
         convert(write(tmp_path / "source"), tmp_path / "out", ternarization=Ternarization(alpha=0.1))
     with pytest.raises(UsageError, match="quantization is 'nf4'; expected one of ternary, binary, int8, int4, fp4, fp16"):
         convert(write(tmp_path / "source"), tmp_path / "out", quantization="nf4")
+
+
+@pytest.mark.parametrize("size", [1e-7, 1e-15])
+def test_small_weights_keep_their_scale(size: float) -> None:
+    """absmean's has a least size, as BitNet models are trained; that of a threshold is the mean, however small."""
+    values = (size * np.random.default_rng(0).standard_normal((32, 64))).astype(np.float32)
+    some, nothing = weight(values=values), weight(values=0 * values)
+    for made in (ternarized(some, Ternarization(alpha=0.7), "f32"), binary(some, "tensor", "f32")):
+        assert np.linalg.norm(made.values(0, 32) - values) < 0.7 * np.linalg.norm(values)
+    assert ternarized(some, Ternarization("absmean"), "f32").scales == np.float32(1e-5)
+    for made in (ternarized(nothing, Ternarization(), "reciprocal"), binary(nothing, "tensor", "reciprocal")):
+        assert made.scales is not None and np.isfinite(1 / made.scales).all()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "form"), [("ternary", "gguf-tq2_0"), ("ternary", "mlx"), ("binary", "gguf-q1_0"), ("int8", "gguf-q8_0"), ("fp4", "hf-fp4")]
+)
+def test_scales_beyond_f16(tmp_path: Path, scheme: str, form: str) -> None:
+    source = write(tmp_path / "source", "qwen3", trits=False)
+    stored = safetensors.read(source / "model.safetensors").tensors
+    name = "model.layers.0.mlp.up_proj.weight"
+    changed = {name: stored[name].dense() * np.float32(1e8)}
+    safetensors.write(source / "model.safetensors", {key: ("BF16", t.raw()) for key, t in stored.items()} | changed)
+    with pytest.raises(UnsupportedModelError, match=rf"{name}': has weights so large that f16 does not hold their scale as {scheme}"):
+        convert(source, tmp_path / "out", format=form, quantization=scheme)
+    assert not (tmp_path / "out").exists() and convert(source, tmp_path / "out", quantization="ternary").verified

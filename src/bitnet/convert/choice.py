@@ -13,7 +13,20 @@ from bitnet.convert.calibrated import best_rows, best_threshold, output_error
 from bitnet.convert.formats import Format
 from bitnet.convert.gptq import ErrorFeedback
 from bitnet.convert.layerwise import Product, plain_product, walk
-from bitnet.convert.quantize import GROUP, TABLES, Alpha, Ternarization, binary, fits, grouped, groups_of, integer, is_quantized, ternarized
+from bitnet.convert.quantize import (
+    GROUP,
+    TABLES,
+    Alpha,
+    Ternarization,
+    binary,
+    fits,
+    grouped,
+    groups_of,
+    integer,
+    is_quantized,
+    representable,
+    ternarized,
+)
 from bitnet.convert.source import F32, Model, Weight, from_codes
 from bitnet.errors import UsageError
 from bitnet.files import shown
@@ -68,7 +81,7 @@ def choose(
             (made, taken), rule = best_threshold(weight, gram, unit, stored, head, product), "auto"
         else:
             made, rule, taken = ternarized(weight, how, stored), how.method, alpha if how.method == "threshold" else None
-        wanted[name] = made
+        wanted[name] = representable(made)
         if gram is None:
             choices[name] = Choice(rule, taken)
         else:

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.source import F32, I8, Weight, from_codes
-from bitnet.errors import FormatError, UsageError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, read_file, shown
 from bitnet.models import LINEARS
 from bitnet.packing import TWO_BIT, bf16_bits
@@ -38,7 +38,8 @@ TABLES = ("embedding", "head")
 # behind it that would forgive an error as it does those of queries and keys: so it has the feed-forward's.
 ALPHAS = {"embedding": 0.05, "head": 0.05, "q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
 GROUP = 32  # of int8, int4 and fp4
-_SMALLEST = 1e-5  # a scale, so that weights of nothing but zeros have one
+_SMALLEST = 1e-5  # absmean's scale, as BitNet models are trained; and that of weights that are nothing but zeros
+_TINY = np.finfo(np.float32).tiny  # a scale whose reciprocal is finite
 MODULES = {
     "embedding": "embed_tokens", "head": "lm_head", **{part: f"self_attn.{part}_proj" for part in "qkvo"},
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
@@ -208,7 +209,8 @@ def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
             above = grouped(size, groups) > threshold(first, last)
             add(kept, first, last, np.where(above, grouped(size, groups), 0).reshape(size.shape))
             add(counts, first, last, above.reshape(size.shape).astype(np.float64))
-        exact = np.maximum(np.where(counts > 0, kept / np.maximum(counts, 1), mean), _SMALLEST).astype(np.float32)
+        found = np.where(counts > 0, kept / np.maximum(counts, 1), mean)
+        exact = np.where(found > 0, np.maximum(found, _TINY), _SMALLEST).astype(np.float32)
 
     def codes(first: int, last: int) -> I8:
         values = grouped(weight.values(first, last), groups)
@@ -256,8 +258,8 @@ def binary(weight: Weight, unit: str | int, stored: str) -> Weight:
         return quantize_binary(weight.values(first, last))[0]
 
     if unit == "tensor":
-        scales = ternarized(weight, Ternarization("absmean"), "f32").scales
-        assert scales is not None
+        total = sum(float(np.abs(finite(weight, *span), dtype=np.float64).sum()) for span in weight.spans())
+        scales = np.full((1, 1), max(total / (rows * weight.shape[1]), _TINY), np.float32)
     else:
         scales = np.empty((rows, groups), np.float32)
         for first, last in weight.spans():
@@ -271,8 +273,9 @@ def integer(weight: Weight, scheme: str) -> Weight:
     if inputs % GROUP:
         raise UsageError(f"{weight.where}: has {inputs} inputs, which are no whole groups of {GROUP}; {scheme} needs those")
     scales = np.empty((rows, inputs // GROUP), np.float32)
-    for first, last in weight.spans():
-        scales[first:last] = _integers(finite(weight, first, last), scheme)[1]
+    with np.errstate(over="ignore"):  # `representable` speaks of it
+        for first, last in weight.spans():
+            scales[first:last] = _integers(finite(weight, first, last), scheme)[1]
 
     def codes(first: int, last: int) -> I8:
         return _integers(weight.values(first, last), scheme)[0]
@@ -301,6 +304,16 @@ def rounded(scales: F32, stored: str) -> F32:
         with np.errstate(all="ignore"):
             return np.asarray(np.float32(1) / divisor(scales), np.float32)
     return scales
+
+
+def representable(weight: Weight) -> Weight:
+    """`weight`. Raises UnsupportedModelError where its scales are beyond what stores them."""
+    if weight.scales is not None and not np.isfinite(weight.scales).all():
+        raise UnsupportedModelError(
+            f"{weight.where}: has weights so large that f16 does not hold their scale as {weight.scheme} (65,504 at most); leave them as "
+            "they are (--keep), or make them ternary in a format of float32 scales, such as hf, safetensors or gguf-i2_s"
+        )
+    return weight
 
 
 def divisor(scales: F32) -> F32:
