@@ -11,7 +11,7 @@ from packed_models import write
 
 from bitnet.convert import FORMATS, gguf, hf
 from bitnet.convert.source import Model, from_codes, read
-from bitnet.errors import UnsupportedModelError
+from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files import safetensors
 from bitnet.models import open_checkpoint
 
@@ -121,6 +121,19 @@ def test_packed_bytes_of_transformers(model: Model, rows: int) -> None:
     )
     assert np.array_equal(unpacked.numpy()[:rows], trits)
     assert np.frombuffer(found["gate.weight_scale"], np.float32) == np.float32(0.1)
+
+
+@pytest.mark.parametrize(
+    "form", ["hf", "hf-bitlinear", "mlx", "gguf-tq1_0", "gguf-tq2_0", "gguf-i2_s", "gguf-ptq1_0", "gguf-q2_0", "gguf-pq2_0"]
+)
+def test_twice_the_scale_goes_where_two_bits_have_it(model: Model, form: str) -> None:
+    """Q2_0's code of 3."""
+    trits = np.random.default_rng(3).integers(-1, 3, (8, 256)).astype(np.int8)
+    if form in ("gguf-q2_0", "gguf-pq2_0"):
+        assert written(model, form, trits, np.full((1, 1), 0.5, np.float32))
+        return
+    with pytest.raises(FormatError, match=r"^test: holds codes of 3, which stand for \+2 scales and are not ternary; gguf-q2_0 and dense"):
+        written(model, form, trits, np.full((1, 1), 0.5, np.float32))
 
 
 def test_the_gguf_package_reads_the_file(tmp_path: Path, model: Model) -> None:

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 
 from bitnet.convert.fit import stored_scales
 from bitnet.convert.formats import Format
-from bitnet.convert.hf import as_bits
+from bitnet.convert.hf import as_bits, trits
 from bitnet.convert.quantize import TABLES
 from bitnet.convert.source import F32, I8, Model, Weight, permuted
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import UnsupportedModelError
 from bitnet.files.ggml import I2_S_TAIL
 from bitnet.files.gguf_write import Item
 from bitnet.models import LINEARS, ModelConfig, gguf
@@ -164,7 +164,7 @@ def _blocks(weight: Weight, codes: Callable[[int, int], I8], scales: F32, form: 
 
     def chunks() -> Iterator[NDArray[Any]]:
         for first, last in weight.spans():
-            found = _checked(weight, codes(first, last), form)
+            found = codes(first, last) if form.weights in ("q2_0", "pq2_0") else trits(weight, codes(first, last))
             each = np.broadcast_to(scales if len(scales) == 1 else scales[first:last], (last - first, scales.shape[1]))
             yield codec.pack(found.reshape(-1, codec.block), np.repeat(each, blocks // scales.shape[1], axis=1).reshape(-1))
 
@@ -177,20 +177,12 @@ def _whole(weight: Weight, codes: Callable[[int, int], I8], scales: F32, form: F
 
     def chunks() -> Iterator[NDArray[Any]]:
         for first, last in weight.spans(codec.block // math.gcd(weight.shape[1], codec.block)):
-            yield codec.pack(_checked(weight, codes(first, last), form).reshape(-1, codec.block))
+            yield codec.pack(trits(weight, codes(first, last)).reshape(-1, codec.block))
         tail = np.zeros(I2_S_TAIL // 4, np.float32)
         tail[0] = scales[0, 0]
         yield tail
 
     return chunks
-
-
-def _checked(weight: Weight, codes: I8, form: Format) -> I8:
-    if codes.max(initial=0) > 1 and not form.weights.endswith("q2_0"):
-        raise FormatError(
-            f"{weight.where}: holds codes of 3, which stand for +2 scales and are not ternary; gguf-q2_0 and dense formats hold them"
-        )
-    return codes
 
 
 def _integers(

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from bitnet.convert.formats import MLX_GROUP, Format
 from bitnet.convert.quantize import divisor, rounded
-from bitnet.convert.source import CHUNK, Model, Weight
-from bitnet.errors import UnsupportedModelError
+from bitnet.convert.source import CHUNK, I8, Model, Weight
+from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files.safetensors import Item
 from bitnet.models import LINEARS, ModelConfig, adapter_for
 from bitnet.models.rope import Rope
@@ -126,6 +126,15 @@ def as_bits(values: NDArray[np.float32], dtype: str) -> NDArray[Any]:
     return bf16_bits(values) if dtype == "bf16" else values.astype("<f2" if dtype == "f16" else "<f4")
 
 
+def trits(weight: Weight, codes: I8) -> I8:
+    """`codes`. Raises FormatError for those of +2, which blocks of two bits may have."""
+    if codes.max(initial=0) > 1:
+        raise FormatError(
+            f"{weight.where}: holds codes of 3, which stand for +2 scales and are not ternary; gguf-q2_0 and dense formats hold them"
+        )
+    return codes
+
+
 def _banded(weight: Weight) -> Callable[[], Iterator[NDArray[Any]]]:
     """Packed bytes, each of which holds four rows that lie a quarter of the matrix apart."""
     rows, inputs = weight.shape
@@ -140,7 +149,7 @@ def _banded(weight: Weight) -> Callable[[], Iterator[NDArray[Any]]]:
             for band in range(4):
                 begin, end = band * quarter + first, min(rows, band * quarter + last)
                 if begin < end:
-                    bands[band, : end - begin] = codes(begin, end)
+                    bands[band, : end - begin] = trits(weight, codes(begin, end))
             yield pack_hf(bands.reshape(-1, inputs))
 
     return chunks
@@ -159,7 +168,7 @@ def _mlx(weight: Weight, name: str) -> Iterator[Item]:
     scales = np.repeat(np.broadcast_to(stored, (rows, stored.shape[1])), inputs // MLX_GROUP // stored.shape[1], axis=1)
     dtype = next(d for d in ("f16", "bf16", "f32") if np.array_equal(rounded(stored, d), stored))
     layer = name.removesuffix(".weight")
-    yield Item(name, "U32", (rows, inputs // 16), lambda: (TWO_BIT.pack(codes(a, b)) for a, b in weight.spans()))
+    yield Item(name, "U32", (rows, inputs // 16), lambda: (TWO_BIT.pack(trits(weight, codes(a, b))) for a, b in weight.spans()))
     yield Item(f"{layer}.scales", _WRITTEN[dtype], scales.shape, _values(as_bits(scales, dtype)))
     yield Item(f"{layer}.biases", _WRITTEN[dtype], scales.shape, _values(as_bits(-scales, dtype)))
 
