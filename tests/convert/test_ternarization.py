@@ -348,6 +348,7 @@ def test_a_report_of_auto_says_how_the_embedding_was_chosen(tmp_path: Path, sour
     (["--keep", "querry"], "pattern 'querry' fits no layer's name"),
     (["--alpha", "auto", "--calibration", "missing.txt"], "missing.txt: cannot be read as text"),
     (["--sequences", "0", "--alpha", "auto"], "--sequences is 0"),
+    (["--report", "./"], "is a folder; the report is a file of JSON, name one"),
     (["--evaluate-bytes", "9"], "--evaluate-bytes is of --evaluate, and no text was named"),
     (["--evaluate", "t", "--evaluate-bytes", "0"], "--evaluate-bytes is 0; expected at least 1"),
 ])  # fmt: skip

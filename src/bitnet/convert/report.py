@@ -178,6 +178,8 @@ def check_place(path: Path, target: Path) -> None:
         raise UsageError(
             f"{shown(path.name)}: is a name of {len(os.fsencode(path.name))} bytes; expected at most 255: name another --report"
         )
+    if not path.name:
+        raise UsageError(f"{shown(path)}: is a folder; the report is a file of JSON, name one (TARGET.report.json is the default)")
     if path.suffix.lower() == ".png" or path.absolute() == target.absolute():
         what = "the picture's name" if path.suffix.lower() == ".png" else "the target itself"
         raise UsageError(f"{shown(path)}: is {what}; the report is JSON, name it so (TARGET.report.json is the default)")
