@@ -29,10 +29,12 @@ def test_ternarize_keeps_signs_above_the_threshold(weights: np.ndarray, alpha: f
     assert np.array_equal(t, np.sign(weights) * (np.abs(weights.astype(np.float64)) > threshold))
 
 
-@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_ternarize_keeps_the_dtype(dtype: type) -> None:
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64, ">f4"])
+def test_ternarize_keeps_the_dtype(dtype: str | type) -> None:
     t = bitnet.ternarize(WEIGHTS.astype(dtype), alpha=0.5)
     assert t.dtype == dtype and set(np.unique(t)) == {-1, 0, 1}
+    single = bitnet.ternarize(np.array(-2, dtype))
+    assert isinstance(single, np.ndarray) and single.dtype == dtype and single.shape == () and single == -1
 
 
 def test_the_default_alpha_zeroes_about_three_percent_of_a_normal_matrix() -> None:
@@ -54,10 +56,14 @@ def test_ternarize_takes_float8_and_refuses_meta() -> None:
         assert found.dtype == dtype and found.float().tolist() == [1, -1, 0, 0]
     with pytest.raises(UsageError, match="are on torch's device meta, which holds no values; load them first"):
         bitnet.ternarize(torch.ones(3, device="meta"))
+    with pytest.raises(UsageError, match="a tensor of layout torch.sparse_coo; expected a dense one"):
+        bitnet.ternarize(torch.eye(3).to_sparse())
 
 
 def test_ternarize_takes_torch_tensors() -> None:
     torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
+    mine = type("Mine", (torch.Tensor,), {"__module__": "elsewhere"})
+    assert isinstance(bitnet.ternarize(torch.ones(3).as_subclass(mine)), mine)
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
         w = torch.tensor(WEIGHTS).to(dtype).requires_grad_()
         t = bitnet.ternarize(w, alpha=0.3)
@@ -72,6 +78,9 @@ def test_ternarize_takes_torch_tensors() -> None:
         (WEIGHTS, -0.1, "alpha is -0.1; expected a finite number >= 0"),
         (WEIGHTS, float("nan"), "alpha is nan"),
         (WEIGHTS, "0.1", "alpha is '0.1'"),
+        (WEIGHTS, True, "alpha is True"),
+        (WEIGHTS, 10**400, "expected a finite number >= 0"),
+        ([[1.0], [1.0, 2.0]], 0.1, "lists of different lengths"),
         (np.zeros((0, 3), np.float32), 0.1, "the weights are empty (shape (0, 3))"),
         (np.array([1.0, np.inf], np.float32), 0.1, "NaN or infinity"),
         (np.array([1, 2, 3]), 0.1, "dtype int64; expected floating point"),

@@ -42,10 +42,14 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
     `weights` is a numpy array or a torch tensor of any floating dtype and shape; the result is of the same kind, dtype, shape and
     device, with the values -1, 0, +1. Raises `UsageError` for an empty array, for values that are not finite, and for a negative alpha.
     """
-    if not (isinstance(alpha, (int, float, np.floating, np.integer)) and np.isfinite(alpha) and alpha >= 0):
+    number = isinstance(alpha, (int, float, np.floating, np.integer)) and not isinstance(alpha, bool)
+    if not (number and 0 <= alpha <= np.finfo(np.float64).max):
         raise UsageError(f"ternarize: alpha is {alpha!r}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
-    is_torch = type(weights).__module__.split(".")[0] == "torch"
-    w: Any = weights if is_torch else np.asarray(weights)
+    is_torch = any(kind.__module__.split(".")[0] == "torch" for kind in type(weights).__mro__)
+    try:
+        w: Any = weights if is_torch else np.asarray(weights)
+    except ValueError:
+        raise UsageError("ternarize: the weights are lists of different lengths; expected a numpy array or a torch tensor") from None
     floating = w.is_floating_point() if is_torch else np.issubdtype(w.dtype, np.floating)
     if not floating:
         raise UsageError(f"ternarize: the weights are of dtype {w.dtype}; expected floating point")
@@ -53,6 +57,8 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
         raise UsageError(f"ternarize: the weights are empty (shape {tuple(w.shape)})")
     if is_torch and w.device.type == "meta":
         raise UsageError("ternarize: the weights are on torch's device meta, which holds no values; load them first")
+    if is_torch and str(w.layout) != "torch.strided":
+        raise UsageError(f"ternarize: the weights are a tensor of layout {w.layout}; expected a dense one (to_dense())")
     wide: Any = w.detach().double() if is_torch else w.astype(np.float64)
     size = abs(wide)
     most = float(size.max())
@@ -63,7 +69,7 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
     threshold = alpha * (mean if np.isfinite(mean) else float((size / most).mean()) * most)  # whose sum no float64 may hold
     if is_torch:  # by way of float32: not every dtype subtracts
         return ((wide > threshold).float() - (wide < -threshold).float()).to(w.dtype)
-    return (wide > threshold).astype(w.dtype) - (wide < -threshold).astype(w.dtype)
+    return np.asarray((wide > threshold).astype(np.int8) - (wide < -threshold)).astype(w.dtype)
 
 
 def absmean(weights: F32) -> tuple[I8, np.float32]:
