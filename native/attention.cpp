@@ -94,6 +94,18 @@ void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, co
   });
 }
 
+void load_keys(const Kernels& k, const Config& c, KvCache& cache, int layer, float* out) {
+  const int dim = cache.padded_dim();
+  std::vector<float> block(size_t(dim) * kKeyBlock);
+  for (int first = 0; first < cache.length(); first += kKeyBlock)
+    for (int h = 0; h < c.n_kv_heads; h++) {
+      const int page = first / KvCache::kPagePositions, n = std::min(kKeyBlock, cache.length() - first);
+      k.load_f16(as_f16(cache.keys(page, layer, h)) + first % KvCache::kPagePositions * dim, dim * kKeyBlock, block.data());
+      for (int i = 0; i < n; i++)
+        for (int d = 0; d < c.head_dim; d++) out[(int64_t{first + i} * c.n_kv_heads + h) * c.head_dim + d] = block[d * kKeyBlock + i];
+    }
+}
+
 void attend(const Kernels& k, ThreadPool& pool, const Config& c, int layer, int window, const std::vector<Token>& tokens, const float* q,
             AttentionScratch& scratch, float* out) {
   constexpr int kPage = KvCache::kPagePositions, kTokens = 12;

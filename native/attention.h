@@ -26,6 +26,9 @@ struct Rotation {
 void store_kv(const Kernels& k, ThreadPool& pool, const Config& c, int layer, const std::vector<Token>& tokens, const float* keys,
               const float* values);
 
+// The keys that a cache with f16 keys holds of one layer, after rope: out [length, n_kv_heads * head_dim].
+void load_keys(const Kernels& k, const Config& c, KvCache& cache, int layer, float* out);
+
 struct AttentionScratch {
   Buffer<float> floats;
   std::vector<QuantizedAttention> quantized;  // of each thread

@@ -82,6 +82,7 @@ struct PyCache {
 };
 struct PyPage {  // one more owner, by the same count: nanobind's own shared_ptr would begin another
   std::shared_ptr<KvCache::Page> page;
+  KvFormat format;
 };
 struct PyAdapter {
   explicit PyAdapter(PyModel& m) : adapter(m.model.config) {}
@@ -260,14 +261,14 @@ NB_MODULE(_native, m) {
       .def_prop_ro("bytes_per_token", [](PyCache& c) { return c.cache.bytes_per_token(); })
       .def("pages", [](PyCache& c) {
         std::vector<PyPage> pages;
-        for (const auto& page : c.cache.pages()) pages.push_back({page});
+        for (const auto& page : c.cache.pages()) pages.push_back({page, c.cache.format()});
         return pages;
       })
       .def("share", [](PyCache& c, const std::vector<PyPage>& pages, int n) {
         if (n < 0 || size_t(n) > pages.size() * KvCache::kPagePositions) throw std::invalid_argument("the pages hold fewer tokens");
         std::vector<std::shared_ptr<KvCache::Page>> shared;
         for (const PyPage& p : pages) {
-          if (p.page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
+          if (p.format != c.cache.format() || p.page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
           shared.push_back(p.page);
         }
         c.cache.share(std::move(shared), n);
@@ -333,10 +334,19 @@ NB_MODULE(_native, m) {
       .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
            "name"_a, "values"_a)
       .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
-      .def("cache", [](PyModel& self, const PyAdapter* adapter, int key_bits, int value_bits, int group, bool rotate) {
+      .def("cache", [](PyModel& self, const PyAdapter* adapter, int key_bits, int value_bits, int group, bool rotate, bool center) {
              if (adapter && !same_sizes(adapter->adapter.config(), self.model.config)) throw std::invalid_argument("an adapter of another model");
-             return new PyCache(self.model.config, {key_bits, value_bits, group, rotate}, adapter ? &adapter->adapter : nullptr);  // Python owns it
-           }, "adapter"_a = nb::none(), "key_bits"_a = 16, "value_bits"_a = 16, "group"_a = 0, "rotate"_a = true, nb::keep_alive<0, 2>())
+             return new PyCache(self.model.config, {key_bits, value_bits, group, rotate, center}, adapter ? &adapter->adapter : nullptr);  // Python owns it
+           }, "adapter"_a = nb::none(), "key_bits"_a = 16, "value_bits"_a = 16, "group"_a = 0, "rotate"_a = true, "center"_a = true, nb::keep_alive<0, 2>())
+      .def("keys", [](PyModel& self, PyCache& cache, int layer) {
+             const Config& c = self.model.config;
+             if (!same_sizes(cache.config, c) || cache.cache.format().key_bits < 16 || layer < 0 || layer >= c.n_layers)
+               throw std::invalid_argument("the keys of one of this model's layers, in f16");
+             float* keys = nullptr;
+             nb::object result = new_array<float>({size_t(cache.cache.length()), size_t(c.n_kv_heads) * c.head_dim}, &keys);
+             load_keys(*self.model.kernels, c, cache.cache, layer, keys);
+             return result;
+           }, "cache"_a, "layer"_a)
       .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
       .def_prop_rw("activation_group", [](PyModel& self) { return self.model.config.activation_group; },
                    [](PyModel& self, int group) {

@@ -141,6 +141,8 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       const Rotation& rotation = rotations[layer.windowed][t];
       rotation.apply(k, queries, c.n_heads, c.rope_interleaved);
       rotation.apply(k, key, c.n_kv_heads, c.rope_interleaved);
+      if (tokens[t].cache->centered())
+        for (size_t i = 0; i < layer.key_center.size(); i++) key[i] -= layer.key_center[i];
       if (tokens[t].cache->rotated()) {
         const int block = c.head_dim & -c.head_dim;  // the largest power of two that divides a head
         k.hadamard(queries, q_width, block), k.hadamard(key, kv_width, block);

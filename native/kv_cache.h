@@ -22,6 +22,7 @@ struct KvFormat {
   int key_bits = 16, value_bits = 16;  // 16 (f16), 8 or 4
   int group = 0;        // values of a head that share an f16 scale: divides head_dim and is a multiple of 16; 0: the whole head
   bool rotate = true;   // quantized keys, and their queries, by a Hadamard transform
+  bool center = true;   // quantized keys, before that, less their layer's key_center
   bool operator==(const KvFormat&) const = default;
 };
 
@@ -45,6 +46,7 @@ class KvCache {
   const KvFormat& format() const { return format_; }
   bool quantized() const { return format_.key_bits < 16 || format_.value_bits < 16; }
   bool rotated() const { return format_.key_bits < 16 && format_.rotate; }
+  bool centered() const { return format_.key_bits < 16 && format_.center; }
   int length() const { return length_; }
   int padded_dim() const { return padded_dim_; }  // head_dim, zero-padded to a multiple of 16
   int n_groups() const { return n_groups_; }      // of a head

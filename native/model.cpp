@@ -38,6 +38,7 @@ Model::Model(const Config& c, const std::vector<bool>& windowed, int n_threads, 
     add_linear("gate", l.gate, c.ffn_size, c.hidden_size);
     add_linear("up", l.up, c.ffn_size, c.hidden_size);
     add_linear("down", l.down, c.hidden_size, c.ffn_size);
+    vectors_[at + "key_center"] = {&l.key_center, c.n_kv_heads * c.head_dim, true};
     vectors_[at + "attn_norm"] = {&l.attn_norm, c.hidden_size};
     vectors_[at + "ffn_norm"] = {&l.ffn_norm, c.hidden_size};
     if (c.sub_norms) {

@@ -18,6 +18,7 @@ struct Layer {
   Buffer<float> attn_sub_norm, ffn_sub_norm;  // [n_heads * head_dim], [ffn_size]; empty without sub_norms
   Buffer<float> post_attn_norm, post_ffn_norm;  // [hidden_size]; empty without post_norms
   Buffer<float> q_norm, k_norm;               // [head_dim]; empty without qk_norms
+  Buffer<float> key_center;                   // [n_kv_heads * head_dim], taken off quantized keys after rope; may be empty
   bool windowed = false;                      // sees config.sliding_window positions, and rotates by rope_inverse_local
 };
 
@@ -66,8 +67,8 @@ struct Model {
   std::mutex busy;
 
   // Names: embedding, head, and layers.N.{q,k,v,o,gate,up,down}; for vectors final_norm, rope_inverse, rope_inverse_local,
-  // layers.N.{attn,ffn,attn_sub,ffn_sub,post_attn,post_ffn,q,k}_norm, and layers.N.{q,k,v,o,gate,up,down}_bias, which may
-  // stay unset. A wrong name or shape throws std::invalid_argument.
+  // layers.N.{attn,ffn,attn_sub,ffn_sub,post_attn,post_ffn,q,k}_norm, and layers.N.{q,k,v,o,gate,up,down}_bias and
+  // layers.N.key_center, which may stay unset. A wrong name or shape throws std::invalid_argument.
   void set_linear(const std::string& name, Linear w);
   void set_vector(const std::string& name, const float* values, int n);
   // Whether all feed-forwards can skip zeros: relu^2, ternary with one scale a row, one step per token.

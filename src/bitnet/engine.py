@@ -180,8 +180,19 @@ class Engine:
         if adapter is not None and adapter.config != self.config:
             raise UsageError("the adapter was made for another model; make it with this engine's adapter()")
         kv = self._kv if kv is None else kv
-        form = {"key_bits": kv.key_bits, "value_bits": kv.value_bits, "group": kv.group(self.config.head_dim), "rotate": kv.rotate}
-        return Sequence(self._native.cache(None if adapter is None else adapter._native, **form), adapter, kv)
+        native = self._native.cache(
+            None if adapter is None else adapter._native, key_bits=kv.key_bits, value_bits=kv.value_bits,
+            group=kv.group(self.config.head_dim), rotate=kv.rotate, center=kv.center,
+        )  # fmt: skip
+        return Sequence(native, adapter, kv)
+
+    def center_keys(self, tokens: ListLike[int]) -> None:
+        """Take the mean key of these tokens off every quantized key (kv.py says why), in sequences that begin after this."""
+        sequence = self.sequence(kv=KvFormat())
+        self.forward([(sequence, tokens)])
+        for layer in range(self.config.n_layers):
+            mean = self._native.keys(sequence._cache, layer).mean(axis=0, dtype=np.float64)
+            self._native.set_vector(f"layers.{layer}.key_center", mean.astype(np.float32))
 
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.

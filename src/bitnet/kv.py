@@ -3,10 +3,14 @@
 A key or value of one token and one head is cut into groups of `group_size` dimensions, and each group has one scale in f16: codes =
 round(x / scale), scale = |x|max / 127 or / 7, symmetric. So a token is quantized once, from its own numbers alone, when it is written, and
 every later token sees the same, however the batch was cut. Groups of tokens (KIVI, arXiv:2402.02750, cuts keys so) would have to wait for
-their last token; what they are for, channels of keys that are large for all tokens, the rotation evens out instead.
+their last token; what they are for, channels of keys that are large for all tokens, center and rotation do instead.
 
-The rotation (QuaRot, arXiv:2404.00456): keys, after rope, are multiplied by an orthonormal Hadamard matrix in blocks, and so are the
-queries that meet them. Their products stay, but a few large channels become a little of all.
+The center: some models' keys have channels that are large and of one sign for all tokens. A vector taken off all keys of a head moves all
+scores of a query alike, which softmax does not notice; so the mean key of a text, layer by layer (`Engine.center_keys`), is taken off every
+key after rope.
+
+The rotation (QuaRot, arXiv:2404.00456): keys, then, are multiplied by an orthonormal Hadamard matrix in blocks, and so are the queries that
+meet them. Their products stay, but a few large channels become a little of all.
 
 Attention reads the codes. Scores: queries in int8, one step per head; the integer product of each group times its scale, summed over the
 groups in order, times step * attention_scale. Values: in each run of 64 positions the weights p * scale become fixed-point numbers of 15
@@ -32,12 +36,13 @@ PAGE, RUN = 256, 64  # positions
 
 @dataclass(frozen=True)
 class KvFormat:
-    """Bits of keys and values, values of a head that share a scale, and whether quantized keys are rotated."""
+    """Bits of keys and values, values of a head that share a scale, and whether quantized keys are rotated and centered."""
 
     key_bits: int = 16
     value_bits: int = 16
     group_size: int = DEFAULT_GROUP
     rotate: bool = True
+    center: bool = True
 
     def __post_init__(self) -> None:
         if self.key_bits not in BITS or self.value_bits not in BITS or self.group_size < 1:

@@ -116,6 +116,7 @@ class TernaryTransformer:
         from bitnet.models import canonical, open_checkpoint
         from bitnet.models.config import with_context
         from bitnet.models.peft import read_adapter
+        from bitnet.sample import center_keys
         from bitnet.tuning import Settings, settle
         from bitnet.weights import as_stored_if_ternary, check_weights, load_engine
         from bitnet.zero_skip import decide
@@ -149,6 +150,8 @@ class TernaryTransformer:
             model=found, model_elsewhere=elsewhere,
         )  # fmt: skip
         engine.kv = kv
+        if kv.key_bits < 16:
+            center_keys(engine, loaded)
         prefixes = prefix_cache(engine, budget) if elsewhere is None else None
         model = cls(engine, loaded, time.perf_counter() - start, load_chat_template(checkpoint))
         model.prefixes = prefixes

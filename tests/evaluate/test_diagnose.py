@@ -13,7 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from bitnet.evaluate import sample, statistics, trials
+from bitnet import sample
+from bitnet.evaluate import statistics, trials
 from bitnet.evaluate.diagnose import Diagnosis
 from bitnet.evaluate.finding import FAILED, OK, Finding
 from bitnet.evaluate.perplexity import Score

@@ -18,8 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.errors import UsageError
-from bitnet.evaluate.sample import text
 from bitnet.generation import GenerationStream
+from bitnet.sample import text
 from bitnet.sampling import Sampler, Sampling
 from bitnet.speculation import Costs
 

@@ -156,9 +156,9 @@ def _ternarization(
 
 def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None, count: int, length: int) -> Any:
     """int32 [sequences, tokens] of the file's text, or of the built-in sample."""
+    from bitnet import sample
     from bitnet.convert.layerwise import sequences
     from bitnet.errors import FormatError
-    from bitnet.evaluate import sample
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical, open_checkpoint
     from bitnet.transformer import load_tokenizer

@@ -67,9 +67,9 @@ def counted_zeros(checkpoint: Any, data: str | None, threads: int | None, progre
     from pathlib import Path
 
     from bitnet.evaluate.perplexity import read_text
-    from bitnet.evaluate.sample import text as sample_text
     from bitnet.evaluate.zeros import MOST_TOKENS, activation_zeros, weight_zeros
     from bitnet.models import canonical
+    from bitnet.sample import text as sample_text
     from bitnet.transformer import load_tokenizer
 
     text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
@@ -108,8 +108,8 @@ def measured(checkpoint: Any, data: str | None, threads: int | None, progress: A
 
     from bitnet.evaluate.accuracy import losses
     from bitnet.evaluate.perplexity import read_text
-    from bitnet.evaluate.sample import text as sample_text
     from bitnet.models import canonical
+    from bitnet.sample import text as sample_text
     from bitnet.transformer import load_tokenizer
 
     text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)

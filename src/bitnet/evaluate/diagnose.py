@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
+from bitnet import sample
 from bitnet.chat import ChatTemplate, find_template
 from bitnet.errors import BitNetError, UnsupportedModelError
-from bitnet.evaluate import sample, statistics, trials
+from bitnet.evaluate import statistics, trials
 from bitnet.evaluate.finding import FAILED, OK, WARNING, Finding
 from bitnet.evaluate.perplexity import Score, read_text, score_text
 from bitnet.models import Canonical, Checkpoint, canonical, open_checkpoint

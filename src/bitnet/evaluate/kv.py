@@ -21,6 +21,7 @@ import numpy as np
 from bitnet.errors import UsageError
 from bitnet.evaluate.accuracy import CHUNK, compare, log_softmax
 from bitnet.kv import DEFAULT_GROUP, KvFormat
+from bitnet.sample import center_keys
 
 if TYPE_CHECKING:
     from bitnet.transformer import TernaryTransformer
@@ -39,6 +40,7 @@ class KvLoss:
     tokens: int  # predicted
     cache: str  # "f16", "8 bits", ...
     rotated: bool
+    centered: bool
     bytes_per_token: int
     perplexity: float
     kl: float  # nats per token
@@ -48,7 +50,7 @@ class KvLoss:
 
 
 def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT_GROUP, progress: Progress | None = None) -> list[KvLoss]:
-    """f16, 8 bits, K8V4 and 4 bits, each with and without rotation, at the lengths that the model's context and the text allow.
+    """f16, 8 bits, K8V4 and 4 bits, each with and without rotation and center, at the lengths that the model's context and the text allow.
 
     Raises `UsageError` for a text shorter than the shortest window, and for a group that does not divide the model's heads.
     """
@@ -61,8 +63,10 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
     if context < 3:
         raise UsageError(f"a context of {context} tokens leaves nothing to compare")
     lengths = [n for n in LENGTHS if n <= context and n <= len(ids) + len(bos)] or [shortest]
-    formats = [KvFormat(group_size=group_size)] + [KvFormat(k, v, group_size, rotate) for k, v in BITS for rotate in (True, False)]
+    formats = [KvFormat(group_size=group_size)]
+    formats += [KvFormat(k, v, group_size, rotate, center) for k, v in BITS for rotate in (True, False) for center in (True, False)]
     formats[1].group(engine.config.head_dim)
+    center_keys(engine, model.tokenizer)
     windows = {n: _windows(ids, bos, n) for n in lengths}
     total, done = sum((n - 1) * len(found) for n, found in windows.items()), 0
     losses = []
@@ -88,10 +92,9 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
         for kv, (early, later) in zip(formats, sums, strict=True):
             mean, last = (early + later) / tokens, later / late
             size = kv.bytes_per_token(engine.config.n_layers, engine.config.n_kv_heads, engine.config.head_dim)
-            rotated = kv.quantized and kv.rotate
-            losses.append(
-                KvLoss(n, tokens, kv.name, rotated, size, math.exp(mean[0]), float(mean[1]), float(mean[2]), float(last[1]), float(last[2]))
-            )
+            how = kv.quantized and kv.rotate, kv.quantized and kv.center
+            found_of = float(mean[1]), float(mean[2]), float(last[1]), float(last[2])
+            losses.append(KvLoss(n, tokens, kv.name, *how, size, math.exp(mean[0]), *found_of))
     return losses
 
 
@@ -114,11 +117,11 @@ def left_out(losses: list[KvLoss], context: int) -> str:
 
 def lines(losses: list[KvLoss]) -> list[str]:
     """The table."""
-    found = ["tokens  cache    rotated  bytes/token  perplexity  KL, nats  same top-1  second half: KL, top-1"]
+    found = ["tokens  cache    rotated  centered  bytes/token  perplexity  KL, nats  same top-1  second half: KL, top-1"]
     for loss in losses:
-        rotated = "-" if loss.cache == "f16" else "yes" if loss.rotated else "no"
+        rotated, centered = ("-" if loss.cache == "f16" else "yes" if done else "no" for done in (loss.rotated, loss.centered))
         found.append(
-            f"{loss.length:>6}  {loss.cache:<7}  {rotated:<7}  {loss.bytes_per_token:>11,}  {loss.perplexity:>10.3f}  {loss.kl:>8.5f}  "
-            f"{loss.top1:>10.2%}  {loss.kl_second_half:>15.5f}, {loss.top1_second_half:.2%}"
+            f"{loss.length:>6}  {loss.cache:<7}  {rotated:<7}  {centered:<8}  {loss.bytes_per_token:>11,}  {loss.perplexity:>10.3f}  "
+            f"{loss.kl:>8.5f}  {loss.top1:>10.2%}  {loss.kl_second_half:>15.5f}, {loss.top1_second_half:.2%}"
         )
     return found

@@ -54,8 +54,8 @@ def build(
 
 def sample_ids(checkpoint: Any) -> list[int]:
     """The built-in text's tokens."""
-    from bitnet.evaluate.sample import text
     from bitnet.models import canonical
+    from bitnet.sample import text
     from bitnet.transformer import load_tokenizer
 
     return load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size).encode(text())
