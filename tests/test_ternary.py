@@ -56,7 +56,7 @@ def test_ternarize_takes_float8_and_refuses_meta() -> None:
         assert found.dtype == dtype and found.float().tolist() == [1, -1, 0, 0]
     with pytest.raises(UsageError, match="are on torch's device meta, which holds no values; load them first"):
         bitnet.ternarize(torch.ones(3, device="meta"))
-    with pytest.raises(UsageError, match="a tensor of layout torch.sparse_coo; expected a dense one"):
+    with pytest.raises(UsageError, match=r"a tensor of layout torch\.sparse_coo; expected a dense one"):
         bitnet.ternarize(torch.eye(3).to_sparse())
 
 

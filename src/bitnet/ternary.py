@@ -43,7 +43,7 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
     device, with the values -1, 0, +1. Raises `UsageError` for an empty array, for values that are not finite, and for a negative alpha.
     """
     number = isinstance(alpha, (int, float, np.floating, np.integer)) and not isinstance(alpha, bool)
-    if not (number and 0 <= alpha <= np.finfo(np.float64).max):
+    if not (number and 0 <= alpha <= float(np.finfo(np.float64).max)):
         raise UsageError(f"ternarize: alpha is {alpha!r}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
     is_torch = any(kind.__module__.split(".")[0] == "torch" for kind in type(weights).__mro__)
     try:
