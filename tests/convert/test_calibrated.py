@@ -212,6 +212,23 @@ def test_a_model_becomes_ternary(tmp_path: Path, how: Ternarization) -> None:
     packed_models.logits(target)
 
 
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("method", ["auto", "gptq"])
+def test_very_small_weights_keep_their_size(unit: str | int, method: str) -> None:
+    w, _, gram = correlated()
+    small = w * np.float32(1e-10)
+
+    def made(w: np.ndarray) -> Weight:
+        return (
+            best_threshold(weight_of(w), gram, unit, "f32", 8, plain_product)[0]
+            if method == "auto"
+            else gptq().ternary(weight_of(w), gram, unit, "f32")
+        )
+
+    assert error_of(small, made(small), gram) == pytest.approx(error_of(w, made(w), gram), rel=0.05)
+    assert not made(0 * w).codes(0, 32).any()
+
+
 def test_sequences_of_a_text() -> None:
     ids = list(range(100, 125))
     assert sequences(ids, [1], 2, 8, 512).tolist() == [[1, *range(100, 107)], [1, *range(107, 114)]]

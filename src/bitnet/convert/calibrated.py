@@ -18,13 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet.convert.layerwise import Product
-from bitnet.convert.quantize import Alpha, finite, grouped, groups_of, kept_codes, rounded
+from bitnet.convert.quantize import SMALLEST, TINY, Alpha, finite, grouped, groups_of, kept_codes, rounded
 from bitnet.convert.source import F32, I8, Weight, from_codes, scaled
 
 TRIED = (0.0, 0.05, 0.06, 0.08, *(round(0.1 * n, 1) for n in range(1, 16)))  # alphas; for Gaussian weights about 0.75 is the best
 _ROUNDS = 10  # of alternation between thresholds and scale
 _SWEEPS = 4  # over the groups of a row, each with the others in place
-_SMALLEST = np.float32(1e-8)
 
 
 @dataclass(frozen=True)
@@ -105,13 +104,13 @@ def _one_scale(a: NDArray[np.float64], b: NDArray[np.float64]) -> tuple[NDArray[
 
     The best alphas for a scale, then the best scale for them, in turn, from every alpha that all heads could share.
     """
-    columns, best, least = np.arange(a.shape[1]), (np.zeros(a.shape[1], np.intp), float(_SMALLEST)), np.inf
+    columns, best, least = np.arange(a.shape[1]), (np.zeros(a.shape[1], np.intp), float(TINY)), np.inf
     for start in range(len(a)):
         chosen = np.full(a.shape[1], start)
         for _ in range(_ROUNDS):
-            scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(_SMALLEST))
+            scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(TINY))
             chosen = (scale**2 * b - 2 * scale * a).argmin(axis=0)
-        scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(_SMALLEST))
+        scale = max(a[chosen, columns].sum() / b[chosen, columns].sum(), float(TINY))
         error = (scale**2 * b - 2 * scale * a)[chosen, columns].sum()
         if error < least:
             least, best = error, (chosen, scale)
@@ -167,5 +166,5 @@ def best_rows(weight: Weight, unit: str | int, stored: str) -> Weight:
 
 def as_ternary(weight: Weight, trits: I8, scales: F32, stored: str) -> Weight:
     """`weight` as these trits times these scales, as they will lie in the file."""
-    kept = rounded(np.maximum(scales, np.float32(1e-7)), stored)
+    kept = rounded(np.asarray(np.where(scales > 0, np.maximum(scales, TINY), SMALLEST), np.float32), stored)
     return from_codes(weight.name, weight.shape, "ternary", weight.where, kept_codes(trits), kept)

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from bitnet.convert.calibrated import as_ternary, refit
-from bitnet.convert.quantize import finite, groups_of
+from bitnet.convert.quantize import TINY, finite, groups_of
 from bitnet.convert.source import F32, I8, Weight
 from bitnet.errors import BitNetError, UsageError
 
@@ -81,7 +81,7 @@ class ErrorFeedback:
         """Scales for plain rounding: mean|W|, then trits by s / 2 and the scale of least weight error for them, in turn."""
         parts = np.abs(w.reshape(len(w), groups, -1))
         axes = (0, 2) if unit == "tensor" else 2
-        scales = np.maximum(parts.mean(axis=axes, keepdims=True), np.float32(1e-7))
+        scales = np.maximum(parts.mean(axis=axes, keepdims=True), TINY)
         for _ in range(_FITS):
             kept = parts > scales / 2
             count = kept.sum(axis=axes, keepdims=True)

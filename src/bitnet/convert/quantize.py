@@ -38,8 +38,8 @@ TABLES = ("embedding", "head")
 # behind it that would forgive an error as it does those of queries and keys: so it has the feed-forward's.
 ALPHAS = {"embedding": 0.05, "head": 0.05, "q": 0.08, "k": 0.08, "v": 0.08, "o": 0.06, "gate": 0.06, "up": 0.06, "down": 0.06}
 GROUP = 32  # of int8, int4 and fp4
-_SMALLEST = 1e-5  # absmean's scale, as BitNet models are trained; and that of weights that are nothing but zeros
-_TINY = np.finfo(np.float32).tiny  # a scale whose reciprocal is finite
+SMALLEST = 1e-5  # absmean's scale, as BitNet models are trained; and that of weights that are nothing but zeros
+TINY = np.finfo(np.float32).tiny  # a scale whose reciprocal is finite
 MODULES = {
     "embedding": "embed_tokens", "head": "lm_head", **{part: f"self_attn.{part}_proj" for part in "qkvo"},
     **{part: f"mlp.{part}_proj" for part in ("gate", "up", "down")},
@@ -202,7 +202,7 @@ def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
         return (alpha[first:last] if len(alpha) > 1 else alpha)[:, :, None] * mean[place(first, last), :, None]
 
     if alpha is None:
-        exact = np.maximum(mean, _SMALLEST).astype(np.float32)
+        exact = np.maximum(mean, SMALLEST).astype(np.float32)
     else:
         for first, last in weight.spans():
             size = np.abs(weight.values(first, last), dtype=np.float64)
@@ -210,7 +210,7 @@ def ternarized(weight: Weight, how: Ternarization, stored: str) -> Weight:
             add(kept, first, last, np.where(above, grouped(size, groups), 0).reshape(size.shape))
             add(counts, first, last, above.reshape(size.shape).astype(np.float64))
         found = np.where(counts > 0, kept / np.maximum(counts, 1), mean)
-        exact = np.where(found > 0, np.maximum(found, _TINY), _SMALLEST).astype(np.float32)
+        exact = np.where(found > 0, np.maximum(found, TINY), SMALLEST).astype(np.float32)
 
     def codes(first: int, last: int) -> I8:
         values = grouped(weight.values(first, last), groups)
@@ -259,7 +259,7 @@ def binary(weight: Weight, unit: str | int, stored: str) -> Weight:
 
     if unit == "tensor":
         total = sum(float(np.abs(finite(weight, *span), dtype=np.float64).sum()) for span in weight.spans())
-        scales = np.full((1, 1), max(total / (rows * weight.shape[1]), _TINY), np.float32)
+        scales = np.full((1, 1), max(total / (rows * weight.shape[1]), TINY), np.float32)
     else:
         scales = np.empty((rows, groups), np.float32)
         for first, last in weight.spans():
