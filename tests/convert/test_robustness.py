@@ -54,22 +54,41 @@ def forked(action: Callable[[], object]) -> int:
 
 
 def run_kills(first: str, second: str, target_name: str, seed: int) -> None:
-    """In a process of its own without threads: KILLS conversions over the target, each killed at a random moment; counts those caught."""
+    """In a process of its own without threads: KILLS conversions over the target, each killed at a random moment; counts those caught.
+
+    Half of the moments are of the whole run, half of its end, from when something lies beside the target: most of a run computes.
+    """
     place, form = Path(target_name), "hf" if not target_name.endswith(".gguf") else "gguf-tq2_0"
     rng, states = random.Random(seed), []
     for source in (first, second):
-        start = time.perf_counter()
         convert(source, place, format=form)
-        whole_s = time.perf_counter() - start
         states.append(content(place))
+
+    def begun(source: str) -> tuple[int, float]:
+        """(a child that converts, when it began to write)"""
+        before = {*leftovers(place.parent)}
+        child = forked(lambda: convert(source, place, format=form))
+        while {*leftovers(place.parent)} <= before and os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
+            pass
+        return child, time.perf_counter()
+
+    start = time.perf_counter()
+    child, written_from = begun(second)
+    os.waitpid(child, 0)
+    whole_s, writing_s = time.perf_counter() - start, time.perf_counter() - written_from
     caught = 0
     for i in range(KILLS):
-        child = forked(lambda source=(first, second)[i % 2]: convert(source, place, format=form))  # type: ignore[misc]
-        time.sleep(rng.random() * whole_s * 1.1)
+        source, before = (first, second)[i // 2 % 2], {*leftovers(place.parent)}
+        if i % 2:
+            child, _ = begun(source)
+            time.sleep(rng.random() * writing_s)
+        else:
+            child = forked(lambda source=source: convert(source, place, format=form))  # type: ignore[misc]
+            time.sleep(rng.random() * whole_s * 1.1)
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         assert content(place) in states, "neither the old nor the new"
-        caught += bool(leftovers(place.parent))
+        caught += bool({*leftovers(place.parent)} - before)
     convert(first, place, format=form)
     assert content(place) == states[0] and not leftovers(place.parent), "the next run cleans up"
     print("caught", caught)

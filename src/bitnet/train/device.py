@@ -154,7 +154,7 @@ class TorchModel:
         buffers = [b for name in linears for b in self.linears[name].buffers()]
         return sum(b.numel() * b.element_size() for b in (*buffers, *self.vectors.values()))
 
-    def cache(self, adapter: Any = None, key_bits: int = 16, value_bits: int = 16, group: int = 0, rotate: bool = True) -> TorchCache:
+    def cache(self, adapter: Any = None, *, key_bits: int = 16, value_bits: int = 16, **_: Any) -> TorchCache:
         if adapter is not None or min(key_bits, value_bits) < 16:
             raise UsageError(
                 f"{'an adapter' if adapter is not None else 'a quantized KV cache'} is for device='cpu'; leave it out with {self.isa!r}"
