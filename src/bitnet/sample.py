@@ -16,5 +16,7 @@ def text() -> str:
 
 
 def center_keys(engine: Engine, tokenizer: Tokenizer) -> None:
-    """`Engine.center_keys` by this text, as far as the context holds it."""
-    engine.center_keys(tokenizer.encode(text())[: engine.config.max_context])
+    """`Engine.center_keys` by this text, as far as the context holds it and the vocabulary has it."""
+    ids = tokenizer.encode(text())[: engine.config.max_context]
+    if ids:
+        engine.center_keys(ids)

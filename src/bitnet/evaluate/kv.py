@@ -65,7 +65,7 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
     lengths = [n for n in LENGTHS if n <= context and n <= len(ids) + len(bos)] or [shortest]
     formats = [KvFormat(group_size=group_size)]
     formats += [KvFormat(k, v, group_size, rotate, center) for k, v in BITS for rotate in (True, False) for center in (True, False)]
-    formats[1].group(engine.config.head_dim)
+    engine.sequence(kv=formats[1])  # refuses a group that does not fit, and devices without quantized caches
     center_keys(engine, model.tokenizer)
     windows = {n: _windows(ids, bos, n) for n in lengths}
     total, done = sum((n - 1) * len(found) for n, found in windows.items()), 0
