@@ -17,7 +17,8 @@ from bitnet import _native
 from bitnet.engine import chosen_codec
 from bitnet.evaluate.perplexity import read_text, score_text
 from bitnet.files import safetensors
-from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
+from bitnet.source import EMBEDDED_MODEL
+from bitnet.transformer import TernaryTransformer
 
 FOLDER = Path(str(resources.files("bitnet") / "embedded" / EMBEDDED_MODEL))
 SCORED = re.compile(r"^\| (\S+\.txt) \| [\d,]+ \| (\d\.\d+) \| ([\d.]+)% \|$", re.MULTILINE)

@@ -24,7 +24,7 @@ from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, Usage
 from bitnet.hub import HubError, fetch, is_hub_name, transfer
 from bitnet.hub.cached import cached_models, removal
 from bitnet.hub.needs import choose, is_plain, plain
-from bitnet.transformer import embedded_models, resolve
+from bitnet.source import embedded_models, resolve
 
 WEIGHTS = os.urandom(300_000)
 NAME = "fake/tiny"

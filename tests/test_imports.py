@@ -33,18 +33,18 @@ LAYERS = {
     "chat": {"tokenizer"},
     "convert": {"chat", "files", "models", "packing", "ternary", "tokenizer"},
     "hub": {"machine"},
+    "source": {"chat", "files", "hub", "tokenizer"},
     "transformer": {
         "chat",
         "engine",
-        "files",
         "generation",
-        "hub",
         "kv",
         "machine",
         "models",
         "prefix_cache",
         "sample",
         "sampling",
+        "source",
         "speculation",
         "tokenizer",
         "train",  # for another device than the CPU, and then only
@@ -52,7 +52,7 @@ LAYERS = {
         "weights",
         "zero_skip",
     },
-    "evaluate": {"chat", "engine", "files", "kv", "models", "sample", "tokenizer", "transformer", "weights", "zero_skip"},
+    "evaluate": {"chat", "engine", "files", "kv", "models", "sample", "source", "tokenizer", "transformer", "weights", "zero_skip"},
     "bench": {
         "_native",
         "engine",
@@ -71,7 +71,7 @@ LAYERS = {
         "zero_skip",
     },
     # evaluate and transformer score what was exported; convert reads what training starts from
-    "train": {"chat", "convert", "evaluate", "files", "machine", "models", "packing", "ternary", "tokenizer", "transformer"},
+    "train": {"chat", "convert", "evaluate", "files", "machine", "models", "packing", "source", "ternary", "tokenizer", "transformer"},
     "cli": {"*"},
     "__init__": {"machine", "ternary", "transformer", "cli"},
     "__main__": {"cli"},

@@ -20,7 +20,7 @@ from bitnet.evaluate.kv import LENGTHS, KvLoss, kv_losses, left_out
 from bitnet.kv import KvFormat, kv_format
 from bitnet.models import open_checkpoint
 from bitnet.shapes import SHAPES, Shape, random_engine
-from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
 from bitnet.weights import load_engine
 
 FORMATS = [

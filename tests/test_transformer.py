@@ -20,8 +20,9 @@ import bitnet
 from bitnet.chat import ChatTemplate
 from bitnet.errors import BitNetError, UsageError
 from bitnet.generation import PREFILL_CHUNK, Generation, StopFilter
+from bitnet.source import resolve
 from bitnet.tokenizer import Tokenizer
-from bitnet.transformer import LOGITS_CHUNK, TernaryTransformer, check_options, resolve
+from bitnet.transformer import LOGITS_CHUNK, TernaryTransformer, check_options
 
 BOS, VOCAB = 0, 257
 

@@ -11,7 +11,8 @@ import pytest
 
 from bitnet import __version__, tuning
 from bitnet.errors import BitNetError
-from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
+from bitnet.transformer import TernaryTransformer
 from bitnet.tuning import Choice, Settings, save, saved_choice, saved_choices, settle
 
 CHOICE = Choice("b3", "int8", 3, 123.4, 0.9951, 0.0012)

@@ -11,33 +11,28 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from importlib import resources
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet.chat import ChatTemplate, Message, encode_chat, find_template, missing_template
-from bitnet.errors import FormatError, UsageError
+from bitnet.chat import ChatTemplate, Message, encode_chat, missing_template
+from bitnet.errors import UsageError
 from bitnet.generation import Generation, GenerationStream
-from bitnet.hub import fetch, is_hub_name
 from bitnet.kv import kv_format
 from bitnet.machine import usable_cores
 from bitnet.sampling import Sampling
+from bitnet.source import EMBEDDED_MODEL, load_chat_template, load_tokenizer, resolve
 from bitnet.speculation import Costs
-from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer.gguf import tokenizer_from_gguf
+from bitnet.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
     from bitnet.engine import Adapter, Engine
-    from bitnet.files.hf import Checkpoint
     from bitnet.models import ModelConfig
     from bitnet.prefix_cache import PrefixCache
     from bitnet.tuning import Choice
     from bitnet.zero_skip import ZeroSkip
 
-EMBEDDED_MODEL = "tinyllm-ternary-v2"
 DEFAULT_ADAPTER = "default"  # which runs wherever no other is named, if there is one
 LOGITS_CHUNK = 256  # tokens whose logits are held at once
 
@@ -377,72 +372,6 @@ def model_on(device: str) -> Callable[[ModelConfig, int], Any]:
         raise UsageError(f"device is {device!r}, which needs torch: pip install 'bitnet-ternary[train]'; 'cpu' does without") from None
     place = torch_device(device)
     return lambda config, activation_group: TorchModel(config, place, activation_group)
-
-
-def embedded_models() -> list[str]:
-    """Names of the models inside the package."""
-    folder = resources.files("bitnet") / "embedded"
-    return sorted(entry.name for entry in folder.iterdir() if (entry / "config.json").is_file()) if folder.is_dir() else []
-
-
-def resolve(source: str | os.PathLike[str], revision: str | None = None, file: str | None = None) -> Path:
-    """The folder or file that `source` names: an embedded model, else a path that exists, else "org/name" of the Hub, then downloaded.
-
-    revision, file: of a model from the Hub. Raises `UsageError` if there is none, and what `bitnet.hub.fetch` raises.
-    """
-    text = os.fspath(source)
-    if not isinstance(text, str) or not text.strip("\0 "):
-        raise UsageError(f"model is {text!r}; expected a folder, a file, or an embedded model: {EMBEDDED_MODEL}")
-    names = embedded_models()
-    path = Path(str(resources.files("bitnet") / "embedded" / text)) if text in names else Path(text)
-    try:
-        if path.exists():
-            if revision is not None or file is not None:
-                raise UsageError(f"revision and file choose within a model of the Hub, and {text[:200]!r} is here; name the file itself")
-            return path
-    except (OSError, ValueError) as error:
-        raise UsageError(f"model {text[:80]!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
-    if isinstance(source, str) and is_hub_name(text):
-        return fetch(text, revision, file)
-    if text == EMBEDDED_MODEL:
-        raise FormatError(f"the embedded model {text} is missing from this installation; reinstall bitnet-ternary")
-    have = f"the embedded models are: {', '.join(names) or 'none in this installation'}"
-    kind = "folder or file" if os.sep in text or "." in text else "folder, file or embedded model"
-    raise UsageError(f"no {kind} named {text[:200]!r}; {have}")
-
-
-def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.PathLike[str] | None = None) -> Tokenizer:
-    """The checkpoint's tokenizer, or that of the file `override`. Raises `FormatError`, `UsageError` if the file cannot be read."""
-    data = checkpoint.tokenizer_json
-    if override is not None:
-        try:
-            data = Path(override).read_bytes()
-        except (OSError, ValueError) as error:
-            raise UsageError(f"tokenizer {os.fspath(override)!r} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    elif checkpoint.gguf_metadata:
-        found = tokenizer_from_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path))
-        whole = checkpoint.gguf_metadata.get("tokenizer.huggingface.json")  # where GGUF's own keys say less
-        return Tokenizer.from_json(whole.encode(), vocab_size, found.eos_ids) if isinstance(whole, str) else found
-    if data is None:
-        raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
-    return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
-
-
-def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate | None:
-    """The checkpoint's own chat template, with the texts of its first and last token; None if it has none, for none is ever guessed."""
-    source = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, checkpoint.gguf_metadata)
-    if source is None:
-        return None
-
-    def special(name: str) -> str | None:
-        token: Any = checkpoint.tokenizer_config.get(f"{name}_token")
-        number, texts = (checkpoint.gguf_metadata.get(f"tokenizer.ggml.{key}") for key in (f"{name}_token_id", "tokens"))
-        if isinstance(number, int) and isinstance(texts, list) and 0 <= number < len(texts):
-            token = texts[number]
-        token = token.get("content") if isinstance(token, dict) else token
-        return token if isinstance(token, str) else None
-
-    return ChatTemplate(source, bos_token=special("bos"), eos_token=special("eos"), where=str(checkpoint.path))
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:

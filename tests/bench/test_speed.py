@@ -14,7 +14,7 @@ from bitnet.bench.tune import Candidate, fastest, thread_counts
 from bitnet.engine import Engine
 from bitnet.kv import KvFormat
 from bitnet.models import open_checkpoint
-from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
 from bitnet.tuning import Choice
 from bitnet.weights import HEADS, load_engine
 

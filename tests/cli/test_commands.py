@@ -33,7 +33,7 @@ from bitnet.machine import require_memory
 from bitnet.shapes import HEADS as HEADS_OF_SHAPES
 from bitnet.shapes import SHAPES
 from bitnet.shapes import WEIGHTS as WEIGHTS_OF_SHAPES
-from bitnet.transformer import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
+from bitnet.source import EMBEDDED_MODEL as MODEL_OF_THE_LIBRARY
 from bitnet.weights import HEADS, WEIGHTS
 
 Bitnet = Callable[..., Result]
@@ -121,7 +121,7 @@ def test_inspect_describes_what_it_cannot_run(bitnet: Bitnet, model_folder: Path
 
 
 def test_doctor_on_a_sound_machine(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", str(model_folder))
+    monkeypatch.setattr("bitnet.source.EMBEDDED_MODEL", str(model_folder))
     done = bitnet("doctor", "--json")
     assert done.exit_code == 0, done.stdout
     *_, last, record = done.stdout.splitlines()
@@ -130,7 +130,7 @@ def test_doctor_on_a_sound_machine(bitnet: Bitnet, model_folder: Path, monkeypat
 
 
 def test_doctor_on_broken_kernels(bitnet: Bitnet, model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", str(model_folder))
+    monkeypatch.setattr("bitnet.source.EMBEDDED_MODEL", str(model_folder))
     broken = SimpleNamespace(self_test=lambda: {"avx2": "FAILED in t2", "avx512vnni": "not supported by this CPU", "scalar": "ok"})
     monkeypatch.setattr("bitnet._native", broken)
     done = bitnet("doctor")
@@ -144,7 +144,7 @@ def test_doctor_on_broken_kernels(bitnet: Bitnet, model_folder: Path, monkeypatc
 
 
 def test_doctor_reports_a_missing_model(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bitnet.transformer.EMBEDDED_MODEL", "no-such-model")
+    monkeypatch.setattr("bitnet.source.EMBEDDED_MODEL", "no-such-model")
     done = bitnet("doctor")
     assert done.exit_code == 1 and done.stdout.endswith("broken: model\n")
     assert "FAILED  model            the embedded model no-such-model is missing from this installation; reinstall" in done.stdout

@@ -17,7 +17,8 @@ from bitnet.cli.convert import FORMATS as HELP
 from bitnet.convert import FORMATS
 from bitnet.errors import BitNetError
 from bitnet.models import open_checkpoint
-from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
+from bitnet.transformer import TernaryTransformer
 
 Run = Callable[..., Result]
 

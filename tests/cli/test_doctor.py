@@ -15,7 +15,7 @@ import pytest
 from click.testing import Result
 
 from bitnet.files import safetensors
-from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
 
 Bitnet = Callable[..., Result]
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from fake_hub import COMMIT, FakeHub, Repo
 
-from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
 
 TIMEOUT_S = 120  # for a hang; nothing here waits for it
 NAME = "fake/tiny"

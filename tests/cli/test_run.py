@@ -14,7 +14,8 @@ from click.testing import CliRunner, Result
 
 from bitnet.cli.article import cli as article
 from bitnet.cli.run import summary
-from bitnet.transformer import TernaryTransformer, embedded_models
+from bitnet.source import embedded_models
+from bitnet.transformer import TernaryTransformer
 
 Bitnet = Callable[..., Result]
 KEYS = {

@@ -19,10 +19,10 @@ from bitnet.convert import NotTheSameError, convert, gguf
 from bitnet.convert import tokenizer as conversion
 from bitnet.errors import UnsupportedModelError
 from bitnet.models import open_checkpoint
+from bitnet.source import resolve
 from bitnet.tokenizer import Tokenizer
 from bitnet.tokenizer.gguf import tokenizer_from_gguf
 from bitnet.tokenizer.gguf_vocabulary import END_TEXTS
-from bitnet.transformer import resolve
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 SIZE = 2000

@@ -8,7 +8,7 @@ import pytest
 from bitnet.errors import UsageError
 from bitnet.evaluate.accuracy import GROUPS, head_cost, losses
 from bitnet.models import open_checkpoint
-from bitnet.transformer import EMBEDDED_MODEL, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
 from bitnet.weights import load_engine
 
 random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")

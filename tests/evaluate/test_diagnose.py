@@ -20,7 +20,7 @@ from bitnet.evaluate.finding import FAILED, OK, Finding
 from bitnet.evaluate.perplexity import Score
 from bitnet.files.tensor import Tensor
 from bitnet.models import canonical, open_checkpoint
-from bitnet.transformer import EMBEDDED_MODEL, load_tokenizer, resolve
+from bitnet.source import EMBEDDED_MODEL, load_tokenizer, resolve
 
 GGUF = Path(__file__).resolve().parent.parent / "golden" / "gguf"
 RNG = np.random.default_rng(0)

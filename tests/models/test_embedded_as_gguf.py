@@ -13,7 +13,8 @@ from bitnet.errors import UsageError
 from bitnet.files.hf import Checkpoint
 from bitnet.models import canonical, gguf, open_checkpoint
 from bitnet.packing import BLOCKS
-from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer, resolve
+from bitnet.source import EMBEDDED_MODEL, resolve
+from bitnet.transformer import TernaryTransformer
 from bitnet.weights import load_engine
 
 IDS = np.random.default_rng(5).integers(1, 4000, 60).tolist()

@@ -18,7 +18,8 @@ from click.testing import Result
 from bitnet.engine import Engine
 from bitnet.errors import UsageError
 from bitnet.models import open_checkpoint
-from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
+from bitnet.source import EMBEDDED_MODEL
+from bitnet.transformer import TernaryTransformer
 from bitnet.weights import load_engine
 
 random_models = pytest.importorskip("random_models", reason="torch or transformers is not installed (extra [train])")

@@ -61,7 +61,7 @@ def convert_model(
     from bitnet.convert.report import check_place, table
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
 
     if ternary and quantization not in (None, "ternary"):
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
@@ -161,7 +161,7 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
     from bitnet.errors import FormatError
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical, open_checkpoint
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     if count < 1 or length < 2:
         raise click.UsageError(f"--sequences is {count}, --sequence-length {length}; expected at least 1 of at least 2 tokens")

@@ -69,7 +69,7 @@ def opened_path(model: str | None, hub: dict[str, str | None]) -> Path | None:
     """Where the model lies, or None for none; a name that is no model is bad usage and no finding."""
     if model is None:
         return None
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
 
     return resolve(model, **hub)
 
@@ -238,7 +238,8 @@ def model_findings() -> Iterator[Finding]:
     from bitnet.engine import chosen_codec
     from bitnet.evaluate.finding import FAILED, OK, Finding
     from bitnet.machine import usable_cores
-    from bitnet.transformer import EMBEDDED_MODEL, TernaryTransformer
+    from bitnet.source import EMBEDDED_MODEL
+    from bitnet.transformer import TernaryTransformer
 
     codec = chosen_codec("auto", choose_isa()[0])
     model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, codec=codec, head="stored", threads=usable_cores())  # untuned

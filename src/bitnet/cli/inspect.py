@@ -43,7 +43,7 @@ def command(
     """
     from bitnet.cli.progress import DelayedBar
     from bitnet.models import open_checkpoint
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
 
     checkpoint = open_checkpoint(resolve(model, **hub))
     with DelayedBar("inspect") as bar:
@@ -70,7 +70,7 @@ def counted_zeros(checkpoint: Any, data: str | None, threads: int | None, progre
     from bitnet.evaluate.zeros import MOST_TOKENS, activation_zeros, weight_zeros
     from bitnet.models import canonical
     from bitnet.sample import text as sample_text
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
     config = canonical(checkpoint).config
@@ -110,7 +110,7 @@ def measured(checkpoint: Any, data: str | None, threads: int | None, progress: A
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical
     from bitnet.sample import text as sample_text
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     text = sample_text() if data is None else read_text(Path(data), MAX_ACCURACY_BYTES)
     model = canonical(checkpoint)
@@ -139,7 +139,7 @@ def describe(checkpoint: Any, progress: Any) -> dict[str, Any]:
 
     from bitnet.errors import BitNetError
     from bitnet.models import canonical
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     where = str(checkpoint.path)
     config: dict[str, Any] = {}

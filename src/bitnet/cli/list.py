@@ -39,7 +39,7 @@ def command(as_json: bool) -> None:
 
 def embedded() -> list[dict[str, Any]]:
     """Name and size in bytes of the models inside the package."""
-    from bitnet.transformer import embedded_models, resolve
+    from bitnet.source import embedded_models, resolve
 
     return [{"name": name, "size": sum(p.stat().st_size for p in resolve(name).iterdir())} for name in embedded_models()]
 

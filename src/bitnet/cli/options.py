@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 import click
 
 F = TypeVar("F", bound=Callable[..., Any])
-EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.transformer.EMBEDDED_MODEL, which would import numpy
+EMBEDDED_MODEL = "tinyllm-ternary-v2"  # bitnet.source.EMBEDDED_MODEL, which would import numpy
 
 
 def _all(*options: Callable[[F], F]) -> Callable[[F], F]:

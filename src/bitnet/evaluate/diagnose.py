@@ -19,8 +19,9 @@ from bitnet.evaluate import statistics, trials
 from bitnet.evaluate.finding import FAILED, OK, WARNING, Finding
 from bitnet.evaluate.perplexity import Score, read_text, score_text
 from bitnet.models import Canonical, Checkpoint, canonical, open_checkpoint
+from bitnet.source import load_tokenizer
 from bitnet.tokenizer import Tokenizer
-from bitnet.transformer import TernaryTransformer, load_tokenizer
+from bitnet.transformer import TernaryTransformer
 from bitnet.weights import load_engine
 
 SENTENCES = (

@@ -51,7 +51,7 @@ class Base:
 
     def __init__(self, source: str, packed: bool = True) -> None:
         """`packed`: whether packed layers stay packed, and do not train. Raises what the readers raise."""
-        from bitnet.transformer import resolve
+        from bitnet.source import resolve
 
         self.path: Path = resolve(source)
         self.checkpoint: Checkpoint | None = None
@@ -128,7 +128,7 @@ def _gguf_id(checkpoint: Checkpoint, key: str) -> int | None:
 
 
 def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     return load_tokenizer(checkpoint, vocab_size, None)._library
 

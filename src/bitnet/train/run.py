@@ -21,12 +21,12 @@ from tokenizers import Tokenizer
 from bitnet.chat import ChatTemplate, find_template
 from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.files.replacing import fcntl, write_text
+from bitnet.source import resolve
 from bitnet.train import data, examples, loop, parallel
 from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
 from bitnet.train.models import Base, freeze, new_model
 from bitnet.train.recipe import CONTEXT, Recipe
-from bitnet.transformer import resolve
 
 _MAY_CHANGE = ("checkpoint_every", "micro_batch", "compile", "divergence", "matrix_lr", "vector_lr")  # of a run's recipe, when it goes on
 _EXPORTED = {  # all that an export writes: what else a folder holds is somebody's
@@ -220,7 +220,7 @@ class _Prepared:
     def _template(self) -> ChatTemplate:
         checkpoint = self.base.checkpoint if self.base else None
         if checkpoint is not None:
-            from bitnet.transformer import load_chat_template
+            from bitnet.source import load_chat_template
 
             found = load_chat_template(checkpoint)
             if found is not None:

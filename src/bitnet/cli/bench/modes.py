@@ -51,7 +51,7 @@ def speculated(
     from bitnet.cli.progress import DelayedBar
     from bitnet.errors import UsageError
     from bitnet.models import canonical, open_checkpoint
-    from bitnet.transformer import load_tokenizer, resolve
+    from bitnet.source import load_tokenizer, resolve
 
     replays = [read(file) for file in files] or builtin()
     engine, _ = build(model, shape, weights, head, codec, threads, None)
@@ -86,7 +86,7 @@ def tuned(name: str) -> dict[str, Any]:
     from bitnet.bench.tune import RULE, candidates, fastest
     from bitnet.cli.progress import DelayedBar
     from bitnet.models import open_checkpoint
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
     from bitnet.tuning import machine_key, save
 
     path = resolve(name)

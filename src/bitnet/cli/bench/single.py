@@ -134,7 +134,7 @@ def skip_ids(model: str | None, shape: str | None, engine: Engine) -> list[int]:
     """Tokens on which zeros are counted: of the built-in text for a model, random ones for a shape, which knows none."""
     from bitnet.bench.zero_skip import random_ids
     from bitnet.models import open_checkpoint
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
 
     if shape is not None or not engine.can_skip_zeros:
         return random_ids(engine)
@@ -193,7 +193,7 @@ def printed_adapter_cost(engine: Engine, adapter: Adapter, name: str, sizes: dic
 def printed_head_cost(model: str | None, shape: str | None, engine: Engine) -> dict[str, Any] | None:
     """What the quantized head costs the model, or of a shape, whose random weights cannot tell, the embedded model; None if unknown."""
     from bitnet.errors import BitNetError
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
 
     name = EMBEDDED_MODEL if model is None else model
     try:

@@ -37,7 +37,7 @@ def build(
         raise click.UsageError(f"--weights {weights} is for a --shape; a MODEL takes {', '.join(MODEL_WEIGHTS)}")
     if head is not None and head not in MODEL_HEADS:
         raise click.UsageError(f"--head {head} is for a --shape; a MODEL takes {', '.join(MODEL_HEADS)}")
-    from bitnet.transformer import resolve
+    from bitnet.source import resolve
     from bitnet.tuning import Settings, settle
     from bitnet.weights import as_stored_if_ternary, load_engine
 
@@ -56,6 +56,6 @@ def sample_ids(checkpoint: Any) -> list[int]:
     """The built-in text's tokens."""
     from bitnet.models import canonical
     from bitnet.sample import text
-    from bitnet.transformer import load_tokenizer
+    from bitnet.source import load_tokenizer
 
     return load_tokenizer(checkpoint, canonical(checkpoint).config.vocab_size).encode(text())
