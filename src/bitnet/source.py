@@ -1,4 +1,4 @@
-"""What a model's name stands for: the embedded one, a folder, a file, or one of the Hub; and the tokenizer and chat template that it has."""
+"""What a model's name stands for: the embedded one, a folder, a file, or one of the Hub; and the tokenizer and chat template it has."""
 
 from __future__ import annotations
 
