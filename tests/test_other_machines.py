@@ -114,3 +114,5 @@ def test_kernels_that_are_asked_for_and_fail(bitnet: Callable[..., Result], monk
     done = bitnet("run", "-p", smoke.PROMPT)
     assert done.exit_code == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("error: BITNET_ISA=avx2 cannot run here, where it failed its self-test; there are ")
+    there = [name for name, found in _native.self_test().items() if found == "ok"]
+    assert f"; there are {', '.join(there)} (see" in done.stderr

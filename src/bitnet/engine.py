@@ -291,7 +291,7 @@ def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -
         raise UsageError(f"threads is {wanted}; expected 1 to {MOST_THREADS}")
     isa, failed = _native.choose_isa()
     if not isa:
-        asked, there = os.environ.get("BITNET_ISA", ""), ", ".join(_native.self_test())
+        asked, there = os.environ.get("BITNET_ISA", ""), ", ".join(name for name, found in _native.self_test().items() if found == "ok")
         why = ", where it failed its self-test" if failed else ""
         raise BitNetError(f"BITNET_ISA={asked} cannot run here{why}; there are {there} (see bitnet doctor)")
     if failed:

@@ -187,6 +187,11 @@ def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None
             "no.txt: cannot be read as text: No such file or directory; --evaluate",
         ),
         (["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--calibration", "no.txt"], "directory; --calibration takes text files"),
+        (
+            ["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--sequences", "4"],
+            "--sequences is of the calibration text, which nothing here",
+        ),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--sequence-length", "4"], "--sequence-length is of the calibration text, which nothing"),
         (["convert", "nothing-here", "-o", "x"], "no folder, file or embedded model named 'nothing-here'"),
     ],
 )
@@ -195,6 +200,12 @@ def test_bad_usage_is_one_line(bitnet: Run, args: list[str], message: str, tmp_p
     done = bitnet(*args)
     assert done.exit_code == 2 and message in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_calibration_text_that_is_too_short_is_named(bitnet: Run, tmp_path: Path) -> None:
+    (tmp_path / "short.txt").write_text("A")
+    done = bitnet("convert", EMBEDDED_MODEL, "-o", tmp_path / "x", "--ternary", "--calibration", tmp_path / "short.txt")
+    assert done.exit_code == 2 and f"{tmp_path}/short.txt: the calibration text has 1 tokens; expected at least 2" in done.stderr
 
 
 def test_another_device_is_refused(tmp_path: Path) -> None:

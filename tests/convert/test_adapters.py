@@ -15,7 +15,7 @@ from packed_models import IDS
 
 from bitnet.cli import cli
 from bitnet.convert import Ternarization, convert
-from bitnet.convert.adapters import delta, together
+from bitnet.convert.adapters import delta, lines, record, together
 from bitnet.convert.source import read
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import canonical, open_checkpoint
@@ -219,14 +219,15 @@ def test_merging_returns_to_the_grid_and_says_what_survived(tmp_path: Path) -> N
         assert merged.survived == pytest.approx((change * d).sum() / (d * d).sum(), rel=1e-3)
         assert merged.changed == (found.codes(0, rows) != w.codes(0, rows)).sum() > 0
     total = together(report.merged, "in all")
-    assert 0 < total.survived < 1 and total.size == sum(w.size for w in report.merged)
+    assert 0 < total.survived < 1 and total.trits == sum(int(np.prod(one.weights[w.name].shape)) for w in report.merged)
 
 
 def test_merging_into_plain_weights(tmp_path: Path) -> None:
     base = source(tmp_path, "llama", rank=4, trits=False)
     report = convert(base, tmp_path / "out", format="hf-dense-f32", merge_adapter=base / "style")
     total = together(report.merged, "in all")
-    assert total.survived == pytest.approx(1, abs=1e-2) and total.changed == 0  # rounded to the base's own 16 bits
+    assert total.survived == pytest.approx(1, abs=1e-2) and total.trits_changed is None  # rounded to the base's own 16 bits
+    assert lines(report.merged)[-1].endswith(" -") and record(report.merged)[0]["trits_changed"] is None
     merged, unmerged, alone = adapted(tmp_path / "out", None), adapted(base, base / "style"), adapted(base, None)
     assert np.linalg.norm(merged - unmerged) < 0.05 * np.linalg.norm(alone - unmerged)
     ternary = convert(base, tmp_path / "ternary", quantization="ternary", merge_adapter=base / "style")

@@ -30,7 +30,8 @@ def mini(**changes: Any) -> Any:
 
     training = {k: v for k, v in changes.items() if k in MINI["training"] or k in ("mixture", "divergence", "blend_steps", "matrix_lr")}
     rest = {k: v for k, v in changes.items() if k not in training}
-    return Recipe.parse({**MINI, **rest, "training": {**MINI["training"], **training}}, "mini")
+    found = {**MINI, **rest, "training": {**MINI["training"], **training}}
+    return Recipe.parse({k: v for k, v in found.items() if v is not None}, "mini")
 
 
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:

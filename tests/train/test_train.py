@@ -273,6 +273,10 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ("rank: 4\ntask: pretrain\ncontext: 64", "rank does nothing in task pretrain, which takes scheme,"),
         ("base_model: x\nrank: 4\nscheme: fp16", "scheme does nothing in task lora, which takes base_model, rank, alpha, quantize,"),
         ("quantization: {layers: '*.mlp.*'}", "quantization.layers does nothing in task pretrain"),
+        (
+            "task: distil\nteacher: x\nvocab_size: 512\nmodel: " + str(MINI["model"]).replace("'", ""),
+            "vocab_size does nothing in task distil, which takes scheme,",
+        ),
         ("base_model: x\nquantization: {alphas: article, rule: threshold}", "quantization.alphas says what quantization.rule would"),
         ("base_model: x\nscheme: binary\nquantization: {alphas: article}", "quantization.alphas are of ternary layers"),
         ("base_model: x\nlabels: {0: no, 1: yes}", "labels.0 is False, as YAML reads yes and no; expected text: put it in quotes"),
@@ -390,7 +394,7 @@ def test_distil_from_a_teacher_of_either_kind(trained: dict[str, Path], corpus: 
     losses = []
     for teacher in (folder, gguf):
         out = tmp_path / f"from-{teacher.name}"
-        run(mini(task="distil", teacher=str(teacher), teacher_share=1.0, steps=40, checkpoint_every=40), corpus, out)
+        run(mini(task="distil", vocab_size=None, teacher=str(teacher), teacher_share=1.0, steps=40, checkpoint_every=40), corpus, out)
         losses.append([float(r["loss"]) for r in csv.DictReader((out / "log.csv").open())])
         TernaryTransformer.from_pretrained(out / "model").generate("Once", max_new_tokens=2)
     assert losses[0][-1] < 0.7 * losses[0][0] and np.allclose(losses[0], losses[1], rtol=0.02)

@@ -51,9 +51,9 @@ def command(model: str, target: str, **options: Any) -> None:
 
 def convert_model(
     source: str, target: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: str | None, alpha_config: str | None,
-    keep: tuple[str, ...], method: str, scale: str, calibration: str | None, sequences: int, sequence_length: int, evaluate: str | None,
-    evaluate_bytes: int | None, report_file: str | None, tokenizer: str | None, allow_requantize: bool, verify: bool, i2_s: str,
-    merge_adapter: str | None, as_json: bool, revision: str | None = None, file: str | None = None,
+    keep: tuple[str, ...], method: str, scale: str, calibration: str | None, sequences: int | None, sequence_length: int | None,
+    evaluate: str | None, evaluate_bytes: int | None, report_file: str | None, tokenizer: str | None, allow_requantize: bool, verify: bool,
+    i2_s: str, merge_adapter: str | None, as_json: bool, revision: str | None = None, file: str | None = None,
 ) -> None:  # fmt: skip
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
@@ -79,7 +79,12 @@ def convert_model(
     path = resolve(source, revision, file)
     held_out = read_text(Path(evaluate), evaluate_bytes, "--evaluate") if evaluate is not None else None
     calibrated = calibration is not None or (how is not None and how.calibrated)
-    text = _calibration(path, i2_s, tokenizer, calibration, sequences, sequence_length) if calibrated else None
+    if not calibrated and (sequences is not None or sequence_length is not None):
+        name = "--sequences" if sequences is not None else "--sequence-length"
+        raise click.UsageError(
+            f"{name} is of the calibration text, which nothing here reads; add --alpha auto, --method gptq or --calibration"
+        )
+    text = _calibration(path, i2_s, tokenizer, calibration, _or(sequences, 128), _or(sequence_length, 512)) if calibrated else None
     before: dict[str, Any] | None = None
     start = time.perf_counter()
 
@@ -154,11 +159,15 @@ def _ternarization(
     return Ternarization(method, number, unit, alphas + (read_alphas(alpha_config) if alpha_config is not None else ()))
 
 
+def _or(given: int | None, default: int) -> int:
+    return default if given is None else given
+
+
 def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None, count: int, length: int) -> Any:
     """int32 [sequences, tokens] of the file's text, or of the built-in sample."""
     from bitnet import sample
     from bitnet.convert.layerwise import sequences
-    from bitnet.errors import FormatError
+    from bitnet.errors import FormatError, UsageError
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical, open_checkpoint
     from bitnet.source import load_tokenizer
@@ -172,7 +181,10 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
     except FormatError as error:
         raise error if tokenizer is None else FormatError(f"{tokenizer}: {error}") from None
     text = sample.text() if file is None else read_text(Path(file), count * length * MOST_BYTES, "--calibration")
-    return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
+    try:
+        return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
+    except UsageError as error:
+        raise UsageError(f"{file or 'the built-in sample'}: {error}") from None
 
 
 def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: str, adapter: str | None = None) -> dict[str, Any]:

@@ -143,8 +143,8 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
         "--scale", default="tensor", show_default=True, metavar="UNIT", help="Of ternary: what shares a scale: tensor, row, or group:N."
     ),
     click.option("--calibration", metavar="FILE", help="Text for --alpha auto and gptq, and for outputs' errors. Default: a short sample."),
-    click.option("--sequences", type=int, default=128, show_default=True, metavar="N", help="Of the calibration text, at most."),
-    click.option("--sequence-length", type=int, default=512, show_default=True, metavar="N", help="Tokens of each."),
+    click.option("--sequences", type=int, metavar="N", help="Of the calibration text, at most. Default: 128."),
+    click.option("--sequence-length", type=int, metavar="N", help="Tokens of each. Default: 512."),
     click.option("--evaluate", metavar="FILE", help="A text on which to measure perplexity before and after."),
     click.option("--evaluate-bytes", type=int, metavar="N", help="Only its first N bytes."),
     click.option("--report", "report_file", metavar="FILE", help="Where the report goes as JSON. Default: TARGET.report.json."),

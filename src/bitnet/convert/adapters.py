@@ -46,17 +46,21 @@ class Merged:
     delta: float  # |D|^2
     along: float  # <R, D>
     error: float  # |R - D|^2
-    changed: int  # trits that are others, of a ternary matrix
-    size: int  # weights
+    changed: int  # trits that are others
+    trits: int  # weights that are ternary before and after
 
     @property
     def survived(self) -> float:
         return self.along / self.delta if self.delta else 1.0
 
+    @property
+    def trits_changed(self) -> float | None:
+        return self.changed / self.trits if self.trits else None
+
 
 def together(parts: list[Merged], name: str) -> Merged:
     """The sum over several matrices."""
-    sums = {key: sum(getattr(part, key) for part in parts) for key in ("delta", "along", "error", "changed", "size")}
+    sums = {key: sum(getattr(part, key) for part in parts) for key in ("delta", "along", "error", "changed", "trits")}
     return Merged(name, **sums)
 
 
@@ -282,14 +286,15 @@ def survival(before: Mapping[str, Weight], after: Mapping[str, Weight], parts: M
     found = []
     for name, low in parts.items():
         one, other = before[name], after[name]
-        sums, changed = np.zeros(3), 0
+        sums, changed, trits = np.zeros(3), 0, 0
         for first, last in one.spans():
             d = delta(low, first, last).astype(np.float64)
             r = other.values(first, last).astype(np.float64) - one.values(first, last)
             sums += np.array([(d * d).sum(), (r * d).sum(), ((r - d) ** 2).sum()])
             if one.codes is not None and other.codes is not None and one.scheme == other.scheme == "ternary":
-                changed += int((one.codes(first, last) != other.codes(first, last)).sum())
-        found.append(Merged(name, float(sums[0]), float(sums[1]), float(sums[2]), changed, int(np.prod(one.shape))))
+                different = one.codes(first, last) != other.codes(first, last)
+                changed, trits = changed + int(different.sum()), trits + different.size
+        found.append(Merged(name, float(sums[0]), float(sums[1]), float(sums[2]), changed, trits))
     return found
 
 
@@ -300,12 +305,16 @@ def lines(parts: list[Merged]) -> list[str]:
         layers.setdefault(part.name.rsplit(".", 1)[0], []).append(part)
     rows = [together(found, name) for name, found in layers.items()] + [together(parts, "in all")]
     head = f"{'merged':<12} {'delta kept':>10} {'error':>8} {'trits changed':>14}"
-    return [head] + [f"{row.name:<12} {row.survived:>10.1%} {_error(row):>8.1%} {row.changed / row.size:>14.3%}" for row in rows]
+    return [head] + [f"{row.name:<12} {row.survived:>10.1%} {_error(row):>8.1%} {_share(row.trits_changed):>14}" for row in rows]
 
 
 def record(parts: list[Merged]) -> list[dict[str, Any]]:
     """The same as plain values, matrix by matrix."""
-    return [{"weight": p.name, "delta_kept": p.survived, "error": _error(p), "trits_changed": p.changed / p.size} for p in parts]
+    return [{"weight": p.name, "delta_kept": p.survived, "error": _error(p), "trits_changed": p.trits_changed} for p in parts]
+
+
+def _share(of: float | None) -> str:
+    return "-" if of is None else f"{of:.3%}"
 
 
 def _error(part: Merged) -> float:

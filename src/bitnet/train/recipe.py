@@ -37,7 +37,7 @@ _OF_NEW = {"scheme", "quantization", "vocab_size", "tokenizer_texts", "model"}
 # keys by task, beside those that all have
 _KEYS: dict[str, set[str]] = {
     "pretrain": _OF_NEW,
-    "distil": _OF_NEW | {"teacher", "teacher_share", "temperature"},
+    "distil": {"scheme", "quantization", "model", "teacher", "teacher_share", "temperature"},  # and the teacher's tokenizer
     "heal": _OF_BASE,
     "lora": {"base_model", "rank", "alpha", "quantize", "lora_dropout", "target_modules"},
     "instruct": _OF_BASE,
