@@ -165,18 +165,22 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     const bool skips = layer.up.lie == Lie::rows && n <= kSkipTokens && adapted.empty();
     if (skips) {
       multiply({{&layer.gate, gate}});
+      if (!model.zeros.empty()) count_gates(l);
       const Stopwatch watch(profile.matmul_s);
       m.marks.set_gates(gate, n, c.ffn_size);
-      multiply_lines(k, pool, layer.up, in, &m.marks, up);
+      multiply_lines(k, pool, layer.up, in, &m.marks, up, [&](int t, int first, int rows) {
+        const int64_t at = int64_t{t} * c.ffn_size + first;
+        gated(gate + at, up + at, rows, gate + at);
+      });
       profile.up_rows += m.marks.n(), profile.up_rows_read += m.marks.read();
     } else {
       multiply_in_layer(l, kGateUp, {{&layer.gate, gate}, {&layer.up, up}});
+      if (!model.zeros.empty()) count_gates(l);
     }
     if (interrupted()) return false;
-    if (!model.zeros.empty()) count_gates(l);
     write_rows(gate, c.ffn_size, layer.down, [&](int t) {
       float* g = gate + int64_t{t} * c.ffn_size;
-      gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
+      if (!skips) gated(g, up + int64_t{t} * c.ffn_size, c.ffn_size, g);
       if (c.sub_norms) k.rms_norm(g, layer.ffn_sub_norm.data(), c.ffn_size, c.norm_eps, g);
     });
     if (!model.zeros.empty()) count_inputs(l);

@@ -30,6 +30,20 @@ struct Partial {
   std::vector<int32_t> sums;  // [n_tokens, rows in a column]
   bool used = false;
 };
+
+void add_sums(int32_t* __restrict to, const int32_t* __restrict from, int n) {
+  for (int i = 0; i < n; i++) to[i] += from[i];
+}
+// y = float(sums - correction) * scales * step, as every kernel has it. scales: 16 for every 16 rows, `panel_scales` apart.
+void scale_sums(const int32_t* __restrict sums, int32_t correction, const float* __restrict scales, int64_t panel_scales, float step, int n, float* __restrict y) {
+  auto panel = [&](int row0, int rows) __attribute__((always_inline)) {
+    const float* s = scales + row0 / kPanelRows * panel_scales;
+    for (int r = 0; r < rows; r++) y[row0 + r] = float(sums[row0 + r] - correction) * s[r] * step;
+  };
+  int row0 = 0;
+  for (; row0 + kPanelRows <= n; row0 += kPanelRows) panel(row0, kPanelRows);
+  if (row0 < n) panel(row0, n - row0);
+}
 }  // namespace
 
 template <typename Flag>
@@ -67,7 +81,7 @@ void Marks::set_activations(const int8_t* q, int64_t stride, int n_tokens, int n
   set(n_tokens, n, [&](int t, int i) { return q[t * stride + i] != 0; });
 }
 
-void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y) {
+void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y, const RowsDone& done) {
   x.quantize(k, pool, w);
   const int n_tokens = x.n_tokens(), n_lines = w.n_lines(), words = (n_lines + 63) / 64;
   const QuantizedRows rows = x.rows(0, n_tokens);
@@ -87,7 +101,6 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
     for (Partial& p : partials) p.used = false;
   }
   std::vector<Partial>& sums = partials;  // the caller's, not each thread's own
-  if (by_rows && marks) std::memset(y, 0, size_t(n_tokens) * w.rows * sizeof(float));
   pool.run_ranges(words, piece, [&](int first, int end, int thread) {
     static thread_local std::vector<int32_t> list, dots;
     static thread_local std::vector<float> values;
@@ -104,6 +117,8 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
       const int32_t correction = m.bias * rows.run_sums[t];
       const float step = rows.steps[t];
       float* to = y + int64_t{t} * w.rows;
+      const int first_row = 64 * first, n_rows = std::min(64 * end, w.rows) - first_row;
+      if (marks) std::memset(to + first_row, 0, n_rows * sizeof(float));
       if (m.panel_scales == 0) {  // one for all rows
         const float scale = m.scales[0];
         for (int i = 0; i < n; i++) values[i] = float(dots[i] - correction) * scale * step;
@@ -113,6 +128,7 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
       for (int i = 0; i < n; i++) to[list[i]] = values[i];
       if (w.bias.size())
         for (int i = 0; i < n; i++) to[list[i]] += w.bias[list[i]];
+      if (done) done(t, first_row, n_rows);
     }
   }, worth_sharing);
   if (by_rows) return;
@@ -121,20 +137,11 @@ void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activat
     for (Partial& p : sums)
       if (p.used) {
         int32_t* part = &p.sums[size_t(t) * column_rows];
-        if (total)
-          for (int r = 0; r < w.rows; r++) total[r] += part[r];
+        if (total) add_sums(total, part, w.rows);
         else total = part;
       }
-    const int32_t correction = m.bias * rows.run_sums[t];
-    const float step = rows.steps[t];
     float* to = y + int64_t{t} * w.rows;
-    for (int row0 = 0; row0 < w.rows; row0 += kPanelRows) {
-      const float* scales = m.scales + row0 / kPanelRows * m.panel_scales;
-      if (row0 + kPanelRows <= w.rows)
-        for (int r = 0; r < kPanelRows; r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
-      else
-        for (int r = 0; r < w.rows - row0; r++) to[row0 + r] = float(total[row0 + r] - correction) * scales[r] * step;
-    }
+    scale_sums(total, m.bias * rows.run_sums[t], m.scales, m.panel_scales, rows.steps[t], w.rows, to);
     if (w.bias.size())
       for (int r = 0; r < w.rows; r++) to[r] += w.bias[r];
   }

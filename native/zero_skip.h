@@ -7,6 +7,7 @@
 // is zero; here it is known.
 #pragma once
 #include <cstdint>
+#include <functional>
 #include <vector>
 
 #include "matmul.h"
@@ -36,7 +37,9 @@ class Marks {
 };
 
 // y [n_tokens, w.rows] = x w^T for w in lines. marks: which rows of w to compute, or which columns to add; of the others y is 0, or x is.
-// Null: all of them.
-void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y);
+// Null: all of them. done(token, first, n): rows [first, first + n) of w are in y; called by the thread that wrote them, so that what follows need
+// not wait for the others.
+using RowsDone = std::function<void(int token, int first, int n)>;
+void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y, const RowsDone& done = {});
 
 }  // namespace bitnet
