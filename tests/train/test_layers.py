@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ torch = pytest.importorskip("torch", reason="torch is not installed (extra [trai
 transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [train])")
 
 from bitnet import ternary  # noqa: E402
-from bitnet.errors import UsageError  # noqa: E402
+from bitnet.errors import UnsupportedModelError, UsageError  # noqa: E402
+from bitnet.train.export import export_model  # noqa: E402
 from bitnet.train.layers import (  # noqa: E402
     ARTICLE_ALPHAS,
     BinaryLinear,
@@ -217,12 +219,35 @@ def test_what_ternarize_model_leaves_out_is_said() -> None:
     )
     assert len(ternarize_model(falcon)) == 4  # its own class of linear layers computes the same
     assert torch.isfinite(falcon(input_ids=torch.tensor([[1, 2]])).logits).all()
-    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2))
-    with pytest.raises(UsageError, match="its layers are Conv1D, which stay as they are"):
-        ternarize_model(gpt2)
     experts = tiny("Mixtral", num_local_experts=2)
     with pytest.warns(UserWarning, match=r"tensors of MixtralForCausalLM that hold all experts stay as they are"):
         ternarize_model(experts)
+
+
+@pytest.mark.parametrize("scheme", ["absmean", "binary"])
+def test_a_layer_whose_weight_is_transposed(scheme: str, tmp_path: Path) -> None:
+    gpt2 = transformers.GPT2LMHeadModel(
+        transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    )
+    state = {name: values.clone() for name, values in gpt2.state_dict().items()}
+    how = Quantization(scheme, scale="row")
+    names = ternarize_model(gpt2, quantization=how)
+    assert names == [f"transformer.h.0.{part}" for part in ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")]
+    assert all(torch.equal(values, state[name]) for name, values in gpt2.state_dict().items())  # [in, out], as it was
+    layer = gpt2.transformer.h[0].mlp.c_fc
+    same = TernaryLinear(32, 128, quantization=how)
+    same.load_state_dict({"weight": layer.weight.t(), "bias": layer.bias})
+    x = torch.randn(3, 5, 32)
+    assert torch.allclose(layer(x), same(x), rtol=1e-5, atol=1e-6)  # mean|W| is summed in another order
+    layer(x).square().sum().backward()
+    same(x).square().sum().backward()
+    assert torch.allclose(layer.weight.grad, same.weight.grad.t(), rtol=1e-5, atol=1e-4)
+    layer.blend = same.blend = torch.tensor(0.5)
+    assert torch.allclose(layer(x), same(x), rtol=1e-5, atol=1e-6)
+    layer.blend = None
+    assert torch.isfinite(gpt2(input_ids=torch.tensor([[1, 2]])).logits).all()
+    with pytest.raises(UnsupportedModelError, match=r"attn.c_attn: was Conv1D, which no packed format has"):
+        export_model(gpt2, tmp_path / "out")
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Qwen3", "Gemma3Text"])

@@ -22,7 +22,7 @@ from bitnet.files import safetensors
 from bitnet.files.replacing import new_folder, write_synced
 from bitnet.packing import STORED, bf16_bits, pack_hf
 from bitnet.ternary import absmean, quantize_binary
-from bitnet.train.layers import Quantization, TernaryEmbedding, TernaryLinear
+from bitnet.train.layers import Quantization, TernaryConv1D, TernaryEmbedding, TernaryLinear
 
 
 def check(model: Any) -> tuple[dict[str, Any], bool]:
@@ -36,6 +36,8 @@ def check(model: Any) -> tuple[dict[str, Any], bool]:
         rows, inputs = layer.weight.shape
         if getattr(layer, "sub_norm", None) is not None:
             raise UnsupportedModelError(f"{name}: a sub-norm of its own has no place in a model's file; quantization.sub_norm is for study")
+        if isinstance(layer, TernaryConv1D):
+            raise UnsupportedModelError(f"{name}: was Conv1D, which no packed format has; it trains in torch only")
         if simple and rows % 4:
             raise UnsupportedModelError(f"{name}: has {rows} outputs; packed as transformers loads them they must be a multiple of 4")
         if not simple and inputs % (per_byte := STORED[layer.scheme].per_byte):

@@ -211,18 +211,22 @@ class TernaryLinear(nn.Linear):
     def scheme(self) -> str:
         return self.quantization.scheme
 
+    def matrix(self) -> Tensor:
+        """The masters as [out, in]."""
+        return self.weight
+
     def forward(self, x: Tensor) -> Tensor:
-        how = self.quantization
+        how, masters = self.quantization, self.matrix()
         if self.sub_norm is not None:
             x = self.sub_norm(x)
-        codes, scales = how.of(self.weight)
+        codes, scales = how.of(masters)
         if self.blend is not None:
             return self._blended(x, dequantized(codes, scales), self.blend)
-        y: Tensor = _Product.apply(x, self.weight, codes, scales, how.activations == "int8", how.clip, compute_dtype(x, self.weight))
+        y: Tensor = _Product.apply(x, masters, codes, scales, how.activations == "int8", how.clip, compute_dtype(x, masters))
         return y if self.bias is None else y + self.bias
 
     def _blended(self, x: Tensor, quantized: Tensor, share: Tensor) -> Tensor:
-        masters, clip = self.weight, self.quantization.clip
+        masters, clip = self.matrix(), self.quantization.clip
         through = masters if clip is None else torch.where(masters.detach().abs() <= clip, masters, masters.detach())
         w = through + share * (quantized - masters.detach())
         if self.quantization.activations == "int8":
@@ -242,6 +246,13 @@ class BinaryLinear(TernaryLinear):
     def __init__(self, *args: Any, **options: Any) -> None:
         super().__init__(*args, **options)
         self.quantization = replace(self.quantization, rule="binary")  # whatever else is asked for
+
+
+class TernaryConv1D(TernaryLinear):
+    """In place of transformers' Conv1D (GPT-2), a linear layer whose `weight` is [in, out]: the same, ternary or binary."""
+
+    def matrix(self) -> Tensor:
+        return self.weight.t()
 
 
 class TernaryEmbedding(nn.Embedding):
@@ -306,7 +317,9 @@ def ternarize_model(
     used: set[str] = set()
     for name, module in list(model.named_modules()):
         embedding = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and not isinstance(module, TernaryEmbedding))
-        if not (_is_linear(module) or (embedding and tables)) or any(name.endswith(k) or fnmatchcase(name, k) for k in keep):
+        if not (_is_linear(module) or _is_conv1d(module) or (embedding and tables)) or any(
+            name.endswith(k) or fnmatchcase(name, k) for k in keep
+        ):
             continue
         which = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
         how = None if which is None else patterns[which]
@@ -319,9 +332,7 @@ def ternarize_model(
         used |= {pattern for pattern in patterns if fnmatchcase(name, pattern)}
     kind, unused = type(model).__name__, [pattern for pattern in patterns if pattern not in used]
     if not found:
-        transposed = any(type(m).__name__ == "Conv1D" for m in model.modules())
-        why = "its layers are Conv1D, which stay as they are" if transposed else "expected patterns of module names, as '*.mlp.*'"
-        raise UsageError(f"no layer of {kind} matches {', '.join(patterns)}; {why}")
+        raise UsageError(f"no layer of {kind} matches {', '.join(patterns)}; expected patterns of module names, as '*.mlp.*'")
     if unused:
         warnings.warn(f"no layer of {kind} matches {', '.join(unused)}; {len(found)} others became ternary", stacklevel=2)
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
@@ -342,6 +353,11 @@ def _is_linear(module: nn.Module) -> bool:
         return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-3, atol=1e-5)
 
 
+def _is_conv1d(module: nn.Module) -> bool:
+    """Whether it is transformers' linear layer that keeps its weight as [in, out]."""
+    return type(module).__name__ == "Conv1D" and getattr(module, "nf", None) == module.weight.shape[-1]  # type: ignore[index]
+
+
 def _replaced(old: nn.Module, how: Quantization, sub_norm: bool, table: bool) -> nn.Module:
     """`table`: embedding or head, whose rows are tokens, which differ in length: a scale for every row at least."""
     how = replace(how, scale="row") if table and how.scale == "tensor" else how
@@ -353,9 +369,11 @@ def _replaced(old: nn.Module, how: Quantization, sub_norm: bool, table: bool) ->
             embedding.register_buffer("embed_scale", old.embed_scale, persistent=False)  # type: ignore[arg-type]
         embedding.weight = old.weight
         return embedding
-    kind = LAYERS[how.scheme]
-    new = kind(weight.shape[1], weight.shape[0], bias=old.bias is not None, device="meta", quantization=how)
-    new.sub_norm = nn.RMSNorm(weight.shape[1], eps=1e-5, device=weight.device, dtype=weight.dtype) if sub_norm else None
+    kind, (rows, inputs) = LAYERS[how.scheme], weight.shape
+    if _is_conv1d(old):
+        kind, (inputs, rows) = TernaryConv1D, weight.shape
+    new = kind(inputs, rows, bias=old.bias is not None, device="meta", quantization=how)
+    new.sub_norm = nn.RMSNorm(inputs, eps=1e-5, device=weight.device, dtype=weight.dtype) if sub_norm else None
     new.weight, new.bias = old.weight, old.bias  # type: ignore[assignment]
     return new
 
