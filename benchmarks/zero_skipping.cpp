@@ -158,7 +158,7 @@ void lines(const Kernels& k, int rows, int cols, double zeros, Lie lie, int thre
     for (Linear& w : laid) {
       in.quantize(k, pool, w);
       const QuantizedRows q = in.rows(0, 1);
-      lie == Lie::rows ? marks.set_gates(gates.data(), 1, n) : marks.set_activations(q.q, q.stride, 1, n);
+      lie == Lie::rows ? marks.set_gates(k, gates.data(), 1, n) : marks.set_activations(k, q.q, q.stride, 1, n);
       read = double(marks.read()) / n;
       multiply_lines(k, pool, w, in, &marks, y.data());
     }

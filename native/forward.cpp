@@ -167,7 +167,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
       multiply({{&layer.gate, gate}});
       if (!model.zeros.empty()) count_gates(l);
       const Stopwatch watch(profile.matmul_s);
-      m.marks.set_gates(gate, n, c.ffn_size);
+      m.marks.set_gates(k, gate, n, c.ffn_size);
       multiply_lines(k, pool, layer.up, in, &m.marks, up, [&](int t, int first, int rows) {
         const int64_t at = int64_t{t} * c.ffn_size + first;
         gated(gate + at, up + at, rows, gate + at);
@@ -187,7 +187,7 @@ bool forward(Model& model, const std::vector<Span>& batch, bool all_logits, floa
     if (skips) {
       const Stopwatch watch(profile.matmul_s);
       const QuantizedRows rows = in.rows(0, n);
-      m.marks.set_activations(rows.q, rows.stride, n, c.ffn_size);
+      m.marks.set_activations(k, rows.q, rows.stride, n, c.ffn_size);
       multiply_lines(k, pool, layer.down, in, &m.marks, h);
       profile.down_columns += m.marks.n(), profile.down_columns_read += m.marks.read();
     } else {

@@ -46,39 +46,22 @@ void scale_sums(const int32_t* __restrict sums, int32_t correction, const float*
 }
 }  // namespace
 
-template <typename Flag>
-void Marks::set(int n_tokens, int n, const Flag& flag) {
+template <typename Mark>
+void Marks::set(int n_tokens, int n, const Mark& mark) {
   n_ = n, words_ = (n + 63) / 64, any_ = 0;
   bits_.resize(size_t(n_tokens) * words_);
-  for (int t = 0; t < n_tokens; t++)
-    for (int w = 0; w < words_; w++) {
-      alignas(64) uint8_t flags[64] = {};
-      if (const int here = n - 64 * w; here >= 64)
-        for (int i = 0; i < 64; i++) flags[i] = flag(t, 64 * w + i);
-      else
-        for (int i = 0; i < here; i++) flags[i] = flag(t, 64 * w + i);
-      uint64_t bits = 0;
-      for (int b = 0; b < 8; b++) {
-        uint64_t eight;
-        std::memcpy(&eight, flags + 8 * b, 8);
-        bits |= (eight * 0x0102040810204080) >> 56 << 8 * b;  // byte i to bit i
-      }
-      bits_[size_t(t) * words_ + w] = bits;
-    }
+  for (int t = 0; t < n_tokens; t++) mark(t, &bits_[size_t(t) * words_]);
   for (int w = 0; w < words_; w++) {
     uint64_t bits = 0;
     for (int t = 0; t < n_tokens; t++) bits |= bits_[size_t(t) * words_ + w];
     any_ += std::popcount(bits);
   }
 }
-void Marks::set_gates(const float* gate, int n_tokens, int n) {
-  set(n_tokens, n, [&](int t, int i) {
-    const float g = gate[int64_t{t} * n + i], y = g > 0 ? g : 0.0f;
-    return y * y != 0;  // which it may be for the smallest of them
-  });
+void Marks::set_gates(const Kernels& k, const float* gate, int n_tokens, int n) {
+  set(n_tokens, n, [&](int t, uint64_t* bits) { k.mark_gates(gate + int64_t{t} * n, n, bits); });
 }
-void Marks::set_activations(const int8_t* q, int64_t stride, int n_tokens, int n) {
-  set(n_tokens, n, [&](int t, int i) { return q[t * stride + i] != 0; });
+void Marks::set_activations(const Kernels& k, const int8_t* q, int64_t stride, int n_tokens, int n) {
+  set(n_tokens, n, [&](int t, uint64_t* bits) { k.mark_codes(q + t * stride, n, bits); });
 }
 
 void multiply_lines(const Kernels& k, ThreadPool& pool, const Linear& w, Activations& x, const Marks* marks, float* y, const RowsDone& done) {

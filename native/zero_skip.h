@@ -18,9 +18,9 @@ namespace bitnet {
 class Marks {
  public:
   // relu(gate)^2 of gate [n_tokens, n] that is not zero.
-  void set_gates(const float* gate, int n_tokens, int n);
+  void set_gates(const Kernels& k, const float* gate, int n_tokens, int n);
   // q that is not zero; rows are `stride` apart.
-  void set_activations(const int8_t* q, int64_t stride, int n_tokens, int n);
+  void set_activations(const Kernels& k, const int8_t* q, int64_t stride, int n_tokens, int n);
   const uint64_t* of(int token) const { return bits_.data() + int64_t{token} * words_; }
   int64_t any() const { return any_; }  // lines that some token needs
   int n() const { return n_; }          // lines
@@ -29,8 +29,8 @@ class Marks {
   static constexpr double kStreamShare = 0.7;
 
  private:
-  template <typename Flag>
-  void set(int n_tokens, int n, const Flag& flag);
+  template <typename Mark>
+  void set(int n_tokens, int n, const Mark& mark);
   std::vector<uint64_t> bits_;  // [n_tokens, words]
   int words_ = 0, n_ = 0;
   int64_t any_ = 0;

@@ -228,6 +228,15 @@ const char* first_difference(const Kernels& k) {
       }
     }
 
+    uint64_t marks[2][3] = {};
+    for (int i = 0; i < kInputs; i++) f1[i] = i % 5 ? f[i] : f[i] * 1e-22f, q1[i] = (int8_t)(next_random(state) % 3 - 1);  // squares that are zero, too
+    for (int n = kInputs - 31; n <= kInputs; n += 31) {
+      k.mark_gates(f1, n, marks[0]), kScalar.mark_gates(f1, n, marks[1]);
+      if (memcmp(marks[0], marks[1], sizeof marks[0])) return "mark_gates";
+      k.mark_codes(q1, n, marks[0]), kScalar.mark_codes(q1, n, marks[1]);
+      if (memcmp(marks[0], marks[1], sizeof marks[0])) return "mark_codes";
+    }
+
     constexpr int kDense = 80;  // inputs whose 32 rows fit into f
     for (int i = 0; i < kDense * 32; i++) memcpy(&brains[i], reinterpret_cast<const char*>(f + i) + 2, 2);  // bf16: the upper half
     const MultiplyDense dense[3][2] = {{k.multiply_f16, kScalar.multiply_f16}, {k.multiply_bf16, kScalar.multiply_bf16}, {k.multiply_f32, kScalar.multiply_f32}};

@@ -94,6 +94,9 @@ using DotLines = void (*)(const uint8_t* rows, int64_t line_bytes, const int32_t
                           int32_t* out /* [n]: sums of code * x */);
 // sums [rows in line_bytes] += codes of column * x of column, over the n columns
 using AddLines = void (*)(const uint8_t* columns, int64_t line_bytes, const int32_t* which, int n, int ahead, const int8_t* x, int32_t* sums);
+// bits [(n + 63) / 64]: bit i % 64 of word i / 64 says whether relu(gate[i])^2, or q[i], is not zero; beyond n they are 0.
+using MarkGates = void (*)(const float* gate, int n, uint64_t* bits);
+using MarkCodes = void (*)(const int8_t* q, int n, uint64_t* bits);
 // Digit `digit` of a vector of n columns as tiles: those of 4 panels, panel_bytes apart. Up to the next multiple of 4 any codes follow.
 using UnpackColumns = void (*)(const uint8_t* columns, int64_t line_bytes, int n, int digit, uint8_t* codes, int64_t panel_bytes);
 
@@ -115,6 +118,8 @@ struct Kernels {
   DotLines dot_lines_t2, dot_lines_b3;
   AddLines add_lines_t2, add_lines_b3;
   UnpackColumns unpack_columns_t2, unpack_columns_b3;
+  MarkGates mark_gates;
+  MarkCodes mark_codes;
   MultiplyDense multiply_f16, multiply_bf16, multiply_f32;
   AddDense add_f16, add_bf16, add_f32;
   DotRows rows_f16, rows_bf16, rows_f32;

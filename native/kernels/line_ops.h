@@ -129,6 +129,34 @@ static void unpack_columns(const uint8_t* lines, int64_t line_bytes, int n, int 
   else if (digit == 3) unpack(Count<3>());
   else if constexpr (Digits::kDigits > 4) unpack(Count<4>());
 }
+
+// Which of n elements count, a bit each (kernels.h). The compiler turns the inner loop into vectors.
+template <class Counts>
+BITNET_INLINE void mark(int n, uint64_t* bits, Counts counts) {
+  for (int first = 0; first < n; first += 64) {
+    alignas(64) uint8_t flags[64] = {};
+    if (n - first >= 64)
+      for (int i = 0; i < 64; i++) flags[i] = counts(first + i);
+    else
+      for (int i = 0; i < n - first; i++) flags[i] = counts(first + i);
+    uint64_t word = 0;
+    for (int b = 0; b < 8; b++) {
+      uint64_t eight;
+      __builtin_memcpy(&eight, flags + 8 * b, 8);
+      word |= (eight * 0x0102040810204080) >> 56 << 8 * b;  // byte i to bit i
+    }
+    bits[first / 64] = word;
+  }
+}
+static void mark_gates(const float* gate, int n, uint64_t* bits) {
+  mark(n, bits, [&](int i) __attribute__((always_inline)) {
+    const float g = gate[i], y = g > 0 ? g : 0.0f;
+    return y * y != 0;  // which it may be for the smallest of them
+  });
+}
+static void mark_codes(const int8_t* q, int n, uint64_t* bits) {
+  mark(n, bits, [&](int i) __attribute__((always_inline)) { return q[i] != 0; });
+}
 }  // namespace
 
 #define BITNET_KERNELS(name, Base3Line, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                             \
@@ -137,7 +165,7 @@ static void unpack_columns(const uint8_t* lines, int64_t line_bytes, int n, int 
         gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>,                        \
         unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, dot_lines<TwoBitDigits>,                \
         dot_lines<Base3Line>, add_lines<TwoBitDigits>, add_lines<Base3Line>, unpack_columns<TwoBitDigits>,                           \
-        unpack_columns<Base3Line>, multiply_dense<DenseF16>,                                                                         \
+        unpack_columns<Base3Line>, mark_gates, mark_codes, multiply_dense<DenseF16>,                                                 \
         multiply_dense<DenseBf16>, multiply_dense<DenseF32>, add_dense<DenseF16>, add_dense<DenseBf16>, add_dense<DenseF32>,         \
         dot_rows<DenseF16>, dot_rows<DenseBf16>, dot_rows<DenseF32>, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,          \
         gate_with<gelu_tanh>, add, rotate, hadamard, to_f16, from_f16, scores_f16, softmax, weigh_f16, split_weights, read_bytes     \
