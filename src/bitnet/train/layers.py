@@ -25,7 +25,6 @@ import torch
 from torch import Tensor, nn
 
 from bitnet.errors import UsageError
-from bitnet.ternary import group_size
 
 SMALLEST_SCALE = 1e-5  # so that weights of nothing but zeros have one
 # The article's alphas by kind of layer; it leaves o_proj out, which has the feed-forward's (convert/quantize.py says why).
@@ -407,47 +406,3 @@ class FrozenTernaryLinear(nn.Linear):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         y: Tensor = _Product.apply(x, None, self.weight, self.scales, True, None, dtype)
         return y if self.bias is None else y + self.bias
-
-
-class FrozenLinear(nn.Module):
-    """A linear layer whose weights no longer change, as the engine computes it (ternary.matmul_integer, but in one float32 sum).
-
-    `weight` is floats [out, in], which meet the activations as they are, or int8 codes [out, in] with `scales` float32 [out, groups] of
-    equal runs of inputs; these meet int8 activations, with a step per token or per `activation_group` inputs.
-    """
-
-    weight: Tensor
-    scales: Tensor | None
-
-    def __init__(self, weight: Tensor, scales: Tensor | None = None) -> None:
-        super().__init__()
-        self.register_buffer("weight", weight)
-        self.register_buffer("scales", scales)
-
-    def rows(self, ids: Tensor) -> Tensor:
-        """The weights of some outputs, float32 [len(ids), in]: an embedding."""
-        return self._scaled(self.weight[ids].float(), None if self.scales is None else self.scales[ids])
-
-    def forward(self, x: Tensor, activation_group: int = 0) -> Tensor:
-        """x float32 [tokens, in] -> float32 [tokens, out]."""
-        weight, scales = self.weight.float(), self.scales
-        if scales is None:
-            return x @ weight.t()
-        whole = scales.shape[1] == 1  # then the scale, and the step of a whole token, leave with the sum, which is one of integers
-        if not whole:
-            weight = self._scaled(weight, scales)
-        if activation_group:
-            padded = nn.functional.pad(x, (0, -x.shape[1] % activation_group)).unflatten(1, (-1, activation_group))
-            q, most = int8_rows(padded)
-            y = (q * (most / 127.0)).flatten(1)[:, : x.shape[1]] @ weight.t()
-            return y * scales[:, 0] if whole else y
-        q, most = int8_rows(x)
-        y = q @ weight.t()
-        return (y * scales[:, 0] if whole else y) * (most / 127.0)
-
-    @staticmethod
-    def _scaled(weight: Tensor, scales: Tensor | None) -> Tensor:
-        if scales is None:
-            return weight
-        size = group_size(weight.shape[1], scales.shape[1])
-        return weight * scales.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
