@@ -103,7 +103,7 @@ def permuted(name: str, array: np.ndarray) -> np.ndarray:
     if not name.endswith(("q_proj.weight", "k_proj.weight")):
         return array
     trits = unpack_hf(array)
-    return pack_hf(np.ascontiguousarray(trits.reshape(4, 2, 32, -1).swapaxes(1, 2).reshape(trits.shape)))
+    return pack_hf(np.ascontiguousarray(trits.reshape(-1, 2, 32, trits.shape[1]).swapaxes(1, 2).reshape(trits.shape)))
 
 
 def test_permuted_rows_are_named(bitnet: Bitnet, copy: Path) -> None:

@@ -62,7 +62,7 @@ def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = N
             tensors |= _packed(name, weight, layers[layer].quantization, simple)
         else:
             tensors[name] = ("BF16", bf16_bits(weight)) if layers else weight.astype(np.float16)
-    config = {k: v for k, v in model.config.to_dict().items() if v is not None and k not in ("transformers_version", "_name_or_path")}
+    config = {k: v for k, v in model.config.to_diff_dict().items() if v is not None and k not in ("transformers_version", "_name_or_path")}
     config |= {"architectures": model.config.architectures or [type(model).__name__], "dtype": "bfloat16" if layers else "float16"}
     config.pop("quantization_config", None)
     if layers and simple:
@@ -118,8 +118,8 @@ CARD = """# {name}
 
 {what}
 
-Trained by `bitnet train` ({task}, {scheme}): {steps} steps, {tokens} tokens, seed {seed}, {minutes} minutes on the clock; the
-training loss ended at {loss} nats per token.
+Trained by `bitnet train` ({task}, {scheme}): {steps} steps, {tokens} tokens, seed {seed}, {minutes} minutes on the clock,
+{core_hours} hours of one core; the training loss ended at {loss} nats per token.
 
 ![Training loss over the steps](loss.png)
 

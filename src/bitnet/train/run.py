@@ -316,6 +316,7 @@ def _export(recipe: Recipe, prepared: _Prepared, out: Path, target: Path, after:
         "steps": f"{recipe.training.steps:,}",
         "tokens": f"{float(last['tokens']) / 1e6:.1f} million",
         "minutes": f"{float(last['seconds']) / 60:.0f}",
+        "core_hours": f"{float(last['cpu_seconds']) / 3600:.1f}",
         "loss": last["loss"],
         "texts": "\n".join(f"- {s.name} ({len(s.tokens):,} tokens)" for s in prepared.sources),
         "scores": _scores(prepared, out, target, after),
