@@ -20,7 +20,6 @@ from bitnet import ternary
 from bitnet.errors import UsageError
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
-from bitnet.ternary import group_size
 from bitnet.train.layers import int8_rows
 
 _QUANTIZE: dict[str, Callable[[NDArray[np.float32], int], tuple[NDArray[np.int8], NDArray[np.float32]]]] = {
@@ -77,7 +76,7 @@ class FrozenLinear(nn.Module):
     def _scaled(weight: Tensor, scales: Tensor | None) -> Tensor:
         if scales is None:
             return weight
-        size = group_size(weight.shape[1], scales.shape[1])
+        size = ternary.group_size(weight.shape[1], scales.shape[1])
         return weight * scales.repeat_interleave(size, dim=1)[:, : weight.shape[1]]
 
 
