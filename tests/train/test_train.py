@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import json
 import os
 import signal
 import subprocess
@@ -30,8 +31,9 @@ from bitnet.ternary import quantize_int8  # noqa: E402
 from bitnet.train import checkpoint, data, loop  # noqa: E402
 from bitnet.train.layers import dequantized  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
+from bitnet.train.parallel import Processes  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
-from bitnet.train.run import run  # noqa: E402
+from bitnet.train.run import _Prepared, run  # noqa: E402
 from bitnet.transformer import TernaryTransformer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -112,8 +114,6 @@ def test_the_same_greedy_tokens_in_torch_and_in_the_engine(trained: dict[str, Pa
 
 def test_the_three_schemes_start_alike_and_see_the_same_tokens(corpus: Path, tmp_path: Path) -> None:
     from bitnet.train.models import new_model
-    from bitnet.train.parallel import Processes
-    from bitnet.train.run import _Prepared
 
     for scheme in ("ternary", "binary", "fp16"):
         (tmp_path / scheme).mkdir()
@@ -239,7 +239,7 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ("{**: 1", "is no YAML"),
         ("- a", "is list; expected keys and values"),
         ("taks: pretrain", "unknown key taks; did you mean task?"),
-        ("task: pretrian", "task is 'pretrian'; expected one of pretrain, distil, heal, lora, instruct, classify; did you mean pretrain?"),
+        ("task: pretrian", "expected one of pretrain, distil, heal, grow, lora, instruct, classify; did you mean pretrain?"),
         ("scheme: ternery", "scheme is 'ternery'; expected one of fp16, binary, ternary; did you mean ternary?"),
         ("training: {stpes: 5}", "unknown key training.stpes; did you mean training.steps?"),
         ("training: {steps: many}", "training.steps is 'many'; expected a whole number"),
@@ -253,6 +253,8 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ("rank: 4", "task lora needs base_model"),
         ("teacher: x", "task distil makes a new model, whose shape is missing"),
         ("task: heal\nbase_model: x\nscheme: fp16", "task heal makes layers ternary or binary"),
+        ("task: grow\nbase_model: x", "task grow needs num_hidden_layers, context, or both"),
+        ("num_hidden_layers: 0\nbase_model: x", "num_hidden_layers is 0; expected at least 1 and at most 1,000"),
         ("lora_dropout: 1.5\nrank: 4\nbase_model: x", "lora_dropout is 1.5; expected at least 0 and at most 0.99"),
         ("rank: 4\nquantize: int4\nbase_model: x", "quantize is 'int4'; expected one of ternary, none"),
         ("quantization: {scale: groups}", "scale is 'groups'; expected tensor, row"),
@@ -314,7 +316,7 @@ def test_changes_on_the_command_line(tmp_path: Path) -> None:
 
 def test_every_recipe_in_the_folder_is_one() -> None:
     found = {path.stem: Recipe.load(path) for path in sorted((ROOT / "recipes").glob("*.yaml"))}
-    assert {r.task for r in found.values()} == {"pretrain", "distil", "heal", "lora", "instruct", "classify"}
+    assert {r.task for r in found.values()} == {"pretrain", "distil", "heal", "grow", "lora", "instruct", "classify"}
     assert found["twins"].training.context == found["twins"].context == 512
 
 
@@ -429,6 +431,49 @@ def test_heal(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: st
         before = score_text(TernaryTransformer.from_pretrained(trained["fp16"] / "model", weights="binary"), text).bits_per_byte
     after = score_text(TernaryTransformer.from_pretrained(tmp_path / "run" / "model"), text).bits_per_byte
     assert after < 0.9 * before
+
+
+@pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])
+def test_a_grown_model_begins_with_the_logits_of_its_base(trained: dict[str, Path], corpus: Path, tmp_path: Path, scheme: str) -> None:
+    """Two layers become five and 64 places 128; trained for six steps of 128 tokens, it runs in the engine, past 64 tokens, as in torch."""
+    values = {k: v for k, v in MINI.items() if k not in ("model", "vocab_size")}
+    values |= {"task": "grow", "scheme": scheme, "base_model": str(trained[scheme] / "model"), "num_hidden_layers": 5, "context": 128}
+    grow, same = (Recipe.parse({**values, "num_hidden_layers": n}, "grow") for n in (5, 2))
+    begun, base = (_Prepared(recipe, corpus, tmp_path / "begun", Processes()).model for recipe in (grow, same))
+    tokens = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
+    assert torch.equal(begun(tokens).logits, base(tokens).logits)
+    engine = TernaryTransformer.from_pretrained(trained[scheme] / "model").logits(tokens[0].tolist())
+    assert np.linalg.norm(base(tokens[:1]).logits[0].detach().numpy() - engine) < INT8_NOISE * np.linalg.norm(engine)
+
+    run(grow, corpus, tmp_path / "run")
+    state = final(tmp_path / "run")
+    learned = [n for n, p in begun.named_parameters() if p.requires_grad and not torch.equal(p, state["model"][n])]
+    assert len(learned) == len(list(begun.parameters()))  # copies too: every matrix and every norm has moved
+    grown = TernaryTransformer.from_pretrained(tmp_path / "run" / "model")
+    config = json.loads((tmp_path / "run" / "model" / "config.json").read_text())
+    assert (config["num_hidden_layers"], config["max_position_embeddings"]) == (5, 128)
+    begun.load_state_dict(state["model"], strict=False)
+    long = torch.randint(0, 300, (1, 120), generator=torch.Generator().manual_seed(1))
+    theirs, ours = begun.eval()(long).logits[0].detach().numpy(), grown.logits(long[0].tolist())
+    assert np.linalg.norm(theirs - ours) < INT8_NOISE * np.linalg.norm(theirs)
+
+
+def test_a_model_grows_evenly_or_says_why_not(trained: dict[str, Path]) -> None:
+    base = Base(str(trained["fp16"] / "model"))
+    names = [layer.self_attn.q_proj.weight for layer in base.model.model.layers]
+    base.grow(5, None)
+    layers = base.model.model.layers
+    assert [next(i for i, w in enumerate(names) if torch.equal(w, layer.self_attn.q_proj.weight)) for layer in layers] == [0, 0, 0, 1, 1]
+    assert [bool(layer.mlp.down_proj.weight.any()) for layer in layers] == [True, False, False, True, False]
+    assert [layer.self_attn.layer_idx for layer in layers] == list(range(5)) and base.model.config.max_position_embeddings == 64
+    with pytest.raises(UsageError, match=r"num_hidden_layers is 3; .* has 5, and growing takes none away: raise it"):
+        base.grow(3, None)
+    base.model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
+    with pytest.raises(UsageError, match=r"context is 256; .* has its places by rope scaling \(yarn\)"):
+        base.grow(None, 256)
+    base.model.model.layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(5)])
+    with pytest.raises(UsageError, match="it cannot grow"):
+        base.grow(6, None)
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "bitnet")

@@ -6,6 +6,7 @@ become floats, the values that are stored, or, where absmean makes them ternary 
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetF
 from bitnet.convert.formats import FORMATS
 from bitnet.convert.hf import config_of, names_of
 from bitnet.convert.source import read
-from bitnet.errors import BitNetError, UnsupportedModelError
+from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.files.hf import Checkpoint
 from bitnet.models import LINEARS, adapter_for, open_checkpoint
 from bitnet.train.layers import FrozenTernaryLinear
@@ -71,6 +72,45 @@ class Base:
         ends = self.model.config.eos_token_id
         self.end: int | None = ends[0] if isinstance(ends, list) else ends
         self.begin: list[int] = prefix or ([self.end] if self.end is not None else [])
+
+    def grow(self, layers: int | None, context: int | None) -> None:
+        """More layers, more places, and at first the same logits: behind its original stands a copy of a layer, evenly over the depth,
+        whose o_proj and down_proj are zero. Raises `UsageError` for fewer layers, and for a base that cannot have more."""
+        config = self.model.config
+        if context is not None and context > config.max_position_embeddings:
+            if scaled := _rope_scaling(config):
+                raise UsageError(f"context is {context}; {self.path} has its places by rope scaling ({scaled}), which stays: lower it")
+            config.max_position_embeddings = context
+        old = config.num_hidden_layers
+        if layers is None or layers == old:
+            return
+        if layers < old:
+            raise UsageError(f"num_hidden_layers is {layers}; {self.path} has {old}, and growing takes none away: raise it")
+        lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == old]
+        outputs = [n for n, _ in lists[0][1][0].named_modules() if n.endswith(("o_proj", "down_proj"))] if len(lists) == 1 else []
+        if not outputs:
+            raise UsageError(
+                f"{self.path}: cannot grow; expected a decoder whose layers have o_proj and down_proj, as llama's have"
+            )
+        (where, originals), grown, scales = lists[0], nn.ModuleList(), self.scales
+        self.scales = {}
+        for number in range(layers):
+            source = number * old // layers
+            layer = originals[source]
+            if number and source == (number - 1) * old // layers:
+                layer = copy.deepcopy(layer)
+                for parameter in (p for name in outputs for p in layer.get_submodule(name).parameters()):
+                    nn.init.zeros_(parameter)
+            for module in layer.modules():
+                if hasattr(module, "layer_idx"):
+                    module.layer_idx = number
+            grown.append(layer)
+            at = f"{where}.{source}."
+            self.scales |= {f"{where}.{number}.{n.removeprefix(at)}": s for n, s in scales.items() if n.startswith(at)}
+        self.model.set_submodule(where, grown)
+        config.num_hidden_layers = layers
+        if getattr(config, "layer_types", None):
+            config.layer_types = [config.layer_types[number * old // layers] for number in range(layers)]
 
     def make_masters(self, names: list[str]) -> None:
         """Of these modules, as far as they were packed: weights that absmean ternarizes to the very values they hold now."""
@@ -143,6 +183,13 @@ def _from_transformers(path: Path) -> tuple[Any, Tokenizer]:
     except Exception as error:  # transformers raises whatever it meets
         raise BitNetError(f"{path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})") from None
     return model, tokenizer
+
+
+def _rope_scaling(config: Any) -> str:
+    """The kinds of scaling that make a model's places; empty for plain rope."""
+    rope = config.rope_parameters
+    each = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
+    return ", ".join(sorted({r.get("rope_type", "default") for r in each} - {"default"}))
 
 
 def freeze(model: nn.Module) -> None:

@@ -1,9 +1,9 @@
 """A recipe: one YAML file that says which model is trained on which texts, and how. What is wrong in it is said in one line.
 
-`task` is what is trained: pretrain (a new model), distil (a new model, by a teacher), heal (a model whose layers become ternary), lora (a
-low-rank adapter beside a model that stays as it is), instruct (a model, on the answers of conversations), classify (a model, on rows of a
-table whose label is a word). Without it the keys tell: `rank` or `quantize` is a lora, `teacher` a distil, `labels` a classify,
-`base_model` a heal.
+`task` is what is trained: pretrain (a new model), distil (a new model, by a teacher), heal (a model whose layers become ternary), grow (a
+model, with more layers or a longer context), lora (a low-rank adapter beside a model that stays as it is), instruct (a model, on the
+answers of conversations), classify (a model, on rows of a table whose label is a word). Without it the keys tell: `rank` or `quantize` is
+a lora, `teacher` a distil, `labels` a classify, `num_hidden_layers` a grow, `base_model` a heal.
 """
 
 from __future__ import annotations
@@ -26,11 +26,12 @@ from bitnet.files import shown
 from bitnet.train.layers import Quantization
 from bitnet.train.schedule import Schedule
 
-TASKS = ("pretrain", "distil", "heal", "lora", "instruct", "classify")
+TASKS = ("pretrain", "distil", "heal", "grow", "lora", "instruct", "classify")
 CONTEXT = 512  # tokens, where a recipe leaves it open and its base has room for as many
 SCHEMES = ("fp16", "binary", "ternary")
 _GUESSES = {
-    "rank": "lora", "quantize": "lora", "lora_dropout": "lora", "teacher": "distil", "labels": "classify", "base_model": "heal",
+    "rank": "lora", "quantize": "lora", "lora_dropout": "lora", "teacher": "distil", "labels": "classify", "num_hidden_layers": "grow",
+    "base_model": "heal",
 }  # fmt: skip
 _OF_BASE = {"scheme", "quantization", "base_model"}
 _OF_NEW = {"scheme", "quantization", "vocab_size", "tokenizer_texts", "model"}
@@ -39,6 +40,7 @@ _KEYS: dict[str, set[str]] = {
     "pretrain": _OF_NEW,
     "distil": {"scheme", "quantization", "model", "teacher", "teacher_share", "temperature"},  # and the teacher's tokenizer
     "heal": _OF_BASE,
+    "grow": _OF_BASE | {"num_hidden_layers"},
     "lora": {"base_model", "rank", "alpha", "quantize", "lora_dropout", "target_modules"},
     "instruct": _OF_BASE,
     "classify": _OF_BASE | {"labels", "columns"},
@@ -48,6 +50,7 @@ _ALIASES = {"learning_rate": "training.matrix_lr", "lr": "training.matrix_lr", "
 # what `training` is where a recipe leaves it open; None of it is new to a model that has learned already
 _TRAINING: dict[Any, dict[str, Any]] = {
     "heal": {"matrix_lr": 0.004, "vector_lr": 0.001},
+    "grow": {"matrix_lr": 0.006, "vector_lr": 0.003},
     "lora": {"optimizer": "adamw", "matrix_lr": 0.005},
     "instruct": {"matrix_lr": 0.003, "vector_lr": 0.001},
     "classify": {"matrix_lr": 0.004, "vector_lr": 0.001},
@@ -117,6 +120,7 @@ class Recipe:
     quantization: Layers = field(default_factory=Layers)
     # from another one: the embedded name, a folder, a file (GGUF too), or org/name from the Hub
     base_model: str | None = None
+    num_hidden_layers: int | None = field(default=None, metadata=_at_least(1, 1000))  # of a grown model; None: as many as the base has
     teacher: str | None = None
     teacher_share: float = field(default=0.5, metadata=_at_least(0, 1))  # of the loss; the rest is cross-entropy with the text
     temperature: float = field(default=1.0, metadata=_at_least(0, above=True))  # of teacher and student
@@ -182,6 +186,8 @@ class Recipe:
             raise UsageError(f"{where}: task distil needs teacher: a model's folder, file or name")
         if recipe.task not in ("pretrain", "distil") and recipe.base_model is None:
             raise UsageError(f"{where}: task {recipe.task} needs base_model: a model's folder, file or name")
+        if recipe.task == "grow" and recipe.num_hidden_layers is None and recipe.context is None:
+            raise UsageError(f"{where}: task grow needs num_hidden_layers, context, or both, larger than the base's")
         if recipe.task == "heal" and recipe.scheme == "fp16":
             raise UsageError(f"{where}: task heal makes layers ternary or binary; scheme is 'fp16'")
         _check_keys(recipe, where)
@@ -248,7 +254,7 @@ def _check_keys(recipe: Recipe, where: str) -> None:
             takes = ", ".join(n for n in (g.name for g in dataclasses.fields(Recipe)) if n in _KEYS[recipe.task])
             raise UsageError(f"{where}: {f.name} does nothing in task {recipe.task}, which takes {takes}; remove it, or name another task")
     for name in ("alphas", "layers"):
-        if recipe.task not in ("heal", "instruct", "classify") and getattr(how, name) != getattr(plain, name):
+        if recipe.task not in ("heal", "grow", "instruct", "classify") and getattr(how, name) != getattr(plain, name):
             raise UsageError(f"{where}: quantization.{name} does nothing in task {recipe.task}, whose layers are all alike; remove it")
     if how.alphas is not None:
         for name in ("rule", "alpha", "layers"):

@@ -178,6 +178,8 @@ class _Prepared:
             torch.manual_seed(recipe.seed)
             self.model = add_adapter(self.model, recipe, recipe.base_model)
         else:
+            if recipe.task == "grow":
+                base.grow(recipe.num_hidden_layers, recipe.context)
             article = recipe.quantization.alphas == "article"
             self._quantize(recipe, "article" if article else recipe.quantization.layers, () if article else ("lm_head",))
 
@@ -331,6 +333,7 @@ def _what(recipe: Recipe) -> str:
         "distil": f"A language model {scheme}, taught by {recipe.teacher}.",
         "heal": f"{recipe.base_model}, its layers made {recipe.scheme} and trained to bear it.",
         "lora": f"A low-rank adapter ({recipe.trained} factors of rank {recipe.rank}) for {recipe.base_model}.",
+        "grow": f"{recipe.base_model}, with more layers or a longer context, trained further ({scheme}).",
         "instruct": f"{recipe.base_model}, trained to answer ({scheme}).",
         "classify": f"{recipe.base_model}, trained to name a label ({scheme}).",
     }[recipe.task]
