@@ -77,9 +77,9 @@ class Base:
         """More layers, more places, and at first the same logits: behind its original stands a copy of a layer, evenly over the depth,
         whose o_proj and down_proj are zero. Raises `UsageError` for fewer layers, and for a base that cannot have more."""
         config = self.model.config
-        if context is not None and context > config.max_position_embeddings:
-            if scaled := _rope_scaling(config):
-                raise UsageError(f"context is {context}; {self.path} has its places by rope scaling ({scaled}), which stays: lower it")
+        if context is not None and context > (most := getattr(config, "max_position_embeddings", None) or context):
+            if not _plain_rope(config):
+                raise UsageError(f"context is {context}; {self.path} has {most} places, and only unscaled rope has more: lower it")
             config.max_position_embeddings = context
         old = config.num_hidden_layers
         if layers is None or layers == old:
@@ -185,11 +185,11 @@ def _from_transformers(path: Path) -> tuple[Any, Tokenizer]:
     return model, tokenizer
 
 
-def _rope_scaling(config: Any) -> str:
-    """The kinds of scaling that make a model's places; empty for plain rope."""
-    rope = config.rope_parameters
-    each = rope.values() if all(isinstance(v, dict) for v in rope.values()) else [rope]
-    return ", ".join(sorted({r.get("rope_type", "default") for r in each} - {"default"}))
+def _plain_rope(config: Any) -> bool:
+    """Whether a model knows places by rope alone, which goes on beyond those that it was trained on."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    by_layer_type = [r for r in rope.values() if isinstance(r, dict)]  # as gemma has them
+    return bool(rope) and all(r.get("rope_type", "default") == "default" for r in by_layer_type or [rope])
 
 
 def freeze(model: nn.Module) -> None:
