@@ -89,9 +89,7 @@ class Base:
         lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == old]
         outputs = [n for n, _ in lists[0][1][0].named_modules() if n.endswith(("o_proj", "down_proj"))] if len(lists) == 1 else []
         if not outputs:
-            raise UsageError(
-                f"{self.path}: cannot grow; expected a decoder whose layers have o_proj and down_proj, as llama's have"
-            )
+            raise UsageError(f"{self.path}: cannot grow; expected a decoder whose layers have o_proj and down_proj, as llama's have")
         (where, originals), grown, scales = lists[0], nn.ModuleList(), self.scales
         self.scales = {}
         for number in range(layers):
