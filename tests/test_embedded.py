@@ -31,8 +31,9 @@ def model() -> TernaryTransformer:
 
 def test_what_ships() -> None:
     names = {p.name for p in FOLDER.iterdir()}
-    assert names == {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "README.md", "loss.png"}
-    assert sum(p.stat().st_size for p in FOLDER.iterdir()) <= 4_000_000
+    model = {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    assert names == model | {"README.md", "loss.png"}
+    assert sum(p.stat().st_size for p in FOLDER.iterdir()) <= 8_000_000
     card = (FOLDER / "README.md").read_text(encoding="utf-8")
     assert "loss.png" in card and "Data and rights" in card and "seed" in card and "{" not in card.replace("{-1, 0, +1}", "")
     assert len(SCORED.findall(card)) == 4
@@ -41,10 +42,10 @@ def test_what_ships() -> None:
 def test_sizes(model: TernaryTransformer) -> None:
     c = model.engine.config
     assert (c.architecture, c.activation, c.sub_norms, c.tied) == ("bitnet", "relu2", True, True)
-    assert (c.head_dim, c.max_context, c.vocab_size) == (64, 512, 4096)
+    assert (c.head_dim, c.max_context, c.vocab_size) == (64, 1024, 4096)
     assert c.hidden_size % 256 == 0 and c.ffn_size % 256 == 0
     layer = c.hidden_size * c.head_dim * 2 * (c.n_heads + c.n_kv_heads) + 3 * c.hidden_size * c.ffn_size
-    assert 5e6 <= c.vocab_size * c.hidden_size + c.n_layers * layer <= 7e6
+    assert 10e6 <= c.vocab_size * c.hidden_size + c.n_layers * layer <= 30e6
     assert model.engine.codec == chosen_codec("auto", model.engine.isa)
 
 
@@ -75,8 +76,9 @@ def test_transformers_loads_the_folder_and_agrees(model: TernaryTransformer) -> 
         if name.endswith("weight_scale"):  # transformers loads the whole model in bf16 and rounds the scales with it
             reference.get_submodule(name.removesuffix(".weight_scale")).weight_scale.fill_(float(tensor.dense()[0]))
     ours, theirs = model.logits(ids), random_models.logits(reference, ids)
-    # int8 rounding that goes the other way: 1.4 % for each of four products in line, in each of six layers (tests/models derives it)
-    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() <= 0.014 * np.sqrt(24)
+    # int8 rounding that goes the other way: 1.4 % for each of four products in line, in each layer (tests/models derives it)
+    noise = 0.014 * np.sqrt(4 * model.engine.config.n_layers)
+    assert (np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)).max() <= noise
     assert (ours.argmax(1) == theirs.argmax(1)).mean() > 0.9
 
 

@@ -110,7 +110,7 @@ def test_groups_that_fit() -> None:
 
 def test_the_article_s_call() -> None:
     model = TernaryTransformer.from_pretrained(EMBEDDED_MODEL, kv_bits=4, kv_group_size=64, device="cpu")
-    assert model.engine.kv == KvFormat(4, 4, 64) and model.engine.kv_bytes_per_token == 6 * 4 * 2 * (32 + 2)
+    assert model.engine.kv == KvFormat(4, 4, 64) and model.engine.kv_bytes_per_token == 11 * 4 * 2 * (32 + 2)
     out = model.generate("Once upon a time", max_new_tokens=30, temperature=0)
     assert (
         out.text
@@ -167,16 +167,16 @@ def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     found = json.loads(lines[-1])
     assert done.exit_code == 0 and len(lines) == 1 + 13 + 1 and found["data"] == str(text) and len(found["results"]) == 13
-    assert lines[1].split()[:5] == ["512", "f16", "-", "-", "6,144"]
+    assert lines[1].split()[:5] == ["512", "f16", "-", "-", "11,264"]
     assert lines[10].split()[:6] == [
         "512",
         "4",
         "bits",
         "yes",
         "yes",
-        "1,632",
+        "2,992",
     ]
-    assert done.stderr == "no windows of 2,048 and 4,096 tokens: the model's context is 512\n"
+    assert done.stderr == "no windows of 2,048 and 4,096 tokens: the model's context is 1,024\n"
     done = bitnet("eval", "--kv-report", text, "--max-bytes", 50)
     assert done.exit_code == 2 and re.fullmatch(r"error: the text has \d+ tokens; expected at least 511, one window\n", done.stderr)
     done = bitnet("eval", "--data", text, "--kv-report", text)
@@ -195,7 +195,7 @@ def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
         ),
         (
             "--prefix-cache-bytes", "1000",
-            "error: prefix_cache_bytes is 1000, and one page of 256 tokens takes 417792 bytes in this model; expected at least that, or 0 "
+            "error: prefix_cache_bytes is 1000, and one page of 256 tokens takes 765952 bytes in this model; expected at least that, or 0 "
             "for no prefix cache\n",
         ),
         ("--prefix-cache-bytes", "-1", "error: prefix_cache_bytes is -1; expected a whole number >= 0\n"),
@@ -209,10 +209,10 @@ def test_bad_values_are_one_line(bitnet: Bitnet, option: str, value: str, messag
 
 
 def test_a_longer_context_must_be_asked_for() -> None:
-    prompt = "a " * 600
-    with pytest.raises(UsageError, match="the model's context holds 512 and one must be left"):
+    prompt = "a " * 1100
+    with pytest.raises(UsageError, match="the model's context holds 1024 and one must be left"):
         TernaryTransformer.from_pretrained().generate(prompt)
-    with pytest.warns(UserWarning, match="max_context is 2000; the model was made for 512 tokens, and beyond them its text may be noise"):
+    with pytest.warns(UserWarning, match="max_context is 2000; the model was made for 1024 tokens, and beyond them its text may be noise"):
         model = TernaryTransformer.from_pretrained(max_context=2000)
     assert model.generate(prompt, max_new_tokens=3).timings["generated_tokens"] == 3
     with pytest.raises(UsageError, match="the model's context holds 100"):

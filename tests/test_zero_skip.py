@@ -153,7 +153,7 @@ def test_zeros_of_weights() -> None:
 def test_inspect_counts_zeros(bitnet: Callable[..., Result]) -> None:
     done = bitnet("inspect", "--zeros", "--json")
     zeros = json.loads(done.stdout.splitlines()[-1])["zeros"]
-    assert zeros["activation"] == "relu2" and len(zeros["layers"]) == 6 and {kind["part"] for kind in zeros["weights"]} == set(LINEARS)
+    assert zeros["activation"] == "relu2" and len(zeros["layers"]) == 11 and {kind["part"] for kind in zeros["weights"]} == set(LINEARS)
     assert all(0 < layer["gates"] <= layer["inputs"] < 1 for layer in zeros["layers"])
     assert "zeros among the ternary weights" in done.stdout
 

@@ -20,7 +20,7 @@ from bitnet.source import EMBEDDED_MODEL, resolve
 TIMEOUT_S = 120  # for a hang; nothing here waits for it
 NAME = "fake/tiny"
 RUN = ["run", NAME, "-p", "Once upon a time", "-n", "8", "--temperature", "0"]
-NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "model.safetensors"]
+NEEDED = ["config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors"]
 
 Bitnet = Callable[..., subprocess.CompletedProcess[str]]
 
@@ -100,7 +100,7 @@ def test_eval_inspect_and_revision(hub: FakeHub, repo: Repo, bitnet: Bitnet, tmp
         (["fake/other"], 1, "has no model fake/other, or it is private; check the name"),
         ([NAME, "--revision", "v9"], 1, "fake/tiny has no revision 'v9'"),
         ([NAME, "--revision", "../x"], 2, "revision '../x' is no name of a branch"),
-        ([NAME, "--file", "a.gguf"], 2, "fake/tiny@main has no file a.gguf; it has: model.safetensors (3.4 MB)"),
+        ([NAME, "--file", "a.gguf"], 2, "fake/tiny@main has no file a.gguf; it has: model.safetensors (4.5 MB)"),
         ([NAME, "--file", "pytorch_model.bin"], 1, "is a Python pickle, and to load one can run any code"),
         ([EMBEDDED_MODEL, "--revision", "main"], 2, "revision and file choose within a model of the Hub"),
         (["fake/gated"], 1, "fake/gated is gated; accept its licence on its page"),
@@ -144,9 +144,9 @@ def test_ctrl_c_and_again(hub: FakeHub, repo: Repo, environment: dict[str, str],
 
 
 def test_progress_where_it_takes_long(repo: Repo, bitnet: Bitnet) -> None:
-    repo.delay_s = 0.06  # for each of 52 blocks and 4 files: over 3 s
+    repo.delay_s = 0.06  # for each of 69 blocks and 5 files: over 3 s
     done = bitnet(*RUN)
-    tenths = [line for line in done.stderr.splitlines() if line.startswith(f"  {NAME}: ") and " MB of 3.5 MB after " in line]
+    tenths = [line for line in done.stderr.splitlines() if line.startswith(f"  {NAME}: ") and " MB of 4.6 MB after " in line]
     assert done.returncode == 0 and 1 <= len(tenths) <= 10, done.stderr
 
 
