@@ -466,6 +466,8 @@ def test_a_model_grows_evenly_or_says_why_not(trained: dict[str, Path]) -> None:
     assert [next(i for i, w in enumerate(names) if torch.equal(w, layer.self_attn.q_proj.weight)) for layer in layers] == [0, 0, 0, 1, 1]
     assert [bool(layer.mlp.down_proj.weight.any()) for layer in layers] == [True, False, False, True, False]
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(5)) and base.model.config.max_position_embeddings == 64
+    with pytest.raises(UsageError, match=r"has 5 layers and 64 places already: raise num_hidden_layers, context, or both"):
+        base.grow(5, 64)
     with pytest.raises(UsageError, match=r"num_hidden_layers is 3; .* has 5, and growing takes none away: raise it"):
         base.grow(3, None)
     base.model.config.rope_parameters = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0}
@@ -477,6 +479,36 @@ def test_a_model_grows_evenly_or_says_why_not(trained: dict[str, Path]) -> None:
 
 
 FAMILIES = ("llama", "qwen2", "qwen3", "gemma3_text", "bitnet")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_grows(tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three layers become seven; what the copies add once they are not zero, the engine computes as well."""
+    import random_models
+
+    from bitnet.models import open_checkpoint
+    from bitnet.source import EMBEDDED_MODEL, resolve
+    from bitnet.train.export import export_model
+    from bitnet.weights import load_engine
+
+    embedded = Tokenizer.from_file(str(resolve(EMBEDDED_MODEL) / "tokenizer.json"))
+    monkeypatch.setattr("bitnet.train.models._tokenizer", lambda *_: embedded)  # these have none of their own
+    folder = random_models.save(getattr(random_models, family)(seed=1), tmp_path / "base")
+    base, grown = Base(str(folder), packed=False), Base(str(folder), packed=False)
+    assert base.model.config.num_hidden_layers == 3
+    grown.grow(7, None)
+    ids = [(7 * i) % 200 for i in range(90)]
+    with torch.no_grad():
+        theirs = (b.model.eval()(input_ids=torch.tensor([ids])).logits[0] for b in (base, grown))
+        assert torch.equal(*theirs)
+        for p in grown.model.parameters():
+            if not p.any():
+                p.normal_(0, 0.02)
+        wanted = grown.model(input_ids=torch.tensor([ids])).logits[0].numpy()
+    export_model(grown.model, tmp_path / "grown", {})
+    engine = load_engine(open_checkpoint(tmp_path / "grown"))
+    ours = engine.forward([(engine.sequence(), ids)], all_logits=True)
+    assert engine.config.n_layers == 7 and np.linalg.norm(ours - wanted) < INT8_NOISE * np.linalg.norm(wanted)
 
 
 @pytest.mark.parametrize("source", [*FAMILIES, *sorted(GOLDEN.glob("*.gguf"))], ids=lambda s: getattr(s, "stem", s))

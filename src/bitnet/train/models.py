@@ -7,6 +7,7 @@ become floats, the values that are stored, or, where absmean makes them ternary 
 from __future__ import annotations
 
 import copy
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -75,17 +76,20 @@ class Base:
 
     def grow(self, layers: int | None, context: int | None) -> None:
         """More layers, more places, and at first the same logits: behind its original stands a copy of a layer, evenly over the depth,
-        whose o_proj and down_proj are zero. Raises `UsageError` for fewer layers, and for a base that cannot have more."""
+        whose o_proj and down_proj are zero. Raises `UsageError` for fewer layers, where nothing grows, and for a base that cannot."""
         config = self.model.config
-        if context is not None and context > (most := getattr(config, "max_position_embeddings", None) or context):
-            if not _plain_rope(config):
-                raise UsageError(f"context is {context}; {self.path} has {most} places, and only unscaled rope has more: lower it")
-            config.max_position_embeddings = context
-        old = config.num_hidden_layers
-        if layers is None or layers == old:
-            return
-        if layers < old:
+        old, most = config.num_hidden_layers, getattr(config, "max_position_embeddings", None) or sys.maxsize
+        longer = context is not None and context > most
+        if layers is not None and layers < old:
             raise UsageError(f"num_hidden_layers is {layers}; {self.path} has {old}, and growing takes none away: raise it")
+        if not longer and layers in (None, old):
+            raise UsageError(f"{self.path} has {old} layers and {most} places already: raise num_hidden_layers, context, or both")
+        if longer and not _plain_rope(config):
+            raise UsageError(f"context is {context}; {self.path} has {most} places, and only unscaled rope has more: lower it")
+        if longer:
+            config.max_position_embeddings = context
+        if layers in (None, old):
+            return
         lists = [(n, m) for n, m in self.model.named_modules() if isinstance(m, nn.ModuleList) and len(m) == old]
         outputs = [n for n, _ in lists[0][1][0].named_modules() if n.endswith(("o_proj", "down_proj"))] if len(lists) == 1 else []
         if not outputs:
