@@ -72,10 +72,13 @@ def run_kills(first: str, second: str, target_name: str, seed: int) -> None:
             pass
         return child, time.perf_counter()
 
-    start = time.perf_counter()
-    child, written_from = begun(second)
-    os.waitpid(child, 0)
-    whole_s, writing_s = time.perf_counter() - start, time.perf_counter() - written_from
+    whole_s = writing_s = float("inf")  # of the fastest of five: one that waited for other programs would put every kill after the end
+    for _ in range(5):
+        start = time.perf_counter()
+        child, written_from = begun(second)
+        os.waitpid(child, 0)
+        end = time.perf_counter()
+        whole_s, writing_s = min(whole_s, end - start), min(writing_s, end - written_from)
     caught = 0
     for i in range(KILLS):
         source, before = (first, second)[i // 2 % 2], {*leftovers(place.parent)}
