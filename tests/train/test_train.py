@@ -239,7 +239,10 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ("{**: 1", "is no YAML"),
         ("- a", "is list; expected keys and values"),
         ("taks: pretrain", "unknown key taks; did you mean task?"),
-        ("task: pretrian", "expected one of pretrain, distil, heal, grow, lora, instruct, classify; did you mean pretrain?"),
+        (
+            "task: pretrian",
+            "task is 'pretrian'; expected one of pretrain, distil, heal, grow, lora, instruct, classify; did you mean pretrain?",
+        ),
         ("scheme: ternery", "scheme is 'ternery'; expected one of fp16, binary, ternary; did you mean ternary?"),
         ("training: {stpes: 5}", "unknown key training.stpes; did you mean training.steps?"),
         ("training: {steps: many}", "training.steps is 'many'; expected a whole number"),
@@ -466,7 +469,9 @@ def test_a_model_grows_evenly_or_says_why_not(trained: dict[str, Path]) -> None:
     assert [next(i for i, w in enumerate(names) if torch.equal(w, layer.self_attn.q_proj.weight)) for layer in layers] == [0, 0, 0, 1, 1]
     assert [bool(layer.mlp.down_proj.weight.any()) for layer in layers] == [True, False, False, True, False]
     assert [layer.self_attn.layer_idx for layer in layers] == list(range(5)) and base.model.config.max_position_embeddings == 64
-    with pytest.raises(UsageError, match=r"has 5 layers and 64 places already: raise num_hidden_layers, context, or both"):
+    with pytest.raises(
+        UsageError, match="nothing grows, it has 5 layers already and room for the context: raise num_hidden_layers or context"
+    ):
         base.grow(5, 64)
     with pytest.raises(UsageError, match=r"num_hidden_layers is 3; .* has 5, and growing takes none away: raise it"):
         base.grow(3, None)

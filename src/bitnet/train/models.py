@@ -83,7 +83,9 @@ class Base:
         if layers is not None and layers < old:
             raise UsageError(f"num_hidden_layers is {layers}; {self.path} has {old}, and growing takes none away: raise it")
         if not longer and layers in (None, old):
-            raise UsageError(f"{self.path} has {old} layers and {most} places already: raise num_hidden_layers, context, or both")
+            raise UsageError(
+                f"{self.path}: nothing grows, it has {old} layers already and room for the context: raise num_hidden_layers or context"
+            )
         if longer and not _plain_rope(config):
             raise UsageError(f"context is {context}; {self.path} has {most} places, and only unscaled rope has more: lower it")
         if longer:
