@@ -86,12 +86,6 @@ struct PyPage {  // one more owner, by the same count: nanobind's own shared_ptr
 };
 struct PyAdapter {
   explicit PyAdapter(PyModel& m) : adapter(m.model.config) {}
-  // Values that are an array of the scheme's items.
-  static Scheme checked(const std::string& scheme, size_t item_bytes) {
-    const Scheme s = scheme_named(scheme);
-    if (s < Scheme::f16 || item_bytes != (s == Scheme::f32 ? 4 : 2)) throw std::invalid_argument("values are not " + scheme);
-    return s;
-  }
   Adapter adapter;
 };
 
@@ -280,15 +274,13 @@ NB_MODULE(_native, m) {
 
   nb::class_<PyAdapter>(m, "Adapter")
       .def(nb::init<PyModel&>(), "model"_a)
-      .def("set_a", [](PyAdapter& self, int layer, const std::string& part, const std::string& scheme, Values a, Vector<float> scales) {
+      .def("set_a", [](PyAdapter& self, int layer, const std::string& part, Matrix<uint16_t> a, Vector<float> scales) {
              if (scales.shape(0) != a.shape(0)) throw std::invalid_argument("A and its scales differ in their rows");
-             const Scheme s = PyAdapter::checked(scheme, a.itemsize());
-             self.adapter.set_a(layer, part, s, a.data(), to_int(a.shape(0)), to_int(a.shape(1)), scales.data());
-           }, "layer"_a, "part"_a, "scheme"_a, "a"_a, "scales"_a)
-      .def("set_b", [](PyAdapter& self, int layer, const std::string& part, const std::string& scheme, Values b, int first) {
-             const Scheme s = PyAdapter::checked(scheme, b.itemsize());
-             self.adapter.set_b(layer, part, s, b.data(), to_int(b.shape(0)), to_int(b.shape(1)), first);
-           }, "layer"_a, "part"_a, "scheme"_a, "b"_a, "first"_a)
+             self.adapter.set_a(layer, part, a.data(), to_int(a.shape(0)), to_int(a.shape(1)), scales.data());
+           }, "layer"_a, "part"_a, "a"_a, "scales"_a)
+      .def("set_b", [](PyAdapter& self, int layer, const std::string& part, Matrix<uint16_t> b, int first) {
+             self.adapter.set_b(layer, part, b.data(), to_int(b.shape(0)), to_int(b.shape(1)), first);
+           }, "layer"_a, "part"_a, "b"_a, "first"_a)
       .def_prop_ro("nbytes", [](PyAdapter& self) { return self.adapter.bytes(); });
 
   nb::class_<PyMatrix>(m, "Matrix")
@@ -432,17 +424,14 @@ NB_MODULE(_native, m) {
     matmul(*kernels_named(isa), pool, w, in, y);
     return result;
   }, "isa"_a, "threads"_a, "scheme"_a, "values"_a, "x"_a);
-  m.def("low_rank", [](const std::string& isa, int threads, const std::string& scheme, Values a, Values b, float scale, Matrix<float> x) {
+  m.def("low_rank", [](const std::string& isa, int threads, Matrix<uint16_t> a, Matrix<uint16_t> b, Vector<float> scales, Matrix<float> x) {
     Config c;  // whose o_proj is a matrix of this size
     c.n_layers = c.n_heads = c.n_kv_heads = 1, c.hidden_size = to_int(b.shape(0)), c.head_dim = to_int(x.shape(1)), c.ffn_size = 1;
     const int rank = to_int(a.shape(0)), n_tokens = to_int(x.shape(0));
-    if (b.shape(1) != a.shape(0) || a.shape(1) != x.shape(1)) throw std::invalid_argument("x, A and B do not fit");
-    const Scheme s = PyAdapter::checked(scheme, a.itemsize());
-    PyAdapter::checked(scheme, b.itemsize());
-    const std::vector<float> scales(rank, scale);
+    if (b.shape(1) != a.shape(0) || a.shape(1) != x.shape(1) || scales.shape(0) != a.shape(0)) throw std::invalid_argument("x, A and B do not fit");
     Adapter adapter(c);
-    adapter.set_a(0, "o", s, a.data(), rank, to_int(a.shape(1)), scales.data());
-    adapter.set_b(0, "o", s, b.data(), c.hidden_size, rank, 0);
+    adapter.set_a(0, "o", a.data(), rank, to_int(a.shape(1)), scales.data());
+    adapter.set_b(0, "o", b.data(), c.hidden_size, rank, 0);
     ThreadPool pool(threads);
     LowRankUpdates updates;
     updates.begin(*kernels_named(isa), {{&adapter, 0, n_tokens}}, 0, kO, x.data());
@@ -454,7 +443,7 @@ NB_MODULE(_native, m) {
     w.rows = c.hidden_size, w.cols = c.head_dim;
     updates.add_b(pool, {{&w, y}});
     return result;
-  }, "isa"_a, "threads"_a, "scheme"_a, "a"_a, "b"_a, "scale"_a, "x"_a);
+  }, "isa"_a, "threads"_a, "a"_a, "b"_a, "scales"_a, "x"_a);
   m.def("quantize", [](const std::string& isa, Matrix<float> x) {
     const Kernels* k = kernels_named(isa);
     int8_t* q = nullptr;

@@ -33,7 +33,7 @@ void check(bool ok, const char* problem) {
 }  // namespace
 
 int64_t LowRank::bytes() const {
-  int64_t sum = int64_t(a.size()) + 4 * int64_t(scales.size());
+  int64_t sum = 2 * int64_t(a.size()) + 4 * int64_t(scales.size());
   for (const Part& p : parts) sum += p.b.bytes();
   return sum;
 }
@@ -45,27 +45,26 @@ int64_t Adapter::bytes() const {
   return sum;
 }
 
-void Adapter::set_a(int layer, const std::string& part, Scheme scheme, const void* values, int ranks, int cols, const float* scales) {
+void Adapter::set_a(int layer, const std::string& part, const uint16_t* values, int ranks, int cols, const float* scales) {
   const Place place = place_of(config_, part);
   check(layer >= 0 && layer < config_.n_layers, "no such layer");
-  check(scheme >= Scheme::f16 && cols == place.cols && ranks > 0 && ranks % 4 == 0 && ranks <= 65536, "A's rows come in fours, as wide as what they read");
+  check(cols == place.cols && ranks > 0 && ranks % 4 == 0 && ranks <= 65536, "A's rows come in fours, as wide as what they read");
   LowRank& w = layers_[layer][place.reader];
   check(w.ranks == 0, "A was set before");
-  w.scheme = scheme, w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 16);
-  const size_t size = scheme == Scheme::f32 ? 4 : 2;
-  w.a = Buffer<uint8_t>(size * ranks * w.row_inputs, &arena_);
-  for (int r = 0; r < ranks; r++) std::memcpy(&w.a[size * r * w.row_inputs], static_cast<const uint8_t*>(values) + size * r * cols, size * cols);
+  w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 16);
+  w.a = Buffer<uint16_t>(ranks * w.row_inputs, &arena_);
+  for (int r = 0; r < ranks; r++) std::copy_n(values + int64_t{r} * cols, cols, &w.a[r * w.row_inputs]);
   w.scales = Buffer<float>(ranks, &arena_);
   std::copy_n(scales, ranks, w.scales.data());
 }
 
-void Adapter::set_b(int layer, const std::string& part, Scheme scheme, const void* values, int rows, int rank, int first) {
+void Adapter::set_b(int layer, const std::string& part, const uint16_t* values, int rows, int rank, int first) {
   const Place place = place_of(config_, part);
   check(layer >= 0 && layer < config_.n_layers, "no such layer");
   LowRank& w = layers_[layer][place.reader];
-  check(scheme >= Scheme::f16 && rows == place.rows, "B has another number of rows than the matrix");
+  check(rows == place.rows, "B has another number of rows than the matrix");
   check(rank > 0 && first >= 0 && first % 4 == 0 && rank <= w.ranks - first, "B's columns meet rows that A does not have");
-  w.parts[place.part] = {repack_dense(scheme, values, rows, rank, &arena_), first};
+  w.parts[place.part] = {repack_dense(Scheme::f16, values, rows, rank, &arena_), first};
 }
 
 void LowRankUpdates::begin(const Kernels& k, const std::vector<Tokens>& tokens, int layer, Reader reader, const float* x) {
@@ -87,10 +86,8 @@ void LowRankUpdates::begin(const Kernels& k, const std::vector<Tokens>& tokens, 
 void LowRankUpdates::multiply_a(int piece) {
   const Piece& p = pieces_[piece];
   const LowRank& w = *p.w;
-  const DotRows dot = w.scheme == Scheme::f16 ? k_->rows_f16 : w.scheme == Scheme::bf16 ? k_->rows_bf16 : k_->rows_f32;
-  const int64_t size = w.scheme == Scheme::f32 ? 4 : 2;
   float* to = &inner_[p.inner + p.row];
-  dot(w.a.data() + size * p.row * w.row_inputs, p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
+  k_->rows_f16(&w.a[p.row * w.row_inputs], p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
   for (int t = 0; t < p.n; t++)
     for (int r = 0; r < p.n_rows; r++) to[int64_t{t} * w.ranks + r] *= w.scales[p.row + r];
 }
@@ -109,9 +106,8 @@ void LowRankUpdates::add_b(ThreadPool& pool, std::initializer_list<Product> prod
         const Linear& b = u.w->parts[part].b;
         const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, b.rows) - row;
         if (n_rows <= 0) continue;
-        const AddDense add = b.scheme == Scheme::f16 ? k_->add_f16 : b.scheme == Scheme::bf16 ? k_->add_bf16 : k_->add_f32;
-        add(b.panels.data() + first * b.panel_bytes, b.panel_bytes, n_rows, b.padded_cols, &inner_[u.inner + u.w->parts[part].first], u.w->ranks, u.n,
-            p.y + int64_t{u.first} * b.rows + row, b.rows);
+        k_->add_f16(b.panels.data() + first * b.panel_bytes, b.panel_bytes, n_rows, b.padded_cols, &inner_[u.inner + u.w->parts[part].first],
+                    u.w->ranks, u.n, p.y + int64_t{u.first} * b.rows + row, b.rows);
       }
       first = std::max(0, first - p.w->n_panels()), end -= p.w->n_panels(), part++;
       if (end <= 0) break;

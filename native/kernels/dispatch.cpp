@@ -247,18 +247,12 @@ const char* first_difference(const Kernels& k) {
         for (int p = 0; p < panels; p++)
           if (memcmp(products[0] + p * kGemmTokens * 16, products[1] + p * kGemmTokens * 16, kTokens * 16 * sizeof(float))) return "multiply_dense";
       }
-    const AddDense sums_of[3][2] = {{k.add_f16, kScalar.add_f16}, {k.add_bf16, kScalar.add_bf16}, {k.add_f32, kScalar.add_f32}};
-    memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);
-    for (int d = 0; d < 3; d++) {  // 23 rows in two panels of 8 inputs
-      for (int m = 0; m < 2; m++) sums_of[d][m](weights[d], 128 * (d == 2 ? 4 : 2), 23, 8, f, 8, kTokens, m ? y2 : y1, 32);
-      if (memcmp(y1, y2, sizeof y1)) return "add_dense";
-    }
-    const DotRows rows[3][2] = {{k.rows_f16, kScalar.rows_f16}, {k.rows_bf16, kScalar.rows_bf16}, {k.rows_f32, kScalar.rows_f32}};
-    for (int d = 0; d < 3; d++) {
-      for (int m = 0; m < 2; m++) rows[d][m](weights[d], 15, kDense, kDense - 3, f, kInputs, 7, m ? y2 : y1, 16);
-      for (int t = 0; t < 7; t++)
-        if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_rows";
-    }
+    memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);  // 23 rows in two panels of 8 inputs
+    k.add_f16(halves, 256, 23, 8, f, 8, kTokens, y1, 32), kScalar.add_f16(halves, 256, 23, 8, f, 8, kTokens, y2, 32);
+    if (memcmp(y1, y2, sizeof y1)) return "add_halves";
+    k.rows_f16(halves, 15, kDense, kDense - 3, f, kInputs, 7, y1, 16), kScalar.rows_f16(halves, 15, kDense, kDense - 3, f, kInputs, 7, y2, 16);
+    for (int t = 0; t < 7; t++)
+      if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_halves";
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "rms_norm";

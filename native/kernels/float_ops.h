@@ -149,15 +149,14 @@ static void multiply_dense(const void* panels, int64_t panel_bytes, int n_panels
 }
 
 // Panels of few inputs, as an adapter's B has: no call for each.
-template <class Dense>
-static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
-                      float* y, int64_t y_stride) {
+static void add_halves(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                       float* y, int64_t y_stride) {
   auto run = [&](int t, auto count) __attribute__((always_inline)) {
     constexpr int T = decltype(count)::count;
     const uint8_t* panel = static_cast<const uint8_t*>(panels);
     for (int row = 0; row < n_rows; row += 16, panel += panel_bytes) {
       v16 sums[T];
-      dense_sums<Dense, T>(reinterpret_cast<const typename Dense::Stored*>(panel), n_inputs, x + t * x_stride, x_stride, sums);
+      dense_sums<DenseF16, T>(reinterpret_cast<const uint16_t*>(panel), n_inputs, x + t * x_stride, x_stride, sums);
       for (int i = 0; i < T; i++) {
         float* to = y + (t + i) * y_stride + row;
         if (row + 16 <= n_rows) store(to, load(to) + sums[i]);
@@ -172,9 +171,8 @@ static void add_dense(const void* panels, int64_t panel_bytes, int n_rows, int64
 }
 
 // R rows x T tokens in registers.
-template <class Dense, int R, int T>
-BITNET_INLINE void dot_rows_block(const typename Dense::Stored* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride,
-                                  float* out, int64_t out_stride) {
+template <int R, int T>
+BITNET_INLINE void dot_block(const uint16_t* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
   v16 acc[R][T];
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) acc[r][t] = splat(0.0f);
@@ -182,7 +180,7 @@ BITNET_INLINE void dot_rows_block(const typename Dense::Stored* rows, int64_t ro
     v16 in[T];
     for (int t = 0; t < T; t++) in[t] = load_x(x + t * x_stride + k);
     for (int r = 0; r < R; r++) {
-      const v16 w = Dense::widen(rows + r * row_stride + k);
+      const v16 w = load_f16(rows + r * row_stride + k);
       for (int t = 0; t < T; t++) acc[r][t] += w * in[t];
     }
   };
@@ -192,21 +190,19 @@ BITNET_INLINE void dot_rows_block(const typename Dense::Stored* rows, int64_t ro
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_lanes(acc[r][t]);
 }
-template <class Dense, int R, int T>
-BITNET_INLINE void dot_rows_of(const typename Dense::Stored* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x,
-                               int64_t x_stride, float* out, int64_t out_stride) {
+template <int R, int T>
+BITNET_INLINE void dot_rows(const uint16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
+                            int64_t out_stride) {
   int r = 0;
-  for (; r + R <= n_rows; r += R) dot_rows_block<Dense, R, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
-  for (; r < n_rows; r++) dot_rows_block<Dense, 1, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r + R <= n_rows; r += R) dot_block<R, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
+  for (; r < n_rows; r++) dot_block<1, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
 }
-template <class Dense>
-static void dot_rows(const void* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
-                     int64_t out_stride) {
+static void dot_halves(const uint16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
+                       float* out, int64_t out_stride) {
   constexpr int T = kSums >= 16 ? 4 : 2, R = T;
-  const auto* w = static_cast<const typename Dense::Stored*>(rows);
   int t = 0;
-  for (; t + T <= n_tokens; t += T) dot_rows_of<Dense, R, T>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
-  for (; t < n_tokens; t++) dot_rows_of<Dense, 2 * R, 1>(w, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t + T <= n_tokens; t += T) dot_rows<R, T>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
+  for (; t < n_tokens; t++) dot_rows<2 * R, 1>(rows, n_rows, row_stride, n_inputs, x + t * x_stride, x_stride, out + t * out_stride, out_stride);
 }
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, float* out) {

@@ -20,7 +20,7 @@ from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.kv import KvFormat
 from bitnet.machine import usable_cores
 from bitnet.models import ModelConfig
-from bitnet.models.low_rank import LowRank, widened
+from bitnet.models.low_rank import LowRank
 
 CODECS = {"t2": "ternary", "b3": "ternary_base3"}  # how ternary layers lie in memory: 2 or 1.6 bits a weight -> the native scheme
 BASE3_ISAS = ("amx", "avx512vbmi")  # where a table gives the digits: from memory 162 G weights/s on two cores, against 137 with two bits
@@ -197,8 +197,8 @@ class Engine:
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.
 
-        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order. Raises `UsageError` for shapes that are not
-        the model's.
+        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order, A and B as `LowRank.halves` has them.
+        Raises `UsageError` for shapes that are not the model's.
         """
         native, head = _native.Adapter(self._native), self.config.head_dim
         try:
@@ -207,20 +207,17 @@ class Engine:
                     here = [(part, parts[name]) for part in reader if (name := f"layers.{layer}.{part}") in parts]
                     if not here:
                         continue
-                    schemes = {low.scheme for _, low in here}
-                    scheme = schemes.pop() if len(schemes) == 1 else "f32"
-                    padded = [-(-low.rank // 4) * 4 for _, low in here]
-                    rows = []
-                    for (_, low), ranks in zip(here, padded, strict=True):
-                        a = low.a if low.scheme == scheme else widened(low.scheme, low.a)
-                        rows.append(np.pad(a, ((0, ranks - low.rank), (0, 0))))
-                    scales = np.repeat(np.array([low.scale for _, low in here], np.float32), padded)
-                    native.set_a(layer, reader[0], scheme, np.ascontiguousarray(np.concatenate(rows)), scales)
-                    for (part, low), first in zip(here, np.cumsum([0, *padded[:-1]]), strict=True):
-                        b = low.b
+                    halves = [low.halves() for _, low in here]
+                    missing = [-len(scales) % 4 for _, _, scales in halves]  # to a multiple of four rows
+                    rows = [np.pad(a, ((0, n), (0, 0))) for (a, _, _), n in zip(halves, missing, strict=True)]
+                    factors = [np.pad(scales, (0, n)) for (_, _, scales), n in zip(halves, missing, strict=True)]
+                    native.set_a(layer, reader[0], np.concatenate(rows).view(np.uint16), np.concatenate(factors))
+                    first = 0
+                    for (part, low), (_, b, _), own in zip(here, halves, rows, strict=True):
                         if self.config.rope_interleaved and part in ("q", "k"):  # the base's rows lie by rope's pairs
                             b = b.reshape(-1, 2, head // 2, low.rank).swapaxes(1, 2).reshape(b.shape)
-                        native.set_b(layer, part, low.scheme, np.ascontiguousarray(b), int(first))
+                        native.set_b(layer, part, np.ascontiguousarray(b).view(np.uint16), first)
+                        first += len(own)
         except ValueError as e:
             raise UsageError(f"adapter: {e}") from None
         return Adapter(self.config, native)

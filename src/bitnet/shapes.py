@@ -113,18 +113,17 @@ def random_engine(
     return Engine(config, native, runs, head)
 
 
-def random_adapter(engine: Engine, rank: int, scheme: str = "f32", seed: int = 1) -> Adapter:
-    """A low-rank adapter with random weights beside every linear layer: for speed, not for text. `scheme`: "f32" (as PEFT) or "f16"."""
+def random_adapter(engine: Engine, rank: int, seed: int = 1) -> Adapter:
+    """A low-rank adapter with random weights beside every linear layer: for speed, not for text."""
     if not 1 <= rank <= MOST_RANK:
         raise UsageError(f"lora is {rank}; expected a rank from 1 to {MOST_RANK}")
     rng, shapes = np.random.default_rng(seed), weight_shapes(engine.config)
-    dtype = {"f32": np.float32, "f16": np.float16}[scheme]
 
     def values(rows: int, cols: int) -> np.ndarray:
-        return (rng.standard_normal((rows, cols), np.float32) * np.float32(0.01)).astype(dtype)
+        return rng.standard_normal((rows, cols), np.float32) * np.float32(0.01)
 
     parts = {
-        f"layers.{i}.{part}": LowRank(scheme, values(rank, shapes[part][1]), values(shapes[part][0], rank), 2.0)
+        f"layers.{i}.{part}": LowRank("f32", values(rank, shapes[part][1]), values(shapes[part][0], rank), 2.0)
         for i in range(engine.config.n_layers)
         for part in LINEARS
     }

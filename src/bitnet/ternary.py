@@ -205,10 +205,10 @@ def matmul_dense(weights: F32, x: F32) -> F32:
     return np.asarray((partial[0] + partial[1]) + (partial[2] + partial[3]), np.float32)
 
 
-def low_rank(a: F32, b: F32, scale: float, x: F32) -> F32:
+def low_rank(a: F32, b: F32, scale: float | F32, x: F32) -> F32:
     """What an adapter adds to W x: B (scale * (A x)) (LoRA, arXiv:2106.09685; there scale is alpha / rank).
 
-    a float32 [rank, in], b float32 [out, rank] (widened from whatever is stored), x float32 [tokens, in] -> float32 [tokens, out].
+    a float32 [rank, in], b float32 [out, rank], scale one or float32 [rank], x float32 [tokens, in] -> float32 [tokens, out].
     A's sums run in 16 lanes, lane l over the inputs l, l + 16, ... in order, without fused multiply-add; then halves of them are added.
     """
     rank, inputs = a.shape

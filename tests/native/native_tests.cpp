@@ -322,24 +322,22 @@ void fill(Model& m) {
 }
 
 // Beside some matrices only, of ranks that are no multiple of 4, which A's rows of zeros fill up.
-void fill(Adapter& adapter, Scheme scheme, int rank) {
+void fill(Adapter& adapter, int rank) {
   const Config& c = adapter.config();
   const int q = c.n_heads * c.head_dim, kv = c.n_kv_heads * c.head_dim, padded = (rank + 3) / 4 * 4;
   auto values = [&](int rows, int kept, int cols) {
-    std::vector<float> v(size_t(rows) * cols);
+    std::vector<float> v(round_up(rows * cols, 16));
     for (int i = 0; i < kept * cols; i++) v[i] = 0.1f * normal();
-    std::vector<uint16_t> halves(round_up(int(v.size()), 16));
-    if (scheme == Scheme::f32) return std::vector<uint8_t>(reinterpret_cast<uint8_t*>(v.data()), reinterpret_cast<uint8_t*>(v.data() + v.size()));
-    v.resize(halves.size());
+    std::vector<uint16_t> halves(v.size());
     kScalar.store_f16(v.data(), int(v.size()), halves.data());
-    return std::vector<uint8_t>(reinterpret_cast<uint8_t*>(halves.data()), reinterpret_cast<uint8_t*>(halves.data() + size_t(rows) * cols));
+    return halves;
   };
   auto set = [&](int layer, std::initializer_list<std::pair<const char*, int>> parts, int cols) {
     const int ranks = padded * int(parts.size());
     const std::vector<float> scales(ranks, 1.5f);
-    adapter.set_a(layer, parts.begin()->first, scheme, values(ranks, ranks - padded + rank, cols).data(), ranks, cols, scales.data());
+    adapter.set_a(layer, parts.begin()->first, values(ranks, ranks - padded + rank, cols).data(), ranks, cols, scales.data());
     int first = 0;
-    for (auto [part, rows] : parts) adapter.set_b(layer, part, scheme, values(rows, rows, rank).data(), rows, rank, first), first += padded;
+    for (auto [part, rows] : parts) adapter.set_b(layer, part, values(rows, rows, rank).data(), rows, rank, first), first += padded;
   };
   set(0, {{"q", q}, {"v", kv}}, c.hidden_size), set(0, {{"o", c.hidden_size}}, q), set(1, {{"k", kv}}, c.hidden_size);
   set(1, {{"gate", c.ffn_size}, {"up", c.ffn_size}}, c.hidden_size), set(1, {{"down", c.hidden_size}}, c.ffn_size);
@@ -373,7 +371,7 @@ uint64_t test_forward(const std::vector<const Kernels*>& isas, const Config& c, 
         check(std::equal(part.begin(), part.begin() + n * c.vocab_size, whole.begin() + at * c.vocab_size), "same bits in chunks and batches", k->name, at);
       }
       Adapter one(c), other(c);
-      fill(one, Scheme::f32, 3), fill(other, Scheme::f16, 8);
+      fill(one, 3), fill(other, 8);
       KvCache e(c, format), f(c), g(c, format), h(c, format);  // f in f16, in the same batches
       std::vector<float> adapted, adapted2;
       run(m, {{&e, ids.data(), 300, &one}}, true, adapted, 300), run(m, {{&f, ids.data(), 300, &other}}, true, adapted2, 300);

@@ -32,10 +32,27 @@ class LowRank:
         """A and B in float32."""
         return widened(self.scheme, self.a), widened(self.scheme, self.b)
 
+    def halves(self) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.float32]]:
+        """As the engine keeps it: A and B in f16, and float32 [rank], which A x is multiplied by.
+
+        A power of two for each row of A and column of B, which that last factor takes back, brings it into the range of f16: what is stored in f16
+        or bf16 stays what it is (down to 2^-29 of the largest), f32 is rounded to 11 bits, by at most 2^-11 of each.
+        """
+        a, b = self.dense()
+        rows, columns = _to_f16_range(np.abs(a).max(axis=1)), _to_f16_range(np.abs(b).max(axis=0))
+        scales = np.ldexp(np.float32(self.scale), -(rows + columns))
+        return np.ldexp(a, rows[:, None]).astype(np.float16), np.ldexp(b, columns).astype(np.float16), scales.astype(np.float32)
+
     def delta(self) -> NDArray[np.float32]:
         """What it adds to the matrix, float32 [out, in]: scale * B A."""
         a, b = self.dense()
         return np.asarray((b @ a) * np.float32(self.scale), np.float32)
+
+
+def _to_f16_range(largest: NDArray[np.float32]) -> NDArray[np.int32]:
+    """Exponents of the powers of two that bring these values into [2^14, 2^15), as far as 2^40 does; of 0: 0."""
+    exponents = np.frexp(largest)[1]
+    return np.where(largest > 0, np.clip(15 - exponents, -40, 40), 0).astype(np.int32)
 
 
 def widened(scheme: str, values: NDArray[Any]) -> NDArray[np.float32]:

@@ -59,7 +59,7 @@ from bitnet.cli.options import (
 )
 @click.option("--gate-zeros", type=float, metavar="SHARE", help="Of a --shape with relu^2: shift its gates until this share is zero.")
 @adapter_option
-@click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights in float32, to see what one costs.")
+@click.option("--lora", type=int, metavar="RANK", help="An adapter of this rank with random weights, to see what one costs.")
 @click.option("--speculate", is_flag=True, help="Replay a summary, an edit and a story, with guesses from the text before and without.")
 @click.option("--replay", multiple=True, metavar="FILE", help="With --speculate: instead, a prompt, a line =====, and a text. Repeatable.")
 @click.option("--tune", is_flag=True, help="Find the codec, head and threads that decode MODEL fastest here, and save them for later runs.")
