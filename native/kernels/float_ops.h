@@ -181,7 +181,7 @@ BITNET_INLINE void dot_block(const uint16_t* rows, int64_t row_stride, int64_t n
     for (int t = 0; t < T; t++) in[t] = load_x(x + t * x_stride + k);
     for (int r = 0; r < R; r++) {
       const v16 w = load_f16(rows + r * row_stride + k);
-      for (int t = 0; t < T; t++) acc[r][t] += w * in[t];
+      for (int t = 0; t < T; t++) acc[r][t] = fma16(w, in[t], acc[r][t]);
     }
   };
   int64_t k = 0;

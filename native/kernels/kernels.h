@@ -74,7 +74,7 @@ using MultiplyDense = void (*)(const void* panels, int64_t panel_bytes, int n_pa
 using AddHalves = void (*)(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                            float* y, int64_t y_stride);
 // out [n_tokens, out_stride]: x times few rows of f16 [n_rows, row_stride], which lie one after another, zeros from n_inputs up to the next multiple of
-// 16. Lane l adds the products of inputs l, l + 16, ... in order, not fused; the lanes are a fixed tree.
+// 16. Lane l adds the products of inputs l, l + 16, ... in order, fused; the lanes are a fixed tree.
 using DotHalves = void (*)(const uint16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
                            float* out, int64_t out_stride);
 

@@ -209,13 +209,13 @@ def low_rank(a: F32, b: F32, scale: float | F32, x: F32) -> F32:
     """What an adapter adds to W x: B (scale * (A x)) (LoRA, arXiv:2106.09685; there scale is alpha / rank).
 
     a float32 [rank, in], b float32 [out, rank], scale one or float32 [rank], x float32 [tokens, in] -> float32 [tokens, out].
-    A's sums run in 16 lanes, lane l over the inputs l, l + 16, ... in order, without fused multiply-add; then halves of them are added.
+    A's sums run in 16 lanes, lane l over the inputs l, l + 16, ... in order, by fused multiply-adds; then halves of them are added.
     """
     rank, inputs = a.shape
     lanes = np.zeros((x.shape[0], rank, 16), np.float32)
     for k in range(0, inputs, 16):
-        products = x[:, None, k : k + 16] * a[None, :, k : k + 16]
-        lanes[..., : products.shape[2]] += products
+        n = min(16, inputs - k)
+        lanes[..., :n] = fused_multiply_add(x[:, None, k : k + n], a[None, :, k : k + n], lanes[..., :n])
     for n in (8, 4, 2, 1):
         lanes = lanes[..., :n] + lanes[..., n : 2 * n]
     return matmul_dense(b, lanes[..., 0] * np.float32(scale))

@@ -82,8 +82,8 @@ def test_dense_families_with_an_adapter(tmp_path: Path, family: str, rank: int, 
 def test_bitnet_with_an_adapter(tmp_path: Path, ternary: bool) -> None:
     """The base meets int8 activations, as it was trained; the adapter, which PEFT puts beside the whole layer, meets the floats.
 
-    Theirs has A and B in 11 bits, as the engine does: what rounding them moves turns many roundings to int8, and one may lead as far
-    as is allowed.
+    Theirs has A and B in 11 bits, as the engine does: what rounding them moves turns many roundings to int8, and one of them may lead as
+    far as is allowed.
     """
     model = random_models.bitnet(seed=4)
     folder = random_models.save(model, tmp_path / "base")

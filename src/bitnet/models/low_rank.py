@@ -35,8 +35,8 @@ class LowRank:
     def halves(self) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.float32]]:
         """As the engine keeps it: A and B in f16, and float32 [rank], which A x is multiplied by.
 
-        A power of two for each row of A and column of B, which that last factor takes back, brings it into the range of f16: what is stored in f16
-        or bf16 stays what it is (down to 2^-29 of the largest), f32 is rounded to 11 bits, by at most 2^-11 of each.
+        A power of two for each row of A and column of B, which that last factor takes back, puts the largest just below 2^15: what is
+        stored in f16 or bf16 stays what it is (down to 2^-29 of the largest), f32 is rounded to 11 bits, by 2^-11 of itself at most.
         """
         a, b = self.dense()
         rows, columns = _to_f16_range(np.abs(a).max(axis=1)), _to_f16_range(np.abs(b).max(axis=0))
