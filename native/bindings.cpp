@@ -274,11 +274,11 @@ NB_MODULE(_native, m) {
 
   nb::class_<PyAdapter>(m, "Adapter")
       .def(nb::init<PyModel&>(), "model"_a)
-      .def("set_a", [](PyAdapter& self, int layer, const std::string& part, Matrix<uint16_t> a, Vector<float> scales) {
+      .def("set_a", [](PyAdapter& self, int layer, const std::string& part, Matrix<int16_t> a, Vector<float> scales) {
              if (scales.shape(0) != a.shape(0)) throw std::invalid_argument("A and its scales differ in their rows");
              self.adapter.set_a(layer, part, a.data(), to_int(a.shape(0)), to_int(a.shape(1)), scales.data());
            }, "layer"_a, "part"_a, "a"_a, "scales"_a)
-      .def("set_b", [](PyAdapter& self, int layer, const std::string& part, Matrix<uint16_t> b, int first) {
+      .def("set_b", [](PyAdapter& self, int layer, const std::string& part, Matrix<int16_t> b, int first) {
              self.adapter.set_b(layer, part, b.data(), to_int(b.shape(0)), to_int(b.shape(1)), first);
            }, "layer"_a, "part"_a, "b"_a, "first"_a)
       .def_prop_ro("nbytes", [](PyAdapter& self) { return self.adapter.bytes(); });
@@ -424,7 +424,7 @@ NB_MODULE(_native, m) {
     matmul(*kernels_named(isa), pool, w, in, y);
     return result;
   }, "isa"_a, "threads"_a, "scheme"_a, "values"_a, "x"_a);
-  m.def("low_rank", [](const std::string& isa, int threads, Matrix<uint16_t> a, Matrix<uint16_t> b, Vector<float> scales, Matrix<float> x) {
+  m.def("low_rank", [](const std::string& isa, int threads, Matrix<int16_t> a, Matrix<int16_t> b, Vector<float> scales, Matrix<float> x) {
     Config c;  // whose o_proj is a matrix of this size
     c.n_layers = c.n_heads = c.n_kv_heads = 1, c.hidden_size = to_int(b.shape(0)), c.head_dim = to_int(x.shape(1)), c.ffn_size = 1;
     const int rank = to_int(a.shape(0)), n_tokens = to_int(x.shape(0));

@@ -1,7 +1,7 @@
 #include "low_rank.h"
 
 #include <algorithm>
-#include <cstring>
+#include <cmath>
 #include <stdexcept>
 
 #include "matmul.h"
@@ -34,7 +34,7 @@ void check(bool ok, const char* problem) {
 
 int64_t LowRank::bytes() const {
   int64_t sum = 2 * int64_t(a.size()) + 4 * int64_t(scales.size());
-  for (const Part& p : parts) sum += p.b.bytes();
+  for (const Part& p : parts) sum += 2 * int64_t(p.b.size());
   return sum;
 }
 
@@ -45,26 +45,32 @@ int64_t Adapter::bytes() const {
   return sum;
 }
 
-void Adapter::set_a(int layer, const std::string& part, const uint16_t* values, int ranks, int cols, const float* scales) {
+void Adapter::set_a(int layer, const std::string& part, const int16_t* codes, int ranks, int cols, const float* scales) {
   const Place place = place_of(config_, part);
   check(layer >= 0 && layer < config_.n_layers, "no such layer");
   check(cols == place.cols && ranks > 0 && ranks % 4 == 0 && ranks <= 65536, "A's rows come in fours, as wide as what they read");
   LowRank& w = layers_[layer][place.reader];
   check(w.ranks == 0, "A was set before");
-  w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 16);
-  w.a = Buffer<uint16_t>(ranks * w.row_inputs, &arena_);
-  for (int r = 0; r < ranks; r++) std::copy_n(values + int64_t{r} * cols, cols, &w.a[r * w.row_inputs]);
+  w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 32);
+  w.a = Buffer<int16_t>(ranks * w.row_inputs, &arena_);
+  for (int r = 0; r < ranks; r++)
+    for (int c = 0; c < cols; c++) w.a[r * w.row_inputs + c / 32 * 32 + c % 16 * 2 + c / 16 % 2] = codes[int64_t{r} * cols + c];
   w.scales = Buffer<float>(ranks, &arena_);
-  std::copy_n(scales, ranks, w.scales.data());
+  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], -32);
 }
 
-void Adapter::set_b(int layer, const std::string& part, const uint16_t* values, int rows, int rank, int first) {
+void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first) {
   const Place place = place_of(config_, part);
   check(layer >= 0 && layer < config_.n_layers, "no such layer");
   LowRank& w = layers_[layer][place.reader];
   check(rows == place.rows, "B has another number of rows than the matrix");
   check(rank > 0 && first >= 0 && first % 4 == 0 && rank <= w.ranks - first, "B's columns meet rows that A does not have");
-  w.parts[place.part] = {repack_dense(Scheme::f16, values, rows, rank, &arena_), first};
+  LowRank::Part& p = w.parts[place.part];
+  p.rows = rows, p.rank = round_up(rank, 4), p.first = first;
+  p.b = Buffer<int16_t>(size_t(round_up(rows, kPanelRows)) * p.rank, &arena_);
+  for (int r = 0; r < rows; r++)
+    for (int k = 0; k < rank; k++)
+      p.b[size_t(r / kPanelRows * kPanelRows) * p.rank + k / 2 * 2 * kPanelRows + r % kPanelRows * 2 + k % 2] = codes[int64_t{r} * rank + k];
 }
 
 void LowRankUpdates::begin(const Kernels& k, const std::vector<Tokens>& tokens, int layer, Reader reader, const float* x) {
@@ -87,7 +93,7 @@ void LowRankUpdates::multiply_a(int piece) {
   const Piece& p = pieces_[piece];
   const LowRank& w = *p.w;
   float* to = &inner_[p.inner + p.row];
-  k_->rows_f16(&w.a[p.row * w.row_inputs], p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
+  k_->dot_i16(&w.a[p.row * w.row_inputs], p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
   for (int t = 0; t < p.n; t++)
     for (int r = 0; r < p.n_rows; r++) to[int64_t{t} * w.ranks + r] *= w.scales[p.row + r];
 }
@@ -98,16 +104,16 @@ void LowRankUpdates::add_b(ThreadPool& pool, std::initializer_list<Product> prod
   int64_t work = 0;
   for (const Product& p : products) n += p.w->n_panels();
   for (const Update& u : updates_)
-    for (const LowRank::Part& part : u.w->parts) work += int64_t{part.b.rows} * part.b.cols * u.n;
+    for (const LowRank::Part& part : u.w->parts) work += int64_t{part.rows} * part.rank * u.n;
   pool.run_ranges(n, std::max(4, n / (8 * pool.size())), [&](int first, int end, int) {
     int part = 0;
     for (const Product& p : products) {
       for (const Update& u : updates_) {
-        const Linear& b = u.w->parts[part].b;
-        const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, b.rows) - row;
+        const LowRank::Part& of = u.w->parts[part];
+        const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, of.rows) - row;
         if (n_rows <= 0) continue;
-        k_->add_f16(b.panels.data() + first * b.panel_bytes, b.panel_bytes, n_rows, b.padded_cols, &inner_[u.inner + u.w->parts[part].first],
-                    u.w->ranks, u.n, p.y + int64_t{u.first} * b.rows + row, b.rows);
+        k_->add_i16(&of.b[size_t(row) * of.rank], n_rows, of.rank, &inner_[u.inner + of.first], u.w->ranks, u.n, p.y + int64_t{u.first} * of.rows + row,
+                    of.rows);
       }
       first = std::max(0, first - p.w->n_panels()), end -= p.w->n_panels(), part++;
       if (end <= 0) break;

@@ -1,7 +1,7 @@
 // Low-rank adapters (LoRA, arXiv:2106.09685), unmerged: y = W x + B (scale (A x)) for the tokens of the sequences that name one.
 //
 // x is what the matrix's module takes in, in float32, also where W meets it in int8: an adapter is trained beside the module, not inside it.
-// A and B lie in f16, whatever their file has: beside ternary weights each of their bytes counts.
+// A and B are integers of 16 bits with a step for each row of A and column of B, whatever their file has: beside ternary weights bytes count.
 // A's products join those of the weights, so that nobody waits for them; B's come after, as soon as W x is there.
 #pragma once
 #include <array>
@@ -24,13 +24,14 @@ enum Reader { kQkv, kO, kGateUp, kDown, kReaders };
 // An adapter's part beside the matrices of one reader.
 struct LowRank {
   struct Part {
-    Linear b;       // [rows, rank], f16
-    int first = 0;  // row of A that meets its first column; a multiple of 4
+    int rows = 0, rank = 0;  // rank: filled up with zeros to a multiple of 4
+    int first = 0;           // row of A that meets its first column; a multiple of 4
+    Buffer<int16_t> b;       // panels, see AddI16
   };
   int ranks = 0, cols = 0;     // A's rows, the parts' one after another, each filled up with zeros to a multiple of 4; 0: nothing here
-  int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 16
-  Buffer<uint16_t> a;          // f16 [ranks, row_inputs]
-  Buffer<float> scales;        // [ranks]: alpha / rank, and what A's row and B's column were divided by
+  int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 32
+  Buffer<int16_t> a;           // [ranks, row_inputs], see DotI16
+  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of A and the 2^16 of B
   std::array<Part, 3> parts;   // in the order of the products; without rows where a matrix has no adapter
   int64_t bytes() const;
 };
@@ -38,10 +39,11 @@ struct LowRank {
 class Adapter {
  public:
   explicit Adapter(const Config& config) : config_(config), layers_(config.n_layers) {}
-  // Beside the matrices that read the same x as layers.N.`part`: values, f16 [ranks, cols], scales [ranks].
-  void set_a(int layer, const std::string& part, const uint16_t* values, int ranks, int cols, const float* scales);
-  // Of layers.N.`part`: values, f16 [rows, rank]; `first`: the row of A that they begin to meet. After set_a. Both throw std::invalid_argument.
-  void set_b(int layer, const std::string& part, const uint16_t* values, int rows, int rank, int first);
+  // Beside the matrices that read the same x as layers.N.`part`: codes [ranks, cols], scales [ranks]: alpha / rank
+  // times the steps of A's row and B's column.
+  void set_a(int layer, const std::string& part, const int16_t* codes, int ranks, int cols, const float* scales);
+  // Of layers.N.`part`: codes [rows, rank]; `first`: the row of A that they begin to meet. After set_a. Both throw std::invalid_argument.
+  void set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first);
   const LowRank& at(int layer, Reader reader) const { return layers_[layer][reader]; }
   const Config& config() const { return config_; }
   int64_t bytes() const;

@@ -247,12 +247,17 @@ const char* first_difference(const Kernels& k) {
         for (int p = 0; p < panels; p++)
           if (memcmp(products[0] + p * kGemmTokens * 16, products[1] + p * kGemmTokens * 16, kTokens * 16 * sizeof(float))) return "multiply_dense";
       }
-    memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);  // 23 rows in two panels of 8 inputs
-    k.add_f16(halves, 256, 23, 8, f, 8, kTokens, y1, 32), kScalar.add_f16(halves, 256, 23, 8, f, 8, kTokens, y2, 32);
-    if (memcmp(y1, y2, sizeof y1)) return "add_halves";
-    k.rows_f16(halves, 15, kDense, kDense - 3, f, kInputs, 7, y1, 16), kScalar.rows_f16(halves, 15, kDense, kDense - 3, f, kInputs, 7, y2, 16);
-    for (int t = 0; t < 7; t++)
-      if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_halves";
+    const auto* codes = reinterpret_cast<const int16_t*>(halves);
+    for (int n : {8, 12}) {  // 23 rows in two panels
+      memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);
+      k.add_i16(codes, 23, n, f, 12, kTokens, y1, 32), kScalar.add_i16(codes, 23, n, f, 12, kTokens, y2, 32);
+      if (memcmp(y1, y2, sizeof y1)) return "add_i16";
+    }
+    for (int n : {64, 77, 83}) {
+      k.dot_i16(codes, 15, 96, n, f, kInputs, 7, y1, 16), kScalar.dot_i16(codes, 15, 96, n, f, kInputs, 7, y2, 16);
+      for (int t = 0; t < 7; t++)
+        if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_i16";
+    }
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);
       if (memcmp(f1, f2, n * sizeof(float))) return "rms_norm";

@@ -70,13 +70,13 @@ using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x,
 // n_panels is 1 or 2, panel_bytes apart; n_tokens at most kGemmTokens.
 using MultiplyDense = void (*)(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride,
                                int n_tokens, float* out /* [n_panels, kGemmTokens, 16] */);
-// y [n_tokens, y_stride] += what multiply_f16 gives, for n_rows rows of panels that lie panel_bytes apart; any number of panels and tokens.
-using AddHalves = void (*)(const void* panels, int64_t panel_bytes, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
-                           float* y, int64_t y_stride);
-// out [n_tokens, out_stride]: x times few rows of f16 [n_rows, row_stride], which lie one after another, zeros from n_inputs up to the next multiple of
-// 16. Lane l adds the products of inputs l, l + 16, ... in order, fused; the lanes are a fixed tree.
-using DotHalves = void (*)(const uint16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens,
-                           float* out, int64_t out_stride);
+// An adapter's weights: integers of 16 bits, which count 2^16 times. y [n_tokens, y_stride] += the products with n_rows rows, summed as
+// MultiplyDense does; panels [ceil(n_rows / 16)][n_inputs / 2][16 rows][2], n_inputs a multiple of 4.
+using AddI16 = void (*)(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride);
+// out [n_tokens, out_stride]: x times few rows, row_stride apart and readable up to the next multiple of 32 inputs. Of 32 inputs the first 16
+// alternate with the others. Lane l adds the products of inputs l, l + 16, ... in order, fused; the lanes are a fixed tree.
+using DotI16 = void (*)(const int16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
+                        int64_t out_stride);
 
 // Many tokens: codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
 // kGemmTokens, inputs a multiple of 16 below 65536. Two panels at once, because a tile of activations serves both. Rows of x up to
@@ -121,8 +121,8 @@ struct Kernels {
   MarkGates mark_gates;
   MarkCodes mark_codes;
   MultiplyDense multiply_f16, multiply_bf16, multiply_f32;
-  AddHalves add_f16;
-  DotHalves rows_f16;
+  AddI16 add_i16;
+  DotI16 dot_i16;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);

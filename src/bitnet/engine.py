@@ -197,7 +197,7 @@ class Engine:
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.
 
-        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order, A and B as `LowRank.halves` has them.
+        It is never merged: y = W x + B (scale * (A x)) in float32, by ternary.low_rank's order, A and B as `LowRank.codes` has them.
         Raises `UsageError` for shapes that are not the model's.
         """
         native, head = _native.Adapter(self._native), self.config.head_dim
@@ -207,16 +207,16 @@ class Engine:
                     here = [(part, parts[name]) for part in reader if (name := f"layers.{layer}.{part}") in parts]
                     if not here:
                         continue
-                    halves = [low.halves() for _, low in here]
-                    missing = [-len(scales) % 4 for _, _, scales in halves]  # to a multiple of four rows
-                    rows = [np.pad(a, ((0, n), (0, 0))) for (a, _, _), n in zip(halves, missing, strict=True)]
-                    factors = [np.pad(scales, (0, n)) for (_, _, scales), n in zip(halves, missing, strict=True)]
-                    native.set_a(layer, reader[0], np.concatenate(rows).view(np.uint16), np.concatenate(factors))
+                    codes = [low.codes() for _, low in here]
+                    missing = [-len(scales) % 4 for _, _, scales in codes]  # to a multiple of four rows
+                    rows = [np.pad(a, ((0, n), (0, 0))) for (a, _, _), n in zip(codes, missing, strict=True)]
+                    factors = [np.pad(scales, (0, n)) for (_, _, scales), n in zip(codes, missing, strict=True)]
+                    native.set_a(layer, reader[0], np.concatenate(rows), np.concatenate(factors))
                     first = 0
-                    for (part, low), (_, b, _), own in zip(here, halves, rows, strict=True):
+                    for (part, low), (_, b, _), own in zip(here, codes, rows, strict=True):
                         if self.config.rope_interleaved and part in ("q", "k"):  # the base's rows lie by rope's pairs
                             b = b.reshape(-1, 2, head // 2, low.rank).swapaxes(1, 2).reshape(b.shape)
-                        native.set_b(layer, part, np.ascontiguousarray(b).view(np.uint16), first)
+                        native.set_b(layer, part, np.ascontiguousarray(b), first)
                         first += len(own)
         except ValueError as e:
             raise UsageError(f"adapter: {e}") from None

@@ -46,11 +46,6 @@ def logits(engine: Engine, adapter: Adapter | None, ids: list[int] = IDS) -> np.
     return engine.forward([(engine.sequence(adapter), ids)], all_logits=True)
 
 
-def eleven_bits(values: np.ndarray) -> np.ndarray:
-    fractions, exponents = np.frexp(values)
-    return np.ldexp(np.rint(fractions * 2048) / 2048, exponents).astype(np.float32)
-
-
 def relative(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
     return np.linalg.norm(ours - theirs, axis=1) / np.linalg.norm(theirs, axis=1)
 
@@ -80,18 +75,14 @@ def test_dense_families_with_an_adapter(tmp_path: Path, family: str, rank: int, 
 
 @pytest.mark.parametrize("ternary", [False, True])
 def test_bitnet_with_an_adapter(tmp_path: Path, ternary: bool) -> None:
-    """The base meets int8 activations, as it was trained; the adapter, which PEFT puts beside the whole layer, meets the floats.
-
-    Theirs has A and B in 11 bits, as the engine does: what rounding them moves turns many roundings to int8, and one of them may lead as
-    far as is allowed.
-    """
+    """The base meets int8 activations, as it was trained; the adapter, which PEFT puts beside the whole layer, meets the floats."""
     model = random_models.bitnet(seed=4)
     folder = random_models.save(model, tmp_path / "base")
     engine = engine_of(folder)
     tensors = made.matrices(engine.config, 8, ternary=ternary)
     adapter = adapter_of(engine, made.write(tmp_path / "adapter", made.config_of(8, lora_alpha=128), tensors))
     base = random_models.logits(model, IDS)
-    made.attach(model, {name: eleven_bits(value) for name, value in tensors.items()}, 16.0)
+    made.attach(model, tensors, 16.0)
     expected = random_models.logits(model, IDS)
     assert relative(logits(engine, adapter), expected).max() <= INT8_NOISE
     assert np.median(relative(base, expected)) > 4 * INT8_NOISE
@@ -128,21 +119,36 @@ def test_alpha_by_pattern_and_ranks_by_pattern_and_rslora(tmp_path: Path) -> Non
     assert np.abs(logits(engine, adapter) - expected).max() <= F16_FLIP * np.abs(expected).max()
 
 
-def test_values_of_any_size_keep_eleven_bits() -> None:
+@pytest.mark.parametrize("scheme", ["f32", "f16", "bf16"])
+def test_values_of_any_size_keep_sixteen_bits(scheme: str) -> None:
     rng = np.random.default_rng(0)
-    a, b = rng.normal(size=(5, 40)).astype(np.float32), rng.normal(size=(30, 5)).astype(np.float32)
-    a *= np.array([1e-9, 3e-4, 1, 7e4, 2e9], np.float32)[:, None]  # of which f16 could hold the middle
-    b *= np.array([2e9, 7e4, 1, 3e-4, 1e-9], np.float32)
+    rows, columns = np.array([1e-9, 3e-4, 1, 7e3, 2e9]), np.array([2e9, 7e3, 1, 3e-4, 1e-9])
+    if scheme == "f16":
+        rows, columns = rows.clip(1e-3, 7e3), columns.clip(1e-3, 7e3)
+    a, b = rng.normal(size=(5, 40)) * rows[:, None], rng.normal(size=(30, 5)) * columns
     a[1], b[:, 2] = 0, 0
-    kept_a, kept_b, scales = LowRank("f32", a, b, 0.3).halves()
-    assert kept_a.dtype == kept_b.dtype == np.float16 and scales.dtype == np.float32
-    kept = np.einsum("or,r,ri->ori", kept_b.astype(np.float64), scales.astype(np.float64), kept_a.astype(np.float64))
-    exact = np.einsum("or,ri->ori", eleven_bits(b).astype(np.float64), eleven_bits(a).astype(np.float64)) * np.float64(np.float32(0.3))
-    assert np.allclose(kept, exact, rtol=1e-14, atol=0)
+    stored = [side.astype(np.float16 if scheme == "f16" else np.float32) for side in (a, b)]
+    if scheme == "bf16":
+        stored = [(side.view(np.uint32) >> 16).astype(np.uint16) for side in stored]
+    low = LowRank(scheme, *stored, 0.3)
+    a, b = (side.astype(np.float64) for side in low.dense())
+    kept_a, kept_b, scales = low.codes()
+    assert kept_a.dtype == kept_b.dtype == np.int16 and scales.dtype == np.float32
+    largest = 0.3 * np.abs(a).max(axis=1) * np.abs(b).max(axis=0)
+    error = kept_b[:, :, None] * scales.astype(np.float64)[:, None] * kept_a - 0.3 * b[:, :, None] * a
+    assert (np.abs(error).max(axis=(0, 2)) <= largest * (2.0 / 65534 + 2.0**-22)).all()
     x = rng.normal(size=(3, 40)).astype(np.float32)
     ours = ternary.low_rank(kept_a.astype(np.float32), kept_b.astype(np.float32), scales, x)
-    sizes = np.abs(x) @ np.abs(exact).sum(axis=1).T
-    assert (np.abs(ours - x @ exact.sum(axis=1).T) <= 1e-5 * sizes).all()  # sums of 45 float32
+    exact = 0.3 * (x @ a.T) @ b.T
+    assert (np.abs(ours - exact) <= (2.0 / 65534 + 50 * 2.0**-24) * np.abs(x).sum(axis=1, keepdims=True) * largest.sum()).all()
+
+
+def test_ternary_factors_stay_what_they_are() -> None:
+    rng = np.random.default_rng(1)
+    sides = [rng.integers(-1, 2, size=shape).astype(np.float32) * np.float32(0.0123) for shape in ((4, 50), (60, 4))]
+    a, b, scales = LowRank("f32", *sides, 2.0).codes()
+    assert set(np.unique(a)) == set(np.unique(b)) == {-32767, 0, 32767}
+    assert np.allclose(scales * 32767.0**2, 2 * 0.0123**2, rtol=2.0**-22)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "mixed"])

@@ -32,16 +32,16 @@ class LowRank:
         """A and B in float32."""
         return widened(self.scheme, self.a), widened(self.scheme, self.b)
 
-    def halves(self) -> tuple[NDArray[np.float16], NDArray[np.float16], NDArray[np.float32]]:
-        """As the engine keeps it: A and B in f16, and float32 [rank], which A x is multiplied by.
+    def codes(self) -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.float32]]:
+        """As the engine keeps it: A and B as integers up to 32,767, and float32 [rank], which A x is then multiplied by.
 
-        A power of two for each row of A and column of B, which that last factor takes back, puts the largest just below 2^15: what is
-        stored in f16 or bf16 stays what it is (down to 2^-29 of the largest), f32 is rounded to 11 bits, by 2^-11 of itself at most.
+        Each row of A and column of B has a step of its own: a value moves by 2^-16 of the largest beside it at most, and not at all where
+        all of them are +-s or 0, as ternary factors are.
         """
-        a, b = self.dense()
-        rows, columns = _to_f16_range(np.abs(a).max(axis=1)), _to_f16_range(np.abs(b).max(axis=0))
-        scales = np.ldexp(np.float32(self.scale), -(rows + columns))
-        return np.ldexp(a, rows[:, None]).astype(np.float16), np.ldexp(b, columns).astype(np.float16), scales.astype(np.float32)
+        a, b = (side.astype(np.float64) for side in self.dense())
+        rows, columns = _step(np.abs(a).max(axis=1)), _step(np.abs(b).max(axis=0))
+        scales = (self.scale * rows * columns).astype(np.float32)
+        return np.rint(a / rows[:, None]).astype(np.int16), np.rint(b / columns).astype(np.int16), scales
 
     def delta(self) -> NDArray[np.float32]:
         """What it adds to the matrix, float32 [out, in]: scale * B A."""
@@ -49,10 +49,8 @@ class LowRank:
         return np.asarray((b @ a) * np.float32(self.scale), np.float32)
 
 
-def _to_f16_range(largest: NDArray[np.float32]) -> NDArray[np.int32]:
-    """Exponents of the powers of two that bring these values into [2^14, 2^15), as far as 2^40 does; of 0: 0."""
-    exponents = np.frexp(largest)[1]
-    return np.where(largest > 0, np.clip(15 - exponents, -40, 40), 0).astype(np.int32)
+def _step(largest: NDArray[np.float64]) -> NDArray[np.float64]:
+    return np.where(largest > 0, largest / 32767, 1.0)
 
 
 def widened(scheme: str, values: NDArray[Any]) -> NDArray[np.float32]:
