@@ -31,6 +31,30 @@ BITNET_INLINE float sum_lanes(v16 x) {  // halves, and halves of those
     for (int i = 0; i < n; i++) a[i] += a[i + n];
   return (a[0] + a[2]) + (a[1] + a[3]);
 }
+template <int Bit>
+BITNET_INLINE i16x lanes_with() {
+  alignas(64) static constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+  return (load_int(kLaneNumbers) & Bit) > splat_int(0);
+}
+// sum_lanes of N vectors, a power of two up to 16, side by side: halves of two vectors meet in one, so that all take little more than one does.
+template <int N, int Bit, int R = N>
+BITNET_INLINE void sum_lanes_of(v16* x, float* out) {
+  if constexpr (N > 1) {
+    const i16x upper = lanes_with<Bit>();
+    for (int i = 0; i < N / 2; i++) {
+      const v16 a = x[2 * i], b = x[2 * i + 1];
+      x[i] = select(upper, b, a) + swap_lanes<Bit>(select(upper, a, b));
+    }
+    sum_lanes_of<N / 2, Bit / 2, R>(x, out);
+  } else if constexpr (Bit) {
+    x[0] = x[0] + swap_lanes<Bit>(x[0]);
+    sum_lanes_of<1, Bit / 2, R>(x, out);
+  } else {
+    float sums[16];
+    store(sums, x[0]);
+    for (int r = 0; r < R; r++) out[r] = sums[(r & 1) * 8 + (r & 2) * 2 + (r & 4) / 2 + (r & 8) / 8];
+  }
+}
 BITNET_INLINE float max_lanes(v16 x) {
   float m = x[0];
   for (int i = 1; i < 16; i++) m = x[i] > m ? x[i] : m;
@@ -210,8 +234,11 @@ BITNET_INLINE void dot_block(const int16_t* rows, int64_t row_stride, int64_t n_
     add(k, [&](const float* at, int64_t first) __attribute__((always_inline)) {
       return first < n_inputs ? load_tail(at, n_inputs - first < 16 ? int(n_inputs - first) : 16, 0.0f) : splat(0.0f);
     });
-  for (int r = 0; r < R; r++)
-    for (int t = 0; t < T; t++) out[t * out_stride + r] = sum_lanes(acc[r][t]);
+  for (int t = 0; t < T; t++) {
+    v16 row[R];
+    for (int r = 0; r < R; r++) row[r] = acc[r][t];
+    sum_lanes_of<R, 8>(row, out + t * out_stride);
+  }
 }
 template <int R, int T>
 BITNET_INLINE void dot_rows(const int16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
@@ -313,8 +340,7 @@ static void rotate(float* x, int n_heads, int half, const float* cosine, const f
 // (a, b) -> (a + b, a - b) of lanes that are Bit apart.
 template <int Bit>
 BITNET_INLINE v16 butterfly(v16 x) {
-  alignas(64) static constexpr int32_t kLaneNumbers[16] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-  const i16x upper = (load_int(kLaneNumbers) & Bit) > splat_int(0);
+  const i16x upper = lanes_with<Bit>();
   return swap_lanes<Bit>(x) + select(upper, -x, x);
 }
 static void hadamard(float* x, int n, int block) {
