@@ -3,6 +3,7 @@
 // every 16 bytes, elements of both vectors' first (last) halves in turn.
 #pragma once
 #include "integer_ops.h"
+#include "low_rank_ops.h"
 
 namespace {
 typedef int32_t int32_alias __attribute__((may_alias));
