@@ -19,7 +19,7 @@ from bitnet.transformer import TernaryTransformer
 
 Bitnet = Callable[..., Result]
 KEYS = {
-    "zero_skip",
+    "kv", "reused_tokens", "speculation", "zero_skip",
     "model", "text", "token_ids", "finish_reason", "isa", "codec", "head", "threads", "load_s", "prompt_tokens", "prefill_tok_s",
     "time_to_first_token_s", "generated_tokens", "decode_tok_s", "ms_per_token", "weight_bytes_per_token", "bandwidth_gb_s",
     "peak_rss_bytes",
@@ -43,6 +43,7 @@ def test_json_is_one_object_with_exactly_the_contract_s_keys(bitnet: Bitnet, mod
     assert found["model"] == str(model_folder) and found["prompt_tokens"] == 5
     assert found["generated_tokens"] == len(found["token_ids"]) == 12 and found["finish_reason"] == "length"
     assert found["bandwidth_gb_s"] == pytest.approx(found["weight_bytes_per_token"] * found["decode_tok_s"] / 1e9)
+    assert found["kv"] == {"key_bits": 16, "value_bits": 16, "bytes_per_token": 512} and found["reused_tokens"] == 0
     assert found["peak_rss_bytes"] > 1 << 20 and found["time_to_first_token_s"] > 0
     assert json.loads(bitnet(*args, "--threads", 3).stdout)["text"] == found["text"]
     assert bitnet(*args[:-1]).stdout.rstrip("\n") == ("Once" + found["text"]).rstrip("\n")
@@ -58,6 +59,9 @@ def test_guesses_change_nothing_but_the_summary(bitnet: Bitnet, model_folder: Pa
     for guessing in done[:2]:
         assert re.search(r"\nspeculation: \d+ of \d+ guesses right, \d+\.\d\d tokens a forward\n$", guessing.stderr)
     assert "speculation" not in done[2].stderr
+    guessed, alone = (json.loads(bitnet(*args, *flag, "--json").stdout) for flag in ((), ("--no-speculate",)))
+    assert guessed["text"] == alone["text"] and alone["speculation"] is None
+    assert guessed["speculation"]["drafted"] >= guessed["speculation"]["accepted"] > 0
 
 
 def test_one_token_has_no_decoding_rate(bitnet: Bitnet, model_folder: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import os
 import sys
 import time
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -184,6 +185,9 @@ def record(source: str, model: TernaryTransformer, stream: GenerationStream, tim
         **timings,
         "weight_bytes_per_token": engine.weight_bytes_per_token,
         "bandwidth_gb_s": engine.weight_bytes_per_token * timings["decode_tok_s"] / 1e9 if timings["decode_tok_s"] else None,
+        "kv": {"key_bits": engine.kv.key_bits, "value_bits": engine.kv.value_bits, "bytes_per_token": engine.kv_bytes_per_token},
+        "reused_tokens": done.reused_tokens,
+        "speculation": None if done.speculated is None else asdict(done.speculated),
         "zero_skip": zero_skip_record(model),
         "peak_rss_bytes": machine.peak_rss_bytes(),
     }
