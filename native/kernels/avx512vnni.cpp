@@ -209,7 +209,7 @@ struct Base3 {
     for (int t = 0; t < T; t++)
       for (int n = 0; n < N; n++) sums[t][n] = _mm512_setzero_si512();
     for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 20) {
-      prefetch<6144>(codes);
+      prefetch(codes, bitnet::kFetchAhead.base3_into_l2);
       const __m512i packed = _mm512_loadu_si512(codes), high = digits.high(packed);
       for (int s = 0; s < 5; s++) {
         const __m512i tile = digits(s, packed, high);

@@ -77,6 +77,14 @@ ArmFeatures arm_features() {  // what is not known here is taken for missing. Tr
 }
 #endif
 
+FetchAhead fetch_ahead() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_is("amd")) return {8192, 8192, 0};  // docs/log.md
+#endif
+  return {4096, 6144, 1024};
+}
+
 int list_candidates(Candidate* out) {  // best first
   int n = 0;
 #if defined(__x86_64__)
@@ -311,6 +319,8 @@ const char* first_difference(const Kernels& k) {
 }
 
 }  // namespace
+
+const FetchAhead kFetchAhead = fetch_ahead();
 
 int test_isas(IsaReport* reports) {
   Candidate candidates[kMaxIsas];

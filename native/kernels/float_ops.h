@@ -63,10 +63,9 @@ BITNET_INLINE v16 exp_nonpositive(v16 x) {
 }
 
 // memory -> L2, and L2 -> L1. Always inlined: gcc takes a call that only prefetches for one without effect.
-template <int Ahead = 4096>
-BITNET_INLINE void prefetch(const uint8_t* at) {
-  __builtin_prefetch(at + Ahead, 0, 2);
-  __builtin_prefetch(at + 1024, 0, 3);
+BITNET_INLINE void prefetch(const uint8_t* at, int64_t into_l2 = bitnet::kFetchAhead.into_l2) {
+  __builtin_prefetch(at + into_l2, 0, 2);
+  if (bitnet::kFetchAhead.into_l1) __builtin_prefetch(at + bitnet::kFetchAhead.into_l1, 0, 3);
 }
 
 // Dense weights: what is stored for 16 rows of one input, widened.

@@ -28,6 +28,13 @@ constexpr int kGemmTokens = 32;  // at most, in a product for many tokens
 constexpr int kGemmRuns = 4;     // whose sums are scaled together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
 
+// How far ahead of their use weights are fetched, in bytes: into L2 (base-3, which reads slower and more evenly, apart), and into L1; 0 where
+// the CPU's own prefetching does that better. Of this CPU, found at start-up.
+struct FetchAhead {
+  int64_t into_l2, base3_into_l2, into_l1;
+};
+extern const FetchAhead kFetchAhead;
+
 constexpr uint8_t kFp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // of an E2M1 number
 
 enum class DenseType { f16, bf16, f32 };
