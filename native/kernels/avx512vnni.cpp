@@ -66,17 +66,24 @@ struct TwoBit {
   BITNET_INLINE void dot(const uint8_t* codes, int64_t n_vectors, const int8_t* x, int64_t x_stride, i16x* dots) {
     if constexpr (T <= 4) {
       const __m512i m0 = _mm512_set1_epi8(0x03), m1 = _mm512_set1_epi8(0x0c), m2 = _mm512_set1_epi8(0x30), m3 = _mm512_set1_epi8((char)0xc0);
-      Sums<T, 4> sums;
-      for (int64_t v = 0; v < n_vectors; v++, codes += 64, x += 16) {
+      constexpr int U = T <= 2 ? 2 : 1;  // vectors at a time, so that no chain waits for its last sum
+      Sums<T, 4 * U> sums;
+      auto add = [&](int u) __attribute__((always_inline)) {
         prefetch(codes);
         const __m512i packed = _mm512_loadu_si512(codes);
-        sums.add(0, _mm512_and_si512(packed, m0), x, x_stride);
-        sums.add(1, _mm512_and_si512(packed, m1), x + 4, x_stride);
-        sums.add(2, _mm512_and_si512(packed, m2), x + 8, x_stride);
-        sums.add(3, _mm512_and_si512(packed, m3), x + 12, x_stride);
-      }
+        sums.add(4 * u, _mm512_and_si512(packed, m0), x, x_stride);
+        sums.add(4 * u + 1, _mm512_and_si512(packed, m1), x + 4, x_stride);
+        sums.add(4 * u + 2, _mm512_and_si512(packed, m2), x + 8, x_stride);
+        sums.add(4 * u + 3, _mm512_and_si512(packed, m3), x + 12, x_stride);
+        codes += 64, x += 16;
+      };
+      int64_t v = 0;
+      for (; v + U <= n_vectors; v += U)
+        for (int u = 0; u < U; u++) add(u);
+      for (; v < n_vectors; v++) add(0);
       for (int t = 0; t < T; t++) {
-        const __m512i* c = sums.chain[t];
+        __m512i* c = sums.chain[t];
+        for (int n = 4; n < 4 * U; n++) c[n - 4] = _mm512_add_epi32(c[n - 4], c[n]);
         dots[t] = dots_of(_mm512_add_epi32(_mm512_add_epi32(c[0], _mm512_srai_epi32(c[1], 2)), _mm512_add_epi32(_mm512_srai_epi32(c[2], 4), _mm512_srai_epi32(c[3], 6))));
       }
     } else {
