@@ -24,8 +24,11 @@ def trained(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
     from bitnet.train.run import run
 
     found = {}
+    held_out = tmp_path_factory.mktemp("held-out") / "b.txt"
+    held_out.write_text("One day a cat saw a dog. " * 9)
     for scheme in ("ternary", "binary", "fp16"):
         out = found[scheme] = tmp_path_factory.mktemp("runs") / scheme
-        run(mini(scheme=scheme, steps=60, warmup_steps=5, decay_steps=20, batch_tokens=256), corpus, out, evaluation=corpus / "a.txt")
+        recipe = mini(scheme=scheme, steps=60, warmup_steps=5, decay_steps=20, batch_tokens=256)
+        run(recipe, corpus, out, evaluation=[corpus, held_out, corpus / "a.txt"])
         assert isinstance(Recipe.load(out / "recipe.yaml"), Recipe)
     return found

@@ -198,11 +198,12 @@ def test_what_cannot_be_read_afterwards_is_refused_before(trained: dict[str, Pat
     table = of_base(trained, "classify")
     for recipe, texts, options, said in (
         (mini(), corpus, {"card": tmp_path / "latin.txt"}, "latin.txt: .*UTF-8"),
-        (mini(), corpus, {"evaluation": tmp_path / "latin.txt"}, "latin.txt: .*UTF-8"),
-        (mini(), corpus, {"evaluation": tmp_path / "none"}, r"the folder holds no \.txt"),
-        (of_base(trained, "lora"), corpus, {"evaluation": corpus}, "an adapter is not scored here"),
+        (mini(), corpus, {"evaluation": [tmp_path / "latin.txt"]}, "latin.txt: .*UTF-8"),
+        (mini(), corpus, {"evaluation": [tmp_path / "none"]}, r"the folder holds no \.txt"),
+        (of_base(trained, "lora"), corpus, {"evaluation": [corpus]}, "an adapter is not scored here"),
         (table, tmp_path, {}, "dev.tsv: label 'maybe' did not occur in the training rows"),
-        (table, tmp_path, {"evaluation": tmp_path / "none"}, r"holds no dev\.tsv and no dev_matched\.tsv"),
+        (table, tmp_path, {"evaluation": [tmp_path / "none"]}, r"holds no dev\.tsv and no dev_matched\.tsv"),
+        (table, tmp_path, {"evaluation": [tmp_path, tmp_path / "dev.tsv"]}, "a table is scored on one file of held-out rows"),
     ):
         with pytest.raises(BitNetError, match=said):
             run(recipe, texts, tmp_path / "run", **options)
@@ -342,7 +343,7 @@ def test_a_base_that_only_transformers_runs(trained: dict[str, Path], corpus: Pa
     tokenizer.save_pretrained(base)
     assert "1000000000000000019884624838656" in (base / "tokenizer_config.json").read_text()  # which stopped nothing
     with pytest.raises(UsageError, match="opt is of a family that only transformers runs; leave --eval out"):
-        run(of_base(trained, "heal", base_model=str(base)), corpus, tmp_path / "run", evaluation=corpus)
+        run(of_base(trained, "heal", base_model=str(base)), corpus, tmp_path / "run", evaluation=[corpus])
     with pytest.raises(UsageError, match=r"training\.context is 128; .*opt has places for 64 tokens"):
         long = {**MINI["training"], "context": 128}
         run(of_base(trained, "heal", base_model=str(base), training=long), corpus, tmp_path / "run")

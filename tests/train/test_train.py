@@ -92,7 +92,8 @@ def test_a_trained_checkpoint_is_what_the_engine_runs(trained: dict[str, Path], 
     assert open_checkpoint(out / "model").tensors["model.layers.1.mlp.up_proj.weight"].scheme == schemes[scheme]
     assert (out / "model" / "loss.png").read_bytes().startswith(b"\x89PNG") and list((out / "tensorboard").iterdir())
     card = (out / "model" / "README.md").read_text()
-    assert "| a.txt |" in card and f"scheme: {scheme}" in card and "60 steps" in card
+    assert "| a.txt |" in card and card.count("| b.txt |") == 1  # held out
+    assert f"scheme: {scheme}" in card and "60 steps" in card
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])

@@ -32,7 +32,12 @@ _OPTIONS = (
     click.option("--out", type=Path, metavar="FOLDER", help="The run, which is resumed from here. Default: runs/ and the config's name."),
     click.option("--export", type=Path, metavar="FOLDER", help="Write the model (or adapter) here. Default: OUT/model (OUT/adapter)."),
     click.option(
-        "--eval", "evaluation", type=Path, metavar="PATH", help="Held-out texts (a folder of *.txt, a file; a .tsv) to score it on."
+        "--eval",
+        "evaluation",
+        multiple=True,
+        type=Path,
+        metavar="PATH",
+        help="Held-out texts (a folder of *.txt, a file; a .tsv) to score it on. Repeatable.",
     ),
     click.option("--card", type=Path, metavar="FILE", help="Text of the model card, with {placeholders}. Default: a plain one."),
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N, mps."),
@@ -74,7 +79,7 @@ def trainer_main() -> None:
 
 def train(
     config: Path, changes: tuple[str, ...], quantization: str | None, ternary: bool, data: Path | None, out: Path | None,
-    export: Path | None, evaluation: Path | None, card: Path | None, device: str, spread: str, as_json: bool,
+    export: Path | None, evaluation: tuple[Path, ...], card: Path | None, device: str, spread: str, as_json: bool,
 ) -> None:  # fmt: skip
     """Trains, and shows how it goes on stderr: a bar on a terminal, else a line for every tenth step."""
     import sys
@@ -85,7 +90,7 @@ def train(
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
     if not config.is_file():
         raise UsageError(f"{config}: not found; --config names a recipe, a YAML file (recipes/ has some)")
-    for path in (evaluation, card):
+    for path in (*evaluation, card):
         if path is not None and not path.exists():
             raise UsageError(f"{path}: not found")
     try:

@@ -9,7 +9,7 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ def run(
     texts: Path,
     out: Path,
     export: Path | None = None,
-    evaluation: Path | None = None,
+    evaluation: Sequence[Path] = (),
     card: Path | None = None,
     device: str = "cpu",
     spread: str = "ddp",
@@ -49,8 +49,9 @@ def run(
 ) -> Path:
     """Tokens, training, export. Returns the folder of the model or adapter.
 
-    `texts`: the recipe's files: a folder, or one file. `evaluation`: texts (a folder of *.txt, or a file; of a table its held-out rows) on
-    which what is exported is scored. `card`: text of the model card, with {placeholders}. `spread`: "ddp" or "fsdp", of many processes.
+    `texts`: the recipe's files: a folder, or one file. `evaluation`: texts (folders of *.txt, files; of a table one place with held-out
+    rows) on which what is exported is scored. `card`: text of the model card, with {placeholders}. `spread`: "ddp" or "fsdp", of many
+    processes.
     """
     target = export or out / ("adapter" if recipe.task == "lora" else "model")
     processes = parallel.join(device)
@@ -250,7 +251,7 @@ def _holds_conversations(file: Path) -> bool:
 class _After:
     """What is done with a trained model, all that can be refused before it is trained. Raises `BitNetError`, one line."""
 
-    def __init__(self, recipe: Recipe, prepared: _Prepared, evaluation: Path | None, card: Path | None) -> None:
+    def __init__(self, recipe: Recipe, prepared: _Prepared, evaluation: Sequence[Path], card: Path | None) -> None:
         from bitnet.evaluate.perplexity import read_text
         from bitnet.train import export
 
@@ -260,27 +261,31 @@ class _After:
         runs = prepared.base is None or prepared.base.checkpoint is not None
         if recipe.task != "lora":
             export.check(prepared.model)
-        if evaluation is not None and (recipe.task == "lora" or not runs):
+        if evaluation and (recipe.task == "lora" or not runs):
             what = "an adapter is not scored here" if runs else f"{recipe.base_model} is of a family that only transformers runs"
-            raise UsageError(f"--eval {evaluation}: {what}; leave --eval out")
+            raise UsageError(f"--eval {evaluation[0]}: {what}; leave --eval out")
         if prepared.table is not None and runs:
             self.held_out = _held_out(recipe, prepared, evaluation)
-        elif evaluation is not None:
-            self.texts = sorted(evaluation.glob("*.txt")) if evaluation.is_dir() else [evaluation]
-            if not self.texts:
-                raise UsageError(f"--eval {evaluation}: the folder holds no .txt; name one with held-out texts, or a file")
+        else:
+            for place in evaluation:
+                found = sorted(place.glob("*.txt")) if place.is_dir() else [place]
+                if not found:
+                    raise UsageError(f"--eval {place}: the folder holds no .txt; name one with held-out texts, or a file")
+                self.texts += [path for path in found if path not in self.texts]
             for path in self.texts:
                 read_text(path)
 
 
-def _held_out(recipe: Recipe, prepared: _Prepared, evaluation: Path | None) -> tuple[str, examples.Table] | None:
+def _held_out(recipe: Recipe, prepared: _Prepared, evaluation: Sequence[Path]) -> tuple[str, examples.Table] | None:
     """(name, rows) of a table's held-out file: what --eval names, else dev.tsv, or MNLI's, beside the training rows."""
     assert prepared.table is not None
-    folder = prepared.files[0].parent if evaluation is None else evaluation
+    if len(evaluation) > 1:
+        raise UsageError(f"--eval {evaluation[1]}: a table is scored on one file of held-out rows, and {evaluation[0]} is named already")
+    folder = evaluation[0] if evaluation else prepared.files[0].parent
     found = [folder] if folder.is_file() else [p for n in ("dev.tsv", "dev_matched.tsv") if (p := folder / n).is_file()]
     if not found:
-        if evaluation is not None:
-            raise UsageError(f"--eval {evaluation}: holds no dev.tsv and no dev_matched.tsv; name a .tsv")
+        if evaluation:
+            raise UsageError(f"--eval {folder}: holds no dev.tsv and no dev_matched.tsv; name a .tsv")
         warnings.warn(f"{folder}: no dev.tsv, so no accuracy is measured; name held-out rows with --eval", stacklevel=2)
         return None
     return found[0].name, examples.Table.read(found[0], recipe.labels, recipe.columns, prepared.table.words)
