@@ -158,9 +158,10 @@ class ManyTokens {
 };
 
 // From how many tokens on codes are unpacked once for all of them: measured. Short runs cost more to scale than to multiply.
-int many_tokens(const Kernels& k, const QuantizedRows& x) {
+int many_tokens(const Kernels& k, const Linear& w, const QuantizedRows& x) {
   if (x.n_runs > 1 && x.runs[0].inputs < 64) return 33;
-  return k.begin_gemm ? 5 : 8;
+  const bool unpacked = w.scheme == Scheme::ternary_base3 || w.lie != Lie::panels;  // by multiply_*, if at all, for every few tokens anew
+  return unpacked ? std::min(k.gemm_tokens, 9) : k.gemm_tokens;
 }
 
 void multiply_dense(const Kernels& k, const Linear& w, const float* x, int n_tokens, int first, int end, float* y) {
@@ -257,14 +258,14 @@ void matmul(const Kernels& k, ThreadPool& pool, std::initializer_list<Product> p
   if (w0.integer()) x.quantize(k, pool, w0);
   else dense = x.dense(w0.padded_cols);
   const bool lines = w0.lie != Lie::panels;
-  const bool many = w0.integer() && n_tokens >= many_tokens(k, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
+  const bool many = w0.integer() && n_tokens >= many_tokens(k, w0, x.rows(0, n_tokens)) && kernels_for(k, w0.scheme).gemm;
   if (lines && !many) {  // one after another: as many as the batch has
     if (beside) pool.run(beside->pieces(), [&](int i, int) { beside->multiply_a(i); });
     for (const Product& p : products) multiply_lines(k, pool, *p.w, x, nullptr, p.y);
     return;
   }
   // Few tokens: memory is the limit, and likes long streams. Many: arithmetic is, and two panels go together.
-  const bool streams = (!many && w0.integer()) || n_tokens <= kLongStreamTokens;
+  const bool streams = n_tokens <= kLongStreamTokens;
   const int fair = n / (8 * pool.size());  // small matrices in smaller pieces, or one thread would wait for the other's
   const int piece = streams ? std::max(2, std::min(fair, int(kPieceBytes / std::max<int64_t>(1, bytes / n))) & ~1) : 2;
   const int unit = lines ? ManyTokens::kTogether : 1;  // panels that stay together

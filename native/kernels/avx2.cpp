@@ -217,12 +217,13 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 }
 constexpr bitnet::GemmInteger no_gemm = nullptr;  // many tokens go through multiply_i8 in blocks
 #endif
+constexpr int kNever = 1 << 30;  // multiply_* is as fast as gemm or faster for any number of tokens (docs/log.md); gemm is for lines
 }  // namespace
 
 namespace bitnet {
 #ifdef __AVXVNNI__
-const Kernels kAvxVnni = BITNET_KERNELS("avxvnni", Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
+const Kernels kAvxVnni = BITNET_KERNELS("avxvnni", kNever, Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
 #else
-const Kernels kAvx2 = BITNET_KERNELS("avx2", Base3Digits, unpack_b3, gemm<60>, gemm<8>, gemm<5>, no_gemm);
+const Kernels kAvx2 = BITNET_KERNELS("avx2", kNever, Base3Digits, unpack_b3, gemm<60>, gemm<8>, gemm<5>, no_gemm);
 #endif
 }

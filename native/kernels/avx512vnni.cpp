@@ -288,8 +288,8 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 
 namespace bitnet {
 #ifdef __AVX512VBMI__
-const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", TableDigits, unpack_b3_by_tables, gemm, gemm, gemm, gemm);
+const Kernels kAvx512Vbmi = BITNET_KERNELS("avx512vbmi", 9, TableDigits, unpack_b3_by_tables, gemm, gemm, gemm, gemm);
 #else
-const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
+const Kernels kAvx512Vnni = BITNET_KERNELS("avx512vnni", 9, Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
 #endif
 }

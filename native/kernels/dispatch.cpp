@@ -44,11 +44,16 @@ bool has_avx_vnni() {  // nor this one
   return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a & 1u << 4);
 }
 
+FetchAhead fetch_ahead() {
+  __builtin_cpu_init();
+  return __builtin_cpu_is("amd") ? FetchAhead{8192, 8192, 0} : kUsualFetchAhead;  // docs/log.md
+}
+
 const Kernels& amx_kernels() {  // AVX-512's, with tiles for many tokens
   static const Kernels k = [] {
     Kernels made = kAvx512Vbmi;
     made.name = "amx", made.gemm_ternary = made.gemm_i4 = made.gemm_fp4 = made.gemm_i8 = kGemmAmx;
-    made.begin_gemm = kBeginAmx, made.end_gemm = kEndAmx;
+    made.begin_gemm = kBeginAmx, made.end_gemm = kEndAmx, made.gemm_tokens = 5;
     return made;
   }();
   return k;
@@ -76,14 +81,6 @@ ArmFeatures arm_features() {  // what is not known here is taken for missing. Tr
 #endif
 }
 #endif
-
-FetchAhead fetch_ahead() {
-#if defined(__x86_64__)
-  __builtin_cpu_init();
-  if (__builtin_cpu_is("amd")) return {8192, 8192, 0};  // docs/log.md
-#endif
-  return {4096, 6144, 1024};
-}
 
 int list_candidates(Candidate* out) {  // best first
   int n = 0;
@@ -320,7 +317,9 @@ const char* first_difference(const Kernels& k) {
 
 }  // namespace
 
+#if defined(__x86_64__)
 const FetchAhead kFetchAhead = fetch_ahead();
+#endif
 
 int test_isas(IsaReport* reports) {
   Candidate candidates[kMaxIsas];

@@ -28,12 +28,17 @@ constexpr int kGemmTokens = 32;  // at most, in a product for many tokens
 constexpr int kGemmRuns = 4;     // whose sums are scaled together
 constexpr int kSlack = 2048;  // readable bytes after the last panel, and after the last row of activations
 
-// How far ahead of their use weights are fetched, in bytes: into L2 (base-3, which reads slower and more evenly, apart), and into L1; 0 where
+// How far ahead of their use weights are fetched, in bytes: into L2 (base-3, which reads slower and more evenly, apart), and into L1, 0 where
 // the CPU's own prefetching does that better. Of this CPU, found at start-up.
 struct FetchAhead {
   int64_t into_l2, base3_into_l2, into_l1;
 };
+constexpr FetchAhead kUsualFetchAhead = {4096, 6144, 1024};
+#if defined(__x86_64__)
 extern const FetchAhead kFetchAhead;
+#else
+constexpr FetchAhead kFetchAhead = kUsualFetchAhead;
+#endif
 
 constexpr uint8_t kFp4Codes[16] = {12, 13, 14, 15, 16, 18, 20, 24, 12, 11, 10, 9, 8, 6, 4, 0};  // of an E2M1 number
 
@@ -109,6 +114,7 @@ using UnpackColumns = void (*)(const uint8_t* columns, int64_t line_bytes, int n
 
 struct Kernels {
   const char* name;
+  int gemm_tokens;  // from how many on gemm_* is faster than multiply_*, where runs are long
   MultiplyInteger multiply_t2, multiply_b3, multiply_b1, multiply_i4, multiply_fp4, multiply_i8;
   GemmInteger gemm_ternary, gemm_i4, gemm_fp4, gemm_i8;  // codes up to 2 (binary too), 15, 24, 255; null where multiply_* does as well
   // Before a thread calls gemm_* with multiples of these inputs and up to so many tokens, and after; may be null.

@@ -160,10 +160,10 @@ static void mark_codes(const int8_t* q, int n, uint64_t* bits) {
 }
 }  // namespace
 
-#define BITNET_KERNELS(name, Base3Line, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                             \
+#define BITNET_KERNELS(name, gemm_tokens, Base3Line, unpack_b3, gemm_ternary, gemm_i4, gemm_fp4, gemm_i8)                                \
   {                                                                                                                                  \
-    name, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>, gemm_ternary, gemm_i4, \
-        gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>,                        \
+    name, gemm_tokens, multiply<TwoBit>, multiply<Base3>, multiply<Binary>, multiply<Int4>, multiply<Fp4>, multiply<Int8>,           \
+        gemm_ternary, gemm_i4, gemm_fp4, gemm_i8, nullptr, nullptr, unpack_bits<2, as_they_are>, unpack_b3, unpack_bits<1, doubled>, \
         unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, dot_lines<TwoBitDigits>,                \
         dot_lines<Base3Line>, add_lines<TwoBitDigits>, add_lines<Base3Line>, unpack_columns<TwoBitDigits>,                           \
         unpack_columns<Base3Line>, mark_gates, mark_codes, multiply_dense<DenseF16>,                                                 \

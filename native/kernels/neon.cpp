@@ -72,5 +72,5 @@ using Binary = UnpackedBinary<Trits>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeon = BITNET_KERNELS("neon", Base3Digits, unpack_b3, gemm_by<Trits>, gemm_by<Nibbles>, gemm_by<Fp4Codes>, gemm_by<Int8>);
+const Kernels kNeon = BITNET_KERNELS("neon", 8, Base3Digits, unpack_b3, gemm_by<Trits>, gemm_by<Nibbles>, gemm_by<Fp4Codes>, gemm_by<Int8>);
 }

@@ -62,6 +62,6 @@ using Binary = UnpackedBinary<Tile>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeonDotprod = BITNET_KERNELS("neondotprod", Base3Digits, unpack_b3, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Int8>);
+const Kernels kNeonDotprod = BITNET_KERNELS("neondotprod", 8, Base3Digits, unpack_b3, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Tile>, gemm_by<Int8>);
 }
 #endif

@@ -119,5 +119,5 @@ static void gemm(const uint8_t* codes, int64_t panel_bytes, int n_panels, int64_
 }  // namespace
 
 namespace bitnet {
-const Kernels kNeonI8mm = BITNET_KERNELS("neoni8mm", Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
+const Kernels kNeonI8mm = BITNET_KERNELS("neoni8mm", 8, Base3Digits, unpack_b3, gemm, gemm, gemm, gemm);
 }

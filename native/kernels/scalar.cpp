@@ -127,5 +127,5 @@ using Int8 = Bytes<1, whole>;
 }  // namespace
 
 namespace bitnet {
-const Kernels kScalar = BITNET_KERNELS("scalar", Base3Digits, unpack_b3, no_gemm, no_gemm, no_gemm, no_gemm);
+const Kernels kScalar = BITNET_KERNELS("scalar", 8, Base3Digits, unpack_b3, no_gemm, no_gemm, no_gemm, no_gemm);
 }
