@@ -118,10 +118,17 @@ def count(loop: list[Instruction]) -> Loop:
 
 
 def product_loop(code: list[Instruction]) -> Loop | None:
-    """The inner loop of a product, or the sum of those that are as large; None if the function multiplies nothing."""
-    loops = [count(loop) for loop in innermost_loops(code)]
-    most = max((loop.multiplications for loop in loops), default=0)
-    return sum((loop for loop in loops if loop.multiplications == most), Loop()) if most else None
+    """The inner loop of a product, or the sum of those that are as large; None if the function multiplies nothing.
+
+    Of those that fetch only the shortest: the compiler makes one loop that also fetches into L1, and one for CPUs that do it themselves.
+    """
+    loops = [(count(loop), any(re.match(r"prefetch|prfm", mnemonic) for _, mnemonic, _ in loop)) for loop in innermost_loops(code)]
+    most = max((loop.multiplications for loop, _ in loops), default=0)
+    if not most:
+        return None
+    largest = [(loop, fetches) for loop, fetches in loops if loop.multiplications == most]
+    fetching = sorted((loop for loop, fetches in largest if fetches), key=lambda loop: loop.instructions)
+    return sum((loop for loop, fetches in largest if not fetches), sum(fetching[:1], Loop()))
 
 
 def disassemble(path: Path) -> str:
