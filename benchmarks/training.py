@@ -26,7 +26,7 @@ from torch import nn
 from bitnet.evaluate.perplexity import read_text, score_text
 from bitnet.train import data, loop
 from bitnet.train.layers import Quantization, TernarySTE, ternarize_model
-from bitnet.train.models import new_model
+from bitnet.train.models import new_model, quickest_attention
 from bitnet.train.recipe import Recipe
 from bitnet.train.run import run
 from bitnet.transformer import TernaryTransformer
@@ -51,6 +51,7 @@ def speed(args: argparse.Namespace, place: Path) -> dict[str, Any]:
     steps = {}
     for scheme in ("fp16", "ternary", "binary"):
         model = new_model(shape, recipe.vocab_size, recipe.context, recipe.seed)
+        quickest_attention(model, schedule.bf16, recipe.context)
         if scheme != "fp16":
             ternarize_model(model, quantization=recipe.quantization.quantization(scheme))
         steps[scheme] = (model, loop.optimizers(model, schedule), torch.compile(loop._loss, dynamic=False))

@@ -96,6 +96,32 @@ def test_a_trained_checkpoint_is_what_the_engine_runs(trained: dict[str, Path], 
     assert f"scheme: {scheme}" in card and "60 steps" in card
 
 
+@pytest.mark.parametrize(
+    ("has", "changed", "chosen"),
+    [
+        ("avx512_bf16", {}, "eager"),
+        ("avx512_bf16", {"bf16": False}, "sdpa"),
+        ("avx512_bf16", {"compile": False}, "sdpa"),
+        ("avx512_bf16", {"decay_context": 2048, "batch_tokens": 2048}, "sdpa"),
+        ("avx512_bf16 amx_tile", {}, "sdpa"),
+        ("", {}, "sdpa"),
+    ],
+)
+def test_attention_as_this_cpu_computes_it_quickest(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, has: str, changed: dict[str, Any], chosen: str
+) -> None:
+    for instructions in ("avx512_bf16", "amx_tile"):
+        found = instructions in has.split()
+        monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda found=found: found)
+    recipe = Recipe.parse({**MINI, "context": 4096, "training": {**MINI["training"], "compile": True, **changed}}, "mini")
+    prepared = _Prepared(recipe, corpus, tmp_path, Processes())
+    assert prepared.model.config._attn_implementation == chosen
+    tokens, targets = (torch.from_numpy(a) for a in prepared.batches(0))
+    found = loop._loss(prepared.model, tokens, targets, 1, bf16=False)
+    prepared.model.set_attn_implementation("sdpa")
+    assert torch.allclose(found, loop._loss(prepared.model, tokens, targets, 1, bf16=False), rtol=1e-5)
+
+
 @pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])
 def test_the_same_greedy_tokens_in_torch_and_in_the_engine(trained: dict[str, Path], scheme: str, tmp_path: Path, corpus: Path) -> None:
     """Over 208 tokens, by windows. Where torch's likeliest two are closer than the tolerance, either will do."""

@@ -26,6 +26,7 @@ from bitnet.models import LINEARS, adapter_for, open_checkpoint
 from bitnet.train.layers import FrozenTernaryLinear
 from bitnet.train.recipe import Shape
 
+MOST_EAGER = 1024  # tokens of context up to which attention may be plain products
 
 def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
     """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
@@ -194,6 +195,14 @@ def _plain_rope(config: Any) -> bool:
     rope = getattr(config, "rope_parameters", None) or {}
     by_layer_type = [r for r in rope.values() if isinstance(r, dict)]  # as gemma has them
     return bool(rope) and all(r.get("rope_type", "default") == "default" for r in by_layer_type or [rope])
+
+
+def quickest_attention(model: Any, bf16: bool, context: int) -> None:
+    """Of a model that will be compiled for a CPU. torch's fused attention multiplies bfloat16 by itself where there is no AMX; the plain
+    one ("eager") by oneDNN, which knows AVX-512's instructions for it. It keeps `context` squared numbers a head, hence the limit."""
+    fused = torch.cpu._is_amx_tile_supported() or not torch.cpu._is_avx512_bf16_supported()
+    if bf16 and context <= MOST_EAGER and not fused and hasattr(model, "set_attn_implementation"):
+        model.set_attn_implementation("eager")
 
 
 def freeze(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ from bitnet.source import resolve
 from bitnet.train import data, examples, loop, parallel
 from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
-from bitnet.train.models import Base, freeze, new_model
+from bitnet.train.models import Base, freeze, new_model, quickest_attention
 from bitnet.train.recipe import CONTEXT, Recipe
 
 _MAY_CHANGE = ("checkpoint_every", "micro_batch", "compile", "divergence", "matrix_lr", "vector_lr")  # of a run's recipe, when it goes on
@@ -102,6 +102,10 @@ class _Prepared:
         if processes.first and processes.count > 1:
             processes.wait()
         self.compiled = self.schedule.compile and self.sources[0].targets is None and recipe.task != "lora"  # examples differ in length
+        if self.compiled and processes.device.type == "cpu":
+            longest = max(self.schedule.context or self.context, self.schedule.decay_context or 0)
+            for model in [self.model] if self.teacher is None else [self.model, self.teacher.model]:
+                quickest_attention(model, self.schedule.bf16, longest)
         if self.sources[0].targets is not None:
             self.batches = loop.examples(self.sources[0], self.schedule, self.context, recipe.seed)
         else:
