@@ -22,7 +22,7 @@ yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train
 
 from mini_recipe import MINI, mini, stories, write_jsonl  # noqa: E402
 
-from bitnet.errors import BitNetError, FormatError, UsageError  # noqa: E402
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError  # noqa: E402
 from bitnet.train import checkpoint, data, examples, loop  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.parallel import Processes  # noqa: E402
@@ -230,7 +230,7 @@ def test_labels_that_cannot_be_learned(trained: dict[str, Path], tmp_path: Path)
         examples.Table.read(tmp_path / "none.tsv", None, None)
     tokenizer = TernaryTransformer.from_pretrained(trained["ternary"] / "model").tokenizer
     with pytest.raises(UsageError, match="context is 8; the label 'incomprehensibility' alone takes"):
-        list(examples.Table(["a"], ["incomprehensibility"], ["incomprehensibility", "b"]).rows(tokenizer, [0], 0, 8))
+        list(examples.Table(["a"], ["incomprehensibility"], ["incomprehensibility", "b"], ["text"]).rows(tokenizer, [0], 0, 8))
 
 
 def test_conversations_of_several_files_are_refused(trained: dict[str, Path], tmp_path: Path) -> None:
@@ -347,6 +347,12 @@ def test_a_base_that_only_transformers_runs(trained: dict[str, Path], corpus: Pa
     with pytest.raises(UsageError, match=r"training\.context is 128; .*opt has places for 64 tokens"):
         long = {**MINI["training"], "context": 128}
         run(of_base(trained, "heal", base_model=str(base), training=long), corpus, tmp_path / "run")
+    for changes in ({"scheme": "binary"}, {"quantization": {"scale": "row"}}, {"quantization": {"alphas": "article"}}):
+        with pytest.raises(
+            UnsupportedModelError, match="opt: is of a family that only transformers runs, and there ternary layers have one scale"
+        ):
+            run(of_base(trained, "heal", base_model=str(base), **changes), corpus, tmp_path / "other")
+    assert not (tmp_path / "other" / "log.csv").exists()
     run(of_base(trained, "heal", base_model=str(base)), corpus, tmp_path / "run")
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
 

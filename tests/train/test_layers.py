@@ -132,6 +132,26 @@ def test_lambda_leads_from_full_precision_to_the_layer_itself() -> None:
     assert layer.weight.grad is not None and torch.isfinite(layer.weight.grad).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
+@pytest.mark.parametrize("layer", [TernaryLinear, BinaryLinear])
+def test_lambda_in_other_floats(dtype: torch.dtype, layer: type[TernaryLinear]) -> None:
+    made = layer(48, 20, dtype=dtype)
+    set_blend(made, torch.tensor(0.5))
+    y = made(X.to(dtype))
+    y.sum().backward()
+    assert y.dtype == dtype and made.weight.grad is not None and torch.isfinite(made.weight.grad).all()
+
+
+def test_a_bias_leaves_autocasts_dtype() -> None:
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for layer in (
+            TernaryLinear(48, 20),
+            BinaryLinear(48, 20),
+            FrozenTernaryLinear(W.sign().to(torch.int8), torch.ones(1, 1), torch.ones(20)),
+        ):
+            assert layer(X).dtype == torch.nn.Linear(48, 20)(X).dtype == torch.bfloat16
+
+
 def test_clip_holds_while_lambda_rises() -> None:
     layer = TernaryLinear(48, 20, bias=False, quantization=Quantization(clip=0.05))
     gradients = []
@@ -205,6 +225,41 @@ def test_ternarize_model_swaps_by_pattern_and_shares_parameters() -> None:
     assert isinstance(some.model.layers[0].mlp.up_proj, BinaryLinear)
     with pytest.raises(UsageError, match=r"no layer of LlamaForCausalLM matches \*nothing"):
         ternarize_model(tiny(), "*nothing")
+
+
+def test_what_ternarize_model_takes() -> None:
+    """A layer of two names stays one; what is no model and no quantization costs one line."""
+    shared = tiny()
+    shared.model.layers[1].mlp.up_proj = shared.model.layers[0].mlp.up_proj
+    assert len(ternarize_model(shared, keep=None)) == 15  # type: ignore[arg-type]
+    assert (
+        isinstance(shared.model.layers[1].mlp.up_proj, TernaryLinear)
+        and shared.model.layers[1].mlp.up_proj is shared.model.layers[0].mlp.up_proj
+    )
+    with pytest.raises(UsageError, match="model is itself a Linear; expected one that holds layers"):
+        ternarize_model(torch.nn.Linear(4, 4))
+    with pytest.raises(UsageError, match="quantization is 'ternary'; expected a Quantization"):
+        ternarize_model(tiny(), quantization="ternary")  # type: ignore[arg-type]
+
+
+def test_biases_are_exported_as_transformers_computes_them(tmp_path: Path) -> None:
+    """In linear class autobitlinear it multiplies them by the scale, too."""
+    torch.manual_seed(0)
+    model = tiny("Qwen2")
+    ternarize_model(model)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("bias"):
+                p.normal_(std=0.5)
+            p.copy_(p.bfloat16().float())  # as it is stored
+    export_model(model, tmp_path / "out")
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    ids = torch.tensor([[1, 5, 9, 3, 7]])
+    with torch.no_grad():
+        ours, theirs = model.eval()(input_ids=ids).logits, loaded.eval()(input_ids=ids).logits
+    assert (
+        ours - theirs
+    ).norm() < 0.047 * ours.norm()  # derived in tests/models/test_against_transformers.py; the other class: 0.5 and more
 
 
 def test_what_ternarize_model_leaves_out_is_said() -> None:

@@ -311,6 +311,11 @@ def test_a_second_run_in_the_folder_is_refused(corpus: Path, tmp_path: Path) -> 
         ),
         ("base_model: x\nquantization: {alphas: article, rule: threshold}", "quantization.alphas says what quantization.rule would"),
         ("base_model: x\nscheme: binary\nquantization: {alphas: article}", "quantization.alphas are of ternary layers"),
+        ("training: {mixture: {a: 1.0e+308, b: 1.0e+308}}", "training.mixture sums to inf; expected finite weights, at least one above 0"),
+        ("task: !!bool maybe", "is no YAML"),
+        ("training: {steps: !!int ''}", "is no YAML"),
+        ("seed: 0x1" + "f" * 5000, "seed has more than 300 digits"),
+        ('name: "a\\ud800"', "which cannot be written as UTF-8; expected text"),
         ("base_model: x\nlabels: {0: no, 1: yes}", "labels.0 is False, as YAML reads yes and no; expected text: put it in quotes"),
         ("base_model: x\nlabels: {0: a, 1: a}", "expected two or more, each with a word of its own"),
         ("base_model: x\nlabels: {0: a}", "expected two or more, each with a word of its own"),
@@ -327,6 +332,24 @@ def test_a_bad_recipe_costs_one_line(tmp_path: Path, text: str, said: str) -> No
     line = str(error.value)
     assert line.startswith(str(path)) and "\n" not in line
     assert said in line or re.search(said, line), line
+
+
+@pytest.mark.parametrize("name", ["./a.txt", "sub/a.txt"])
+def test_texts_of_a_mixture_are_files_of_the_folder(corpus: Path, tmp_path: Path, name: str) -> None:
+    (corpus / "sub").mkdir(exist_ok=True)
+    (corpus / "sub" / "a.txt").write_text("text")
+    with pytest.raises(UsageError, match=rf"training.mixture names {name}; expected the name of a file in {corpus}, without folders"):
+        _Prepared(mini(mixture={"a.txt": 1.0, name: 1.0}), corpus, tmp_path, Processes())
+
+
+def test_a_damaged_log_keeps_its_whole_rows(tmp_path: Path) -> None:
+    rows = [f"{step},5.0,1.0,0.3,{step * 10},2.0,3.0" for step in range(10, 100, 10)]
+    lines = [",".join(loop.COLUMNS), *rows]
+    lines[2] = lines[2].replace(",", ',"', 1)
+    lines[4] = "x" * 200_000
+    lines[6] = lines[6][:9]
+    (tmp_path / "log.csv").write_bytes("\r\n".join(lines).encode() + b"\xff\0")
+    assert [row["step"] for row in loop.read_log(tmp_path)] == ["10", "30", "50", "70", "80"]
 
 
 def test_changes_on_the_command_line(tmp_path: Path) -> None:
@@ -662,6 +685,13 @@ def test_instructions_learn_answers_only(trained: dict[str, Path], tmp_path: Pat
     assert tuned.chat_template is not None
     answer = tuned.generate([{"role": "user", "content": "What does Lily do?"}], temperature=0, max_new_tokens=20)
     assert " likes to " in answer.text and answer.finish_reason == "stop"  # it answers, and ends
+    spoken = '{"messages": [{"role": "assistant", "content": "x"}]}'
+    (tmp_path / "bad.jsonl").write_text(json.dumps({"messages": CHAT[0]}) + f"\n{spoken}\n")
+    refusing = ChatTemplate(
+        "{{ raise_exception('users begin') if messages[0].role != 'user' }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    )
+    with pytest.raises(FormatError, match=r"bad.jsonl: line 2: the assistant speaks first, which not every template allows; "):
+        list(examples.conversations(tmp_path / "bad.jsonl", engine.tokenizer, refusing, 0))
     for bad, said in (('{"a": 1}', "expected"), ('{"messages": [{"role": "user", "content": "x"}]}', "no message of the role assistant")):
         (tmp_path / "bad.jsonl").write_text(bad)
         with pytest.raises(FormatError, match=said):
@@ -711,6 +741,41 @@ def test_glue_files_of_other_kinds(tmp_path: Path) -> None:
         (tmp_path / "bad").write_text(text)
         with pytest.raises(FormatError, match=said):
             Table.read(tmp_path / "bad", None, None)
+
+
+class _Speller:
+    """A model of one letter a token, which finds what the prompt's third character begins likely, and an end only where that ends."""
+
+    def __init__(self, words: dict[str, str]) -> None:
+        self.tokenizer, self.words, self.longest = self, words, 0
+
+    def encode(self, text: str, add_special: bool = False) -> list[int]:
+        return [ord(c) for c in text]
+
+    def logits(self, ids: list[int]) -> np.ndarray:
+        self.longest = max(self.longest, len(ids))
+        text = "".join(map(chr, ids))
+        prompt, _, said = text.rpartition("label:")
+        wanted = f" {self.words[prompt.strip()[-1]]}\0"
+        found = np.zeros((len(ids), 128), np.float32)
+        for i in range(len(said) + 1):
+            if i < len(wanted) and said[:i] == wanted[:i]:
+                found[len(ids) - len(said) - 1 + i if i <= len(said) else -1, ord(wanted[i])] = 9.0
+        return found
+
+
+def test_a_label_that_begins_another_one_and_texts_that_are_too_long(tmp_path: Path) -> None:
+    from bitnet.train.examples import Table, accuracy
+
+    (tmp_path / "dev.tsv").write_text(
+        "sentence\tlabel\n" + "".join(f"{'y' * 40} {x}\t{word}\n" for x, word in (("a", "1"), ("b", "10")) * 3)
+    )
+    table, model = Table.read(tmp_path / "dev.tsv", None, None), _Speller({"a": "1", "b": "10"})
+    assert accuracy(model, table, [1], 0, 30) == (6, 6) and model.longest == 30
+    assert table.columns == ["sentence"]
+    (tmp_path / "other.tsv").write_text("text\tlabel\nx\t1\n")
+    with pytest.raises(FormatError, match="has no column sentence; it has text, label"):
+        Table.read(tmp_path / "other.tsv", None, table.columns, table.words)
 
 
 def test_the_command_line(corpus: Path, tmp_path: Path, bitnet: Callable[..., Result]) -> None:

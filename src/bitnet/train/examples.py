@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bitnet.chat import ChatTemplate, encode_chat
-from bitnet.errors import FormatError, UsageError
+from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.tokenizer import Tokenizer
 from bitnet.train.data import json_line, utf8
 
@@ -70,11 +70,15 @@ def _conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end
             for i, message in enumerate(messages):
                 if message["role"] != "assistant":
                     continue
-                prompt = encode_chat(tokenizer, template, messages[:i], True)
+                try:
+                    prompt = encode_chat(tokenizer, template, messages[:i], True)
+                    before, after = (template.render(messages[: i + last], not last) for last in (0, 1))
+                except BitNetError as error:
+                    first = "" if i else "the assistant speaks first, which not every template allows; "
+                    raise FormatError(f"{path}: line {number}: {first}{error}") from None
                 if prompt[: len(ids)] != ids:
                     yield ids, asked, True
                     ids, asked = [], []
-                before, after = (template.render(messages[: i + last], not last) for last in (0, 1))
                 text = after[len(before) :] if after.startswith(before) else f" {message['content']}"
                 answer = tokenizer.encode(text, add_special=False, parse_special=True)
                 if end is not None and not set(answer) & ({end} | tokenizer._special_ids):
@@ -107,6 +111,7 @@ class Table:
     prompts: list[str]
     answers: list[str]  # words
     words: list[str]  # all that there are
+    columns: list[str]  # that make the prompts
 
     @staticmethod
     def read(path: Path, labels: Mapping[str, str] | None, columns: Sequence[str] | None, words: Sequence[str] | None = None) -> Table:
@@ -148,29 +153,38 @@ class Table:
         if strange:
             raise UsageError(f"{path}: label {min(strange)!r} did not occur in the training rows ({', '.join(every)})")
         prompts = ["".join(f"{name}: {row[header.index(name)]}\n" for name in texts) + "label:" for row in rows]
-        return Table(prompts, answers, every)
+        return Table(prompts, answers, every, texts)
 
     def rows(self, tokenizer: Tokenizer, begin: list[int], end: int | None, context: int) -> Iterator[Row]:
         for prompt, answer in zip(self.prompts, self.answers, strict=True):
-            asked = [*tokenizer.encode(f" {answer}", add_special=False), *([] if end is None else [end])]
-            given = [*begin, *tokenizer.encode(prompt, add_special=False)]
+            asked = _asked(tokenizer, answer, end)
             room = context - len(asked) - len(begin)
             if room < 1:
                 raise UsageError(
                     f"context is {context}; the label {answer!r} alone takes {len(asked)} tokens, beside the text: raise context"
                 )
-            given = given[: len(begin)] + given[len(begin) :][-room:]  # a long text loses its beginning
+            given = _given(tokenizer, prompt, begin, room)
             yield given + asked, [False] * len(given) + [True] * len(asked), True
 
 
-def accuracy(model: Any, table: Table, begin: list[int], progress: Any = None) -> tuple[int, int]:
-    """(rows whose word is the likeliest of all words, rows), by `model`, a TernaryTransformer."""
+def _asked(tokenizer: Tokenizer, word: str, end: int | None) -> list[int]:
+    """A label's tokens and the end: without it a word that begins another one would always be the likelier of the two."""
+    return [*tokenizer.encode(f" {word}", add_special=False), *([] if end is None else [end])]
+
+
+def _given(tokenizer: Tokenizer, prompt: str, begin: list[int], room: int) -> list[int]:
+    """A prompt's tokens, of a long one the last `room`."""
+    return [*begin, *tokenizer.encode(prompt, add_special=False)[-room:]]
+
+
+def accuracy(model: Any, table: Table, begin: list[int], end: int | None, context: int, progress: Any = None) -> tuple[int, int]:
+    """(rows whose word is the likeliest of all words, rows), by `model`, a TernaryTransformer, trained with this context."""
     import numpy as np
 
-    words = {word: model.tokenizer.encode(f" {word}", add_special=False) for word in table.words}
-    right = 0
+    words = {word: _asked(model.tokenizer, word, end) for word in table.words}
+    room, right = max(1, context - len(begin) - max(map(len, words.values()))), 0
     for done, (prompt, answer) in enumerate(zip(table.prompts, table.answers, strict=True), 1):
-        given = [*begin, *model.tokenizer.encode(prompt, add_special=False)][-(model.engine.config.max_context - 16) :]
+        given = _given(model.tokenizer, prompt, begin, room)
         scores = {}
         for word, ids in words.items():
             logits = model.logits([*given, *ids])[len(given) - 1 : -1].astype(np.float64)

@@ -1,6 +1,7 @@
 """A finished run as a model folder: packed weights in Hugging Face layout, tokenizer, model card, picture of the loss.
 
-- Ternary layers with one scale for the tensor: packed trits, W = trits * scale (linear_class autobitlinear), which `transformers` loads.
+- Ternary layers with one scale for the tensor: packed trits, which `transformers` loads. W = trits * scale (linear_class autobitlinear);
+  where layers have biases trits / scale (bitlinear), because in the other class it multiplies the bias by the scale, too.
 - Binary ones, and ternary ones with a scale per row or group or with a ternary embedding: this program's own integers (files/tensor.py).
 - A model without either is an ordinary one in f16.
 """
@@ -17,6 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from bitnet.convert.quantize import divisor
 from bitnet.errors import UnsupportedModelError
 from bitnet.files import safetensors
 from bitnet.files.replacing import new_folder, write_synced
@@ -51,6 +53,7 @@ def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = N
     Raises what `check` does.
     """
     layers, simple = check(model)
+    divides = simple and any(getattr(layer, "bias", None) is not None for layer in layers.values())
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     tensors: dict[str, NDArray[Any] | tuple[str, NDArray[Any]]] = {}
     for name, values in model.state_dict().items():
@@ -59,7 +62,8 @@ def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = N
         if name == "lm_head.weight" and tied:
             continue
         if layer in layers and name.endswith(".weight"):
-            tensors |= _packed(name, weight, layers[layer].quantization, simple)
+            packed = _packed(name, weight, layers[layer].quantization, simple)
+            tensors |= packed if not divides else packed | {f"{name}_scale": divisor(np.asarray(packed[f"{name}_scale"], np.float32))}
         else:
             tensors[name] = ("BF16", bf16_bits(weight)) if layers else weight.astype(np.float16)
     config = {k: v for k, v in model.config.to_diff_dict().items() if v is not None and k not in ("transformers_version", "_name_or_path")}
@@ -68,7 +72,7 @@ def export_model(model: Any, folder: Path, texts: Mapping[str, bytes] | None = N
     if layers and simple:
         dense = [n for n, m in model.named_modules() if "Linear" in type(m).__name__ and n not in layers]
         config["quantization_config"] = {
-            "quant_method": "bitnet", "linear_class": "autobitlinear", "quantization_mode": "offline",
+            "quant_method": "bitnet", "linear_class": "bitlinear" if divides else "autobitlinear", "quantization_mode": "offline",
             "modules_to_not_convert": dense or ["lm_head"],
         }  # fmt: skip
     elif layers:

@@ -222,12 +222,12 @@ class TernaryLinear(nn.Linear):
         if self.blend is not None:
             return self._blended(x, dequantized(codes, scales), self.blend)
         y: Tensor = _Product.apply(x, masters, codes, scales, how.activations == "int8", how.clip, compute_dtype(x, masters))
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def _blended(self, x: Tensor, quantized: Tensor, share: Tensor) -> Tensor:
         masters, clip = self.matrix(), self.quantization.clip
         through = masters if clip is None else torch.where(masters.detach().abs() <= clip, masters, masters.detach())
-        w = through + share * (quantized - masters.detach())
+        w = (through + share * (quantized - masters.detach())).to(masters.dtype)
         if self.quantization.activations == "int8":
             q, most = int8_rows(x.detach().float())
             x = x + share.to(x.dtype) * ((q * (most / 127.0)).to(x.dtype) - x.detach())
@@ -306,7 +306,9 @@ def ternarize_model(
     """
     if not isinstance(layers, (str, Mapping)):
         raise UsageError(f"layers is {type(layers).__name__}; expected one pattern, or {{pattern: alpha or Quantization, ...}}")
-    keep = (keep,) if isinstance(keep, str) else keep
+    if not isinstance(quantization, (Quantization, type(None))):
+        raise UsageError(f"quantization is {quantization!r}; expected a Quantization, such as Quantization('threshold', alpha=0.05)")
+    keep = (keep,) if isinstance(keep, str) else tuple(keep or ())
     base = quantization or Quantization()
     if layers == "article":
         layers, keep = ARTICLE_ALPHAS, tuple(k for k in keep if k != "lm_head")
@@ -314,7 +316,8 @@ def ternarize_model(
     tables = not isinstance(layers, str)
     found: list[str] = []
     used: set[str] = set()
-    for name, module in list(model.named_modules()):
+    made: dict[int, nn.Module] = {}  # of a module that has several names one takes its place under all
+    for name, module in list(model.named_modules(remove_duplicate=False)):
         embedding = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and not isinstance(module, TernaryEmbedding))
         if not (_is_linear(module) or _is_conv1d(module) or (embedding and tables)) or any(
             name.endswith(k) or fnmatchcase(name, k) for k in keep
@@ -326,7 +329,13 @@ def ternarize_model(
             continue
         if not isinstance(how, Quantization):
             how = replace(base, rule="threshold", alpha=how)
-        model.set_submodule(name, _replaced(module, how, sub_norm, table=embedding or name.endswith("lm_head")))
+        if not name:
+            raise UsageError(
+                f"model is itself a {type(module).__name__}; expected one that holds layers, or use TernaryLinear in its place"
+            )
+        if id(module) not in made:
+            made[id(module)] = _replaced(module, how, sub_norm, table=embedding or name.endswith("lm_head"))
+        model.set_submodule(name, made[id(module)])
         found.append(name)
         used |= {pattern for pattern in patterns if fnmatchcase(name, pattern)}
     kind, unused = type(model).__name__, [pattern for pattern in patterns if pattern not in used]
@@ -405,4 +414,4 @@ class FrozenTernaryLinear(nn.Linear):
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         y: Tensor = _Product.apply(x, None, self.weight, self.scales, True, None, dtype)
-        return y if self.bias is None else y + self.bias
+        return y if self.bias is None else y + self.bias.to(y.dtype)

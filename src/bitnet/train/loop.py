@@ -339,8 +339,8 @@ def read_log(out: Path) -> list[dict[str, str]]:
     path = out / "log.csv"
     if not path.is_file():
         return []
-    rows = csv.DictReader(io.StringIO(path.read_text(encoding="utf-8", errors="replace").replace("\0", "")))
-    return [row for row in rows if _whole_row(row)]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [row for row in (dict(zip(COLUMNS, line.split(","), strict=False)) for line in lines) if _whole_row(row)]
 
 
 def _whole_row(row: dict[str, str]) -> bool:

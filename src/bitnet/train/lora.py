@@ -40,7 +40,10 @@ def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
     model.name_or_path = base  # type: ignore[assignment]
     with warnings.catch_warnings():  # peft 0.18 asks transformers 5 by an old name
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated", FutureWarning)
-        found = get_peft_model(model, config)
+        try:
+            found = get_peft_model(model, config)
+        except ValueError as error:
+            raise UsageError(f"{base}: peft puts no adapter into this model ({' '.join(str(error).split())[:200]})") from None
     if recipe.quantize == "ternary":
         ternarize_model(found, "*.lora_?.default", quantization=FACTORS)
     return found

@@ -28,6 +28,7 @@ from bitnet.train.recipe import Shape
 
 MOST_EAGER = 1024  # tokens of context up to which attention may be plain products
 
+
 def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
     """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
     torch.manual_seed(seed)

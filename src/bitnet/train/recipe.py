@@ -146,7 +146,7 @@ class Recipe:
         of its scheme; of an adapter, of A and B. Raises `UsageError`, one line."""
         try:
             values = _yaml(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
+        except _NO_YAML as error:
             raise UsageError(f"{path}{_line_of(error)}: is no YAML ({_problem_of(error)})") from None
         if not isinstance(values, dict):
             raise UsageError(f"{path}: is {type(values).__name__}; expected keys and values, such as task: pretrain")
@@ -162,7 +162,7 @@ class Recipe:
                     raise UsageError(f"--set {change}: {name} has no keys in it")
             try:
                 place[last] = _yaml(value)
-            except (yaml.YAMLError, ValueError, RecursionError) as error:
+            except _NO_YAML as error:
                 raise UsageError(f"--set {change}: the value is no YAML ({_problem_of(error)})") from None
         if quantization is not None and _task(values) != "lora":
             values["scheme"] = quantization
@@ -223,6 +223,9 @@ class _Loader(yaml.SafeLoader):  # type: ignore[misc]
                 raise yaml.constructor.ConstructorError(None, None, f"the key {name} is there twice", key.start_mark)
             seen.add(name)
         return super().construct_mapping(node, deep)
+
+
+_NO_YAML = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)  # some of them of bad values
 
 
 def _yaml(text: str) -> Any:
@@ -329,6 +332,10 @@ def _value(hint: Any, value: Any, where: str, key: str, limits: Mapping[str, Any
         value = str(value)
     if isinstance(value, bool) and key.startswith("labels."):
         raise UsageError(f"{where}: {key} is {value}, as YAML reads yes and no; expected text: put it in quotes")
+    if isinstance(value, int) and abs(value) >= 10**300:
+        raise UsageError(f"{where}: {key} has more than 300 digits; expected a number that means something")
+    if isinstance(value, str) and any(0xD800 <= ord(c) < 0xE000 for c in value):
+        raise UsageError(f"{where}: {key} is {value!r}, which cannot be written as UTF-8; expected text")
     names = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise UsageError(f"{where}: {key} is {value!r}; expected {names[hint]}")

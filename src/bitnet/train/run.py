@@ -19,7 +19,7 @@ import yaml
 from tokenizers import Tokenizer
 
 from bitnet.chat import ChatTemplate, find_template
-from bitnet.errors import BitNetError, FormatError, UsageError
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files.replacing import fcntl, write_text
 from bitnet.source import resolve
 from bitnet.train import data, examples, loop, parallel
@@ -132,6 +132,9 @@ class _Prepared:
                 raise UsageError(f"{found}: not found; a classification trains on the train.tsv of a GLUE folder, or a .tsv by name")
             return [found]
         wanted = list(recipe.training.mixture) if recipe.training.mixture else None
+        elsewhere = next((name for name in wanted or () if Path(name).name != name), None)
+        if elsewhere is not None:
+            raise UsageError(f"training.mixture names {elsewhere}; expected the name of a file in {texts}, without folders")
         return data.files_of(texts, wanted, (".jsonl",) if recipe.task == "instruct" else data.TEXTS)
 
     def _new(self, recipe: Recipe, out: Path, processes: parallel.Processes) -> None:
@@ -167,7 +170,7 @@ class _Prepared:
                 times, every = (int(share), 1) if share >= 1 else (1, round(1 / max(share, 1e-9)))
                 for _ in range(times):
                     for number, text in enumerate(data.whole_documents(file)):
-                        if number % every == 0:
+                        if int((number + 1) * share) > int(number * share) if 0.5 < share < 1 else number % every == 0:
                             yield text
 
         return data.train_tokenizer(documents(), recipe.vocab_size)
@@ -259,12 +262,17 @@ class _After:
         from bitnet.evaluate.perplexity import read_text
         from bitnet.train import export
 
-        self.card = None if card is None else read_text(card)
+        self.card = None if card is None else read_text(card, option="--card")
         self.texts: list[Path] = []
         self.held_out: tuple[str, examples.Table] | None = None
         runs = prepared.base is None or prepared.base.checkpoint is not None
         if recipe.task != "lora":
-            export.check(prepared.model)
+            layers, simple = export.check(prepared.model)
+            if layers and not simple and not runs:
+                raise UnsupportedModelError(
+                    f"{recipe.base_model}: is of a family that only transformers runs, and there ternary layers have one scale for the "
+                    "tensor: choose scheme ternary, quantization.scale tensor, and no alphas"
+                )
         if evaluation and (recipe.task == "lora" or not runs):
             what = "an adapter is not scored here" if runs else f"{recipe.base_model} is of a family that only transformers runs"
             raise UsageError(f"--eval {evaluation[0]}: {what}; leave --eval out")
@@ -292,7 +300,7 @@ def _held_out(recipe: Recipe, prepared: _Prepared, evaluation: Sequence[Path]) -
             raise UsageError(f"--eval {folder}: holds no dev.tsv and no dev_matched.tsv; name a .tsv")
         warnings.warn(f"{folder}: no dev.tsv, so no accuracy is measured; name held-out rows with --eval", stacklevel=2)
         return None
-    return found[0].name, examples.Table.read(found[0], recipe.labels, recipe.columns, prepared.table.words)
+    return found[0].name, examples.Table.read(found[0], recipe.labels, prepared.table.columns, prepared.table.words)
 
 
 def _export(recipe: Recipe, prepared: _Prepared, out: Path, target: Path, after: _After) -> None:
@@ -354,7 +362,7 @@ def _scores(prepared: _Prepared, out: Path, target: Path, after: _After) -> str:
         from bitnet.transformer import TernaryTransformer
 
         name, table = after.held_out
-        right, count = examples.accuracy(TernaryTransformer.from_pretrained(target), table, prepared.begin)
+        right, count = examples.accuracy(TernaryTransformer.from_pretrained(target), table, prepared.begin, prepared.end, prepared.context)
         write_text(out / "scores.json", json.dumps({"file": name, "right": right, "rows": count}) + "\n")
         return f"Accuracy on {name}: {right / count:.1%} ({right} of {count} rows; words: {', '.join(table.words)})"
     from bitnet.train.export import score_table

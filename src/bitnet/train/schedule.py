@@ -62,5 +62,5 @@ class Schedule:
             other = sorted(set(self.decay_mixture) - set(self.mixture or {}))
             raise UsageError(f"{where}: training.decay_mixture names {other[0]}, which training.mixture does not")
         for key in ("mixture", "decay_mixture"):
-            if (found := getattr(self, key)) is not None and not sum(found.values()) > 0:
-                raise UsageError(f"{where}: training.{key} sums to 0; expected at least one weight above 0")
+            if (found := getattr(self, key)) is not None and not 0 < sum(found.values()) < float("inf"):
+                raise UsageError(f"{where}: training.{key} sums to {sum(found.values()):g}; expected finite weights, at least one above 0")
