@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +19,21 @@ from bitnet.convert import InexactError, Ternarization, convert, target
 from bitnet.convert.source import read
 from bitnet.errors import BitNetError, FormatError, UsageError
 from bitnet.models import LINEARS, open_checkpoint
+from bitnet.transformer import TernaryTransformer
 
 TEXT = np.array([packed_models.IDS], np.int32)
 
 
 def weights(path: Path) -> dict[str, np.ndarray]:
     return {name: w.values(0, w.shape[0]) for name, w in read(open_checkpoint(path)).weights.items()}
+
+
+def changed(source: Path, name: str, change: Callable[[np.ndarray], np.ndarray]) -> Path:
+    """The model with one dense tensor changed."""
+    stored = safetensors.read(source / "model.safetensors").tensors
+    tensors = {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: change(stored[name].dense())}
+    safetensors.write(source / "model.safetensors", tensors)
+    return source
 
 
 def schemes(path: Path) -> set[str]:
@@ -217,7 +229,7 @@ def test_a_tokenizer_that_is_none(tmp_path: Path) -> None:
     source = write(tmp_path / "source", "qwen3")
     (tmp_path / "text.txt").write_text("a text")
     (tmp_path / "bytes").write_bytes(b"\xff\xfe\x00")
-    for given, message in (("text.txt", "text.txt: tokenizer.json cannot be used"), ("bytes", "bytes: tokenizer.json is not UTF-8")):
+    for given, message in (("text.txt", "text.txt cannot be used: expected value"), ("bytes", "bytes is not UTF-8")):
         for name in ("out", "out.gguf"):
             with pytest.raises(BitNetError, match=message):
                 convert(source, tmp_path / name, tokenizer_json=tmp_path / given)
@@ -235,6 +247,69 @@ def test_nan_is_called_by_its_name(tmp_path: Path, form: str) -> None:
         values = stored[name].dense().copy()
         values.flat[3] = np.nan
         safetensors.write(source / "model.safetensors", {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: values})
-        with pytest.raises(FormatError, match=rf"{name}/model.safetensors: tensor '{name}': holds NaN; the file is damaged"):
+        with pytest.raises(FormatError, match=rf"{name}/model.safetensors: tensor '{name}': holds NaN or infinity; the file"):
             convert(source, tmp_path / "out", format=form)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("form", ["hf-dense-f32", "gguf-f32", "hf"])
+def test_infinity_is_no_weight(tmp_path: Path, form: str) -> None:
+    source = changed(write(tmp_path / "source", "qwen3", trits=False), "model.norm.weight", lambda values: values + np.float32(np.inf))
+    with pytest.raises(FormatError, match="'model.norm.weight': holds NaN or infinity"):
+        convert(source, tmp_path / "out", format=form, quantization="ternary" if form == "hf" else None)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.uint8, np.int32, np.int64, np.bool_])
+def test_whole_numbers_without_a_scale_are_refused(tmp_path: Path, dtype: Any) -> None:
+    name = "model.layers.0.mlp.up_proj.weight"
+    source = changed(write(tmp_path / "source", "qwen3", trits=False), name, lambda values: (100 * values).astype(dtype))
+    with pytest.raises(BitNetError, match=f"tensor '{name}'.*expected") as error:
+        convert(source, tmp_path / "out", quantization="ternary")
+    assert "\n" not in str(error.value) and not (tmp_path / "out").exists()
+
+
+def test_a_head_of_its_own_where_the_embedding_is_said_to_be_it(tmp_path: Path) -> None:
+    """transformers would run the one that is there, others the embedding: neither is taken unasked. A copy is no contradiction."""
+    source = write(tmp_path / "source", "qwen3", trits=False)
+    stored = safetensors.read(source / "model.safetensors").tensors
+    tensors = {key: ("BF16", t.raw()) for key, t in stored.items()}
+    table = stored["model.embed_tokens.weight"].raw()
+    safetensors.write(source / "model.safetensors", tensors | {"lm_head.weight": ("BF16", table)})
+    convert(source, tmp_path / "out", quantization="ternary")
+    other = table.copy()
+    other.reshape(-1)[-1] ^= 1
+    for head in (("BF16", other), stored["model.embed_tokens.weight"].dense()):
+        safetensors.write(source / "model.safetensors", tensors | {"lm_head.weight": head})
+        for use in (lambda: convert(source, tmp_path / "new", quantization="ternary"), lambda: TernaryTransformer.from_pretrained(source)):
+            with pytest.raises(
+                FormatError, match=r"source: config.json says that the head is the embedding .* lm_head.weight is another matrix"
+            ):
+                use()
+
+
+def test_a_tokenizer_that_this_program_cannot_use_is_copied_and_noted(tmp_path: Path) -> None:
+    source = write(tmp_path / "source", "qwen3")
+    (source / "tokenizer.json").write_text('{"a": 1}')
+    for name in ("out", "out.safetensors"):
+        report = convert(source, tmp_path / name)
+        assert any("the tokenizer is copied as it is, though this program cannot use it" in note for note in report.notes)
+    assert (tmp_path / "out" / "tokenizer.json").read_text() == '{"a": 1}'
+    with pytest.raises(FormatError, match="tokenizer.json cannot be used"):
+        convert(source, tmp_path / "out.gguf")
+
+
+def test_what_may_not_be_written_is_seen_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, allowed = write(tmp_path / "source", "qwen3", trits=False), os.access
+    (tmp_path / "old.gguf").write_bytes(b"")
+    for locked, name, message in ((tmp_path, "out", "is read-only"), (tmp_path / "old.gguf", "old.gguf", "old.gguf: is read-only")):
+        monkeypatch.setattr(target.os, "access", lambda path, how, locked=locked: Path(path) != locked and allowed(path, how))
+        with pytest.raises(UsageError, match=message):
+            convert(source, tmp_path / name, quantization="ternary", ready=lambda: pytest.fail("it was ready"))
+
+
+@pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are text here")
+def test_names_that_are_no_utf_8(tmp_path: Path) -> None:
+    name = os.fsdecode(os.fsencode(tmp_path) + b"/bad\xff.gguf")
+    convert(write(tmp_path / "source", "qwen3"), name)
+    assert np.array_equal(packed_models.logits(Path(name)), packed_models.logits(tmp_path / "source"))

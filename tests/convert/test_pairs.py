@@ -84,6 +84,22 @@ def test_every_family_there_and_back(tmp_path: Path, family: str, to: str) -> No
     assert after["model_type"] == before["model_type"] and len(IDS) == 24
 
 
+@pytest.mark.parametrize("between", ["hf", "safetensors", "mlx", "hf-dense-f16", "gguf-i2_s"])
+@pytest.mark.parametrize("family", ["qwen2", "qwen3"])
+def test_packed_tables_return(tmp_path: Path, family: str, between: str) -> None:
+    """An embedding and a head of trits, through a format that has them as plain numbers; the notes say what that changes."""
+    source, first, last = packed_models.write(tmp_path / "source", family, trits=False), tmp_path / "first.gguf", tmp_path / "last.gguf"
+    convert(source, first, format="gguf-q2_0", quantization="ternary")
+    notes = convert(first, tmp_path / name_of(between), format=between).notes
+    said = "dense head runs with float32 activations, the ternary one of the source with int8 activations per token" in notes
+    assert said == (between != "mlx"), notes
+    notes = convert(tmp_path / name_of(between), last, format="gguf-q2_0").notes
+    assert ("ternary head runs with int8 activations, the dense one of the source with float32 activations" in notes) == said, notes
+    one, other = (read(open_checkpoint(path)).weights for path in (first, last))
+    assert {name: w.scheme for name, w in one.items()} == {name: w.scheme for name, w in other.items()}
+    assert first.stat().st_size == last.stat().st_size and np.array_equal(logits(first), logits(last))
+
+
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1e4}
 
 

@@ -10,7 +10,7 @@ from packed_models import logits, safetensors, write
 
 from bitnet import ternary
 from bitnet.convert import Ternarization, convert
-from bitnet.convert.quantize import ALPHAS, binary, integer, rounded, ternarized
+from bitnet.convert.quantize import ALPHAS, binary, integer, read_alphas, rounded, ternarized
 from bitnet.convert.source import Weight, read
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.models import LINEARS, open_checkpoint
@@ -196,3 +196,34 @@ def test_scales_beyond_f16(tmp_path: Path, scheme: str, form: str) -> None:
     with pytest.raises(UnsupportedModelError, match=rf"{name}': has weights so large that f16 does not hold their scale as {scheme}"):
         convert(source, tmp_path / "out", format=form, quantization=scheme)
     assert not (tmp_path / "out").exists() and convert(source, tmp_path / "out", quantization="ternary").verified
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "2026-13-45",
+        "!!int abc",
+        "!!float abc",
+        "0b_",
+        "!!bool abc",
+        "!!timestamp abc",
+        "9" * 5001,
+        "!!python/none x",
+        "&a [*a]",
+        "5e",
+        "e5",
+    ],
+)
+def test_alphas_that_are_none_in_yaml(tmp_path: Path, value: str) -> None:
+    pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
+    for name, text in (("alphas.yaml", f"q: {value}\n"), ("alphas.json", f'{{"q": {value}}}')):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UsageError, match=rf"{name}: ") as error:
+            read_alphas(tmp_path / name)
+        assert "\n" not in str(error.value)
+
+
+def test_exponents_that_yaml_takes_for_texts(tmp_path: Path) -> None:
+    pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
+    (tmp_path / "alphas.yaml").write_text("q: 5e-2\nk: 1.5E-1\nv: [1e-1, 2.0e-1]\n")
+    assert read_alphas(tmp_path / "alphas.yaml") == (("q", 0.05), ("k", 0.15), ("v", (0.1, 0.2)))

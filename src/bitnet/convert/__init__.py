@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -157,7 +157,8 @@ def convert(
         notes.append("the adapters were trained beside other weights than those written; what base + adapter give is no longer the same")
     head, chunks, nbytes, count, texts = _parts(model, weights, form, texts)
     notes += gguf.notes(model.config, form) if form.container == "gguf" else hf.notes(model.config, form)
-    _note_activations(model, weights, form, notes)
+    if quantization is None:
+        _note_activations(model, weights, form, notes)
 
     def checked(path: Path) -> None:
         if verify_written:
@@ -255,10 +256,12 @@ def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: P
     raw = read_file(tokenizer_json, MAX_TOKENIZER_BYTES) if tokenizer_json is not None else checkpoint.tokenizer_json
     from_gguf = raw is None and stored.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
     if tokenizer_json is not None and raw is not None:
+        Tokenizer.from_json(raw, vocab_size, where=shown(tokenizer_json))
+    elif raw is not None and form.container != "gguf":
         try:
             Tokenizer.from_json(raw, vocab_size)
         except FormatError as error:
-            raise FormatError(f"{shown(tokenizer_json)}: {error}") from None
+            notes.append(f"the tokenizer is copied as it is, though this program cannot use it ({error})")
     if raw is None and not from_gguf:
         notes.append("the source has no tokenizer, so the target has none; --tokenizer names one")
     if form.container == "gguf":
@@ -329,10 +332,18 @@ def _write(file: Any, head: bytes, tensors: _Chunks, nbytes: int, progress: Prog
 
 
 def _note_activations(model: Model, weights: Mapping[str, Weight], form: Format, notes: list[str]) -> None:
-    """BitNet layers are trained with int8 activations, which plain numbers do not ask for."""
-    before = next((w.scheme for w in model.weights.values() if w.kind in LINEARS and w.codes is not None), None)
-    after = any(w.codes is not None for w in weights.values() if w.kind in LINEARS)
+    """Packed weights meet int8 activations, plain numbers do not."""
     asks = form.container == "gguf" and model.config.architecture == "bitnet"  # whose masters are ternarized at load
-    if before and not after and not asks:
-        how = "in groups" if before in INTEGERS else "per token"
-        notes.append(f"dense layers run with float32 activations, the {before} ones of the source with int8 activations {how}")
+    head = ("embedding" if model.config.tied else "head",)
+    for kinds, run, those in ((LINEARS, "layers run", "ones"), (head, "head runs", "one")):
+        before, after = (_scheme(found, kinds) for found in (model.weights, weights))
+        if before and not after and not (asks and kinds == LINEARS):
+            how = "in groups" if before in INTEGERS else "per token"
+            notes.append(f"dense {run} with float32 activations, the {before} {those} of the source with int8 activations {how}")
+        elif after and not before:
+            notes.append(f"{after} {run} with int8 activations, the dense {those} of the source with float32 activations")
+
+
+def _scheme(weights: Mapping[str, Weight], kinds: Collection[str]) -> str | None:
+    """Of the first weight of these kinds that has codes; None where none has."""
+    return next((w.scheme for w in weights.values() if w.kind in kinds and w.codes is not None), None)

@@ -8,6 +8,7 @@ holds it; one scale for a whole tensor can stand beside it instead, in f32, wher
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -54,7 +55,9 @@ def fit(weight: Weight, form: Format, requantize: bool, dtypes: Sequence[str], b
     if form.dense:
         return _dense(weight, (form.weights,), requantize)
     coded = weight.codes is not None
-    if (weight.kind in TABLES and not coded) or (plain and not coded):
+    if weight.kind in TABLES and not coded:
+        return _table(weight, form, dtypes, beside)
+    if plain and not coded:
         return _as_stored(weight, form, dtypes)
     if form.integer and coded and weight.scheme == form.integer:
         return _integers(weight, form), None
@@ -222,6 +225,14 @@ def _vector(weight: Weight, form: Format, dtypes: Sequence[str]) -> tuple[Weight
     return _dense(weight, (*order, "f32"), False)
 
 
+def _table(weight: Weight, form: Format, dtypes: Sequence[str], beside: bool) -> tuple[Weight, Loss | None]:
+    """An embedding or head of plain numbers: packed where they are three values, as another format that cannot pack it left them."""
+    if form.container in ("gguf", "mlx") and not form.integer and form.weights != "i2_s":
+        with suppress(InexactError, UsageError, UnsupportedModelError):
+            return _packed(three_valued(weight), form, False, beside)
+    return _as_stored(weight, form, dtypes)
+
+
 def _as_stored(weight: Weight, form: Format, dtypes: Sequence[str]) -> tuple[Weight, Loss | None]:
     """A dense matrix among packed ones: GGUF takes any type as it is, safetensors plain numbers."""
     if weight.scheme in ("f32", "f16", "bf16") or (form.container == "gguf" and weight.scheme != "f64"):
@@ -243,7 +254,8 @@ def _dense(weight: Weight, dtypes: Sequence[str], requantize: bool) -> tuple[Wei
     dtype, error, total, most = dtypes[-1], 0.0, 0.0, 0.0
     for first, last in weight.spans():
         values = weight.values(first, last)
-        off = rounded(values, dtype).astype(np.float64) - values
+        with np.errstate(invalid="ignore"):  # infinity less infinity
+            off = rounded(values, dtype).astype(np.float64) - values
         if not np.isfinite(off).all():
             raise UnsupportedModelError(
                 f"{weight.where}: holds values that {dtype} cannot ({np.abs(values).max():g}); expected a scheme that can"

@@ -15,6 +15,7 @@ int8, int4 and fp4 are in groups of 32 inputs with f16 scales, as GGUF's Q8_0 an
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -100,6 +101,7 @@ def _names(name: str) -> tuple[str, ...]:
 def _check_alpha(what: str, alpha: Any) -> Alpha:
     if alpha in ("auto", "keep") and what != "alpha":
         return str(alpha)
+    alpha = [_as_meant(a) for a in alpha] if isinstance(alpha, (list, tuple)) else _as_meant(alpha)
     if isinstance(alpha, (list, tuple)) and alpha and what != "alpha":
         if all(map(_is_number, alpha)):
             return tuple(map(float, alpha))
@@ -109,6 +111,14 @@ def _check_alpha(what: str, alpha: Any) -> Alpha:
         more = "" if what == "alpha" else ', "keep", or a list of one for every head'
         raise UsageError(f'{what} is {shown(repr(alpha))}; expected a finite number >= 0 (0.05 to 0.1 is usual), "auto"{more}')
     return "auto" if alpha == "auto" else float(alpha)
+
+
+def _as_meant(alpha: Any) -> Any:
+    """5e-2 as a number, which YAML 1.1 takes for a text."""
+    return float(alpha) if isinstance(alpha, str) and _EXPONENT.fullmatch(alpha) else alpha
+
+
+_EXPONENT = re.compile(r"[0-9]+(\.[0-9]*)?e[+-]?[0-9]{1,3}", re.IGNORECASE)
 
 
 def _is_number(alpha: Any) -> bool:
@@ -166,7 +176,7 @@ def _yaml(raw: bytes, where: str) -> Any:
         root = yaml.compose(raw, Loader=yaml.SafeLoader)
         _refuse_twice([key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else [], where)
         return yaml.safe_load(raw)
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:  # some of them of bad values
         raise UsageError(f"{where}: is neither JSON nor YAML ({shown(' '.join(str(error).split()))})") from None
 
 

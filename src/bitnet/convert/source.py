@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from bitnet import ternary
-from bitnet.errors import FormatError
+from bitnet.errors import FormatError, UnsupportedModelError
 from bitnet.files.tensor import Tensor
 from bitnet.models import LINEARS, Canonical, Checkpoint, ModelConfig, canonical
 from bitnet.models.config import weight_shapes
@@ -145,6 +145,10 @@ def _weight(name: str, tensor: Tensor, shapes: dict[str, tuple[int, ...]], model
             every = scales
             scales = permuted(lambda first, last: every[first:last], config.head_dim, by_pairs=False)(0, shape[0])
         return from_codes(name, shape, tensor.scheme, tensor.where, rows(tensor.code_rows), simplest(scales))
+    if tensor.scheme == "bool" or (tensor.scheme[:1] in "iu" and tensor.scheme[1:].isdigit()):
+        raise UnsupportedModelError(
+            f"{tensor.where}: holds {tensor.scheme} without a scale that says what they stand for; expected f32, f16, bf16 or packed ones"
+        )
     values = rows(tensor.dense_rows)
     if kind in LINEARS and tensor.scheme in _FLOATS and _online(tensor, model):
         return _ternarized(name, shape, tensor, values, checkpoint.layout)

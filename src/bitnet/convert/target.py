@@ -33,6 +33,8 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         parent = target.absolute().parent
         if not parent.is_dir():
             raise UsageError(f"{where}: there is no folder {shown(parent)}; make it first")
+        if not os.access(parent, os.W_OK | os.X_OK):
+            raise UsageError(f"{where}: the folder {shown(parent)} is read-only; make it writable, or name another target")
         if target.is_symlink():
             raise UsageError(f"{where}: is a symbolic link to {shown(os.readlink(target))}; name the file itself, or remove the link")
         if not target.exists():
@@ -46,6 +48,8 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         if not form.folder:
             if not target.is_file():
                 raise UsageError(f"{where}: is a pipe or device; expected a file to write")
+            if not os.access(target, os.W_OK):
+                raise UsageError(f"{where}: is read-only; make it writable, or name another target")
             if not _may_be_replaced(target):
                 raise UsageError(f"{where}: is no model (GGUF or safetensors) that a new one may replace; name another target, or move it")
             return

@@ -80,21 +80,20 @@ def _compare(expected: Weight, found: Weight) -> None:
             same = np.array_equal(expected.codes(first, last), found.codes(first, last))
         else:
             a, b = expected.values(first, last), found.values(first, last)
+            refuse_not_finite(expected, a)
             same = (
                 np.array_equal(a + np.float32(expected.offset), b + np.float32(found.offset))
                 if expected.offset or found.offset
                 else np.array_equal(a, b)
             )
         if not same:
-            if not coded:
-                refuse_nan(expected, first, last)
             raise NotTheSameError(f"{found.where}: differs from the source between rows {first} and {last}")
 
 
-def refuse_nan(weight: Weight, first: int, last: int) -> None:
-    """Raises FormatError where what differs from itself is the source's NaN."""
-    if np.isnan(weight.values(first, last)).any():
-        raise FormatError(f"{weight.where}: holds NaN; the file is damaged or training diverged")
+def refuse_not_finite(weight: Weight, values: F32) -> None:
+    """Raises FormatError where the source's values are no numbers to compute with."""
+    if not np.isfinite(values).all():
+        raise FormatError(f"{weight.where}: holds NaN or infinity; the file is damaged or training diverged")
 
 
 def _expanded(scales: F32, other: F32) -> F32:

@@ -21,7 +21,7 @@ from bitnet.convert.fit import Loss, fit
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import MODULES, TABLES, Ternarization, ternarized
 from bitnet.convert.source import Weight
-from bitnet.convert.verify import NotTheSameError, Progress, refuse_nan
+from bitnet.convert.verify import NotTheSameError, Progress, refuse_not_finite
 from bitnet.errors import UnsupportedModelError, UsageError
 from bitnet.files import PathLike, is_gguf, safetensors, shown
 from bitnet.files.safetensors import Item
@@ -98,8 +98,9 @@ def verify(path: Path, tensors: Mapping[str, Tensor], weights: Mapping[str, Weig
     for name, weight in weights.items():
         other = found[tensors[name].name]
         for first, last in weight.spans():
-            if not np.array_equal(weight.values(first, last), other.dense_rows(first, last)[: last - first]):
-                refuse_nan(weight, first, last)
+            values = weight.values(first, last)
+            refuse_not_finite(weight, values)
+            if not np.array_equal(values, other.dense_rows(first, last)[: last - first]):
                 raise NotTheSameError(f"{other.where}: differs from what was to be written between rows {first} and {last}")
         done += weight.shape[0]
         progress("verifying", done, total)

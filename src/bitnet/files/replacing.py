@@ -99,7 +99,7 @@ def _beside(target: Path) -> Iterator[Path]:
 
 def _locked_folder(target: Path) -> tuple[Path, int | None]:
     """(a new folder beside `target`, the descriptor that keeps it locked)."""
-    name = target.name.encode()[:100].decode(errors="ignore")
+    name = os.fsencode(target.name)[:100].decode(errors="ignore")
     while True:
         folder = target.with_name(f".{name}.{secrets.token_hex(6)}.bitnet-tmp")
         os.mkdir(folder, 0o700)

@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, hf, is_gguf, shown
 from bitnet.files.hf import Checkpoint
+from bitnet.files.tensor import Tensor
 from bitnet.models import bitnet, gemma3_text, gguf, llama, qwen2, qwen3
 from bitnet.models.config import LINEARS, ModelConfig
 
@@ -27,6 +28,7 @@ class Adapter(Protocol):
     def names(self, config: ModelConfig, present: Container[str]) -> dict[str, str]: ...
 
 
+_COMPARED = 1 << 22  # bytes at once
 _ADAPTERS: dict[str, Any] = {"bitnet": bitnet, "gemma3_text": gemma3_text, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 # Tensors that a checkpoint may carry and that change nothing: rope's frequencies follow from the config, a tied head is the embedding.
 _REDUNDANT = ("rotary_emb.inv_freq", "rope_freqs.weight", "_scale", ".scale")
@@ -90,8 +92,13 @@ def canonical(checkpoint: Checkpoint) -> Canonical:
         raise FormatError(
             f"{where}: tensor {missing[0]!r}{more} not found; a {config.architecture} model of {config.n_layers} layers has it"
         )
-    tied_head = ("lm_head.weight",) if config.tied else ()
-    known = {*names.values(), *tied_head}
+    head = "lm_head.weight" if config.tied else ""
+    if head in tensors and not _same(tensors[head], tensors[names["embedding"]]):
+        raise FormatError(
+            f"{where}: config.json says that the head is the embedding (tie_word_embeddings), and {head} is another matrix; "
+            f"set that to false, or remove {head}"
+        )
+    known = {*names.values(), head}
     stray = [name for name in tensors if name not in known and not name.endswith(_REDUNDANT)]
     if stray:
         what = "biases" if stray[0].endswith(".bias") else "tensors that such a model does not have"
@@ -100,6 +107,14 @@ def canonical(checkpoint: Checkpoint) -> Canonical:
             f"{config.n_layers} layers; to run without them would be noise"
         )
     return Canonical(config, names, quantized)
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    """Whether two tensors are stored alike, byte by byte."""
+    if (one.shape, one.scheme, one.nbytes) != (other.shape, other.scheme, other.nbytes):
+        return False
+    a, b = (memoryview(tensor.data)[tensor.offset : tensor.offset + tensor.nbytes] for tensor in (one, other))
+    return all(a[at : at + _COMPARED] == b[at : at + _COMPARED] for at in range(0, one.nbytes, _COMPARED))
 
 
 def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
