@@ -265,9 +265,7 @@ def test_offline_and_unreachable_run_from_the_cache(
             fetch("fake/other")
         with pytest.raises(HubError, match="fake/tiny@v2 is not in the cache"):
             fetch(NAME, revision="v2")
-        with pytest.raises(
-            HubError, match=r"the cache has only a part of fake/tiny@main: it has no file x.gguf; it has: model.safetensors"
-        ):
+        with pytest.raises(HubError, match=r"the cache has only a part: fake/tiny@main has no file x.gguf; it has: model.safetensors"):
             fetch(NAME, file="x.gguf")
 
     for status in (500, 503, 401, 403, 404):
@@ -293,7 +291,7 @@ def test_an_unfinished_model_is_not_run_offline(hub: FakeHub, monkeypatch: pytes
     with pytest.raises(HubError):
         fetch(NAME, revision=COMMIT)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE is set, and the cache has only a part of fake/tiny@0123.*: it holds no weights"):
+    with pytest.raises(HubError, match=r"HF_HUB_OFFLINE is set, and the cache has only a part: fake/tiny@0123.* holds no weights"):
         fetch(NAME, revision=COMMIT)
 
 

@@ -178,7 +178,11 @@ def test_the_report_on_the_command_line(bitnet: Bitnet, tmp_path: Path) -> None:
     ]
     assert done.stderr == "no windows of 2,048 and 4,096 tokens: the model's context is 1,024\n"
     done = bitnet("eval", "--kv-report", text, "--max-bytes", 50)
-    assert done.exit_code == 2 and re.fullmatch(r"error: the text has \d+ tokens; expected at least 511, one window\n", done.stderr)
+    assert done.exit_code == 2 and re.fullmatch(
+        rf"error: {text}: the text has \d+ tokens; expected at least 511, one window\n", done.stderr
+    )
+    done = bitnet("eval", "--kv-report", text, "--kv-bits", 8)
+    assert done.exit_code == 2 and "leave --kv-bits, --kv-bits-k and --kv-bits-v out" in done.stderr
     done = bitnet("eval", "--data", text, "--kv-report", text)
     assert done.exit_code == 2 and done.stderr == "error: --data and --kv-report exclude each other (see 'bitnet eval --help')\n"
 

@@ -115,7 +115,8 @@ def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
         ("top_k", 1.5, "top_k is 1.5; expected an integer >= 0 (0 is off)"),
         ("min_p", -0.5, "min_p is -0.5; expected a number from 0 to 1 (0 is off)"),
         ("min_p", 2, "min_p is 2; expected a number from 0 to 1 (0 is off)"),
-        ("repetition_penalty", 0, "repetition_penalty is 0; expected a number above 0 (1 is off)"),
+        ("repetition_penalty", 0, "repetition_penalty is 0; expected a number from 1e-6 to 1e6 (1 is off)"),
+        ("repetition_penalty", 1e308, "repetition_penalty is 1e+308; expected a number from 1e-6 to 1e6 (1 is off)"),
         ("seed", -1, "seed is -1; expected an integer >= 0, or none for a fresh one"),
     ],
 )

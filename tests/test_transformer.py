@@ -190,6 +190,8 @@ def test_logits_are_teacher_forced_and_chunked() -> None:
         (lambda m: m.stream("a", temperature=-1), "temperature is -1; expected a number >= 0 (0 is greedy)"),
         (lambda m: m.generate("a", stop=""), "stop has an empty string; every stop string needs at least one character"),
         (lambda m: m.generate("a", stop=["x", 3]), "stop has something that is no text; every stop string needs at least one character"),
+        (lambda m: m.generate("a", stop=3), "stop is 3; expected a text, or a list of texts"),
+        (lambda m: m.generate("a", adapter=[]), "no adapter is called []; there are: none, for from_pretrained was given none"),
         (lambda m: m.logits([]), "token_ids is empty; expected at least one token id"),
         (lambda m: m.logits([0, 257]), "token id 257 is outside the vocabulary of 257 tokens (0 to 256)"),
         (lambda m: m.logits([-1]), "token id -1 is outside the vocabulary of 257 tokens (0 to 256)"),
@@ -222,6 +224,9 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
         ({"threads": 0}, "threads is 0; expected a whole number >= 1"),
         ({"threads": "2"}, "threads is '2'; expected a whole number >= 1"),
         ({"head": "int3"}, "head is 'int3'; expected one of stored, int8, int4"),
+        ({"head": []}, "head is []; expected one of stored, int8, int4"),
+        ({"codec": []}, "codec is []; expected one of auto, t2, b3"),
+        ({"adapters": [1]}, "adapters is [1]; expected a name and a path for each: {'style': 'adapters/style'}"),
         ({"codec": "tl2"}, "codec is 'tl2'; expected one of auto, t2, b3"),
         ({"weights": "int5"}, "weights is 'int5'; expected one of stored, f16, int8, int4, fp4, binary, ternary"),
         ({"activation_group": 40}, "activation_group is 40; expected 0 (one step per token) or a multiple of 16, such as 32"),
@@ -232,6 +237,23 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
 def test_bad_options(options: dict[str, Any], expected: str) -> None:
     with pytest.raises(UsageError) as error:
         TernaryTransformer.from_pretrained("nothing-is-read", **options)
+    assert str(error.value) == expected
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"source": None}, "model is None; expected a folder, a file, or an embedded model: tinyllm-ternary-v2"),
+        ({"source": ["x"]}, "model is ['x']; expected a folder, a file, or an embedded model: tinyllm-ternary-v2"),
+        ({"tokenizer": 3}, "tokenizer is 3; expected the path of a tokenizer.json"),
+        ({"adapter": 3}, "adapter is 3; expected an adapter's folder as PEFT saves it, or llama.cpp's .gguf"),
+        ({"adapter": ""}, "adapter is ''; expected an adapter's folder as PEFT saves it, or llama.cpp's .gguf"),
+        ({"adapters": {"a": None}}, "adapter is None; expected an adapter's folder as PEFT saves it, or llama.cpp's .gguf"),
+    ],
+)
+def test_paths_that_are_none(options: dict[str, Any], expected: str) -> None:
+    with pytest.raises(UsageError) as error:
+        TernaryTransformer.from_pretrained(**options)
     assert str(error.value) == expected
 
 

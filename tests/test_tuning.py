@@ -95,6 +95,11 @@ def test_from_pretrained_runs_as_tuned() -> None:
             '"decode_tok_s": 1, "top1_agreement": 1, "kl_nats": 0}]}',
             "threads 5000",
         ),
+        (
+            '{"format": "bitnet tuning 1", "choices": [{"machine": "", "model": "", "codec": "t2", "head": "int8", "threads": 1, '
+            '"decode_tok_s": NaN, "top1_agreement": 1, "kl_nats": 0}]}',
+            "figures that are not finite",
+        ),
         ("[" * 100_000, "recursion"),
         ("\x00" * (1 << 21), "too large"),
     ],

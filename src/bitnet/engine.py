@@ -262,7 +262,7 @@ def check_binary_steps(activation_group: int) -> None:
 
 def check_codec(codec: str) -> None:
     """Raises `UsageError` for a codec that is none."""
-    if codec != "auto" and codec not in CODECS:
+    if codec not in ("auto", *CODECS):
         raise UsageError(f"codec is {codec!r}; expected one of auto, {', '.join(CODECS)}")
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 
 class BitNetError(Exception):
     """Any error that is the input's, not ours. The command line prints `str(e)` and exits with `exit_code`."""
@@ -21,3 +24,12 @@ class UsageError(BitNetError):
     """An argument out of its range."""
 
     exit_code = 2
+
+
+@contextmanager
+def naming(where: str) -> Iterator[None]:
+    """What is said within of an argument begins with `where` it came from."""
+    try:
+        yield
+    except UsageError as error:
+        raise UsageError(f"{where}: {error}") from None

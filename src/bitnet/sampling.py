@@ -39,7 +39,7 @@ class Sampling:
         _check("top_p", self.top_p, 0 < _number(self.top_p) <= 1, "a number above 0, at most 1 (1 is off)")
         _check("min_p", self.min_p, 0 <= _number(self.min_p) <= 1, "a number from 0 to 1 (0 is off)")
         penalty = _number(self.repetition_penalty)
-        _check("repetition_penalty", self.repetition_penalty, 0 < penalty < math.inf, "a number above 0 (1 is off)")
+        _check("repetition_penalty", self.repetition_penalty, 1e-6 <= penalty <= 1e6, "a number from 1e-6 to 1e6 (1 is off)")
         _check("seed", self.seed, self.seed is None or _integer(self.seed) >= 0, "an integer >= 0, or none for a fresh one")
 
 

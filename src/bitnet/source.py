@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 from bitnet.chat import ChatTemplate, find_template
 from bitnet.errors import FormatError, UsageError
+from bitnet.files import shown
 from bitnet.hub import fetch, is_hub_name
+from bitnet.hub.remote import HubError
 from bitnet.tokenizer import Tokenizer, eos_token_ids
 from bitnet.tokenizer.gguf import tokenizer_from_gguf
 
@@ -30,7 +32,7 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None, file: s
 
     revision, file: of a model from the Hub. Raises `UsageError` if there is none, and what `bitnet.hub.fetch` raises.
     """
-    text = os.fspath(source)
+    text = os.fspath(source) if isinstance(source, (str, os.PathLike)) else source
     if not isinstance(text, str) or not text.strip("\0 "):
         raise UsageError(f"model is {text!r}; expected a folder, a file, or an embedded model: {EMBEDDED_MODEL}")
     names = embedded_models()
@@ -43,7 +45,12 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None, file: s
     except (OSError, ValueError) as error:
         raise UsageError(f"model {text[:80]!r} cannot be opened: {getattr(error, 'strerror', None) or error}") from None
     if isinstance(source, str) and is_hub_name(text):
-        return fetch(text, revision, file)
+        try:
+            return fetch(text, revision, file)
+        except HubError as error:
+            if Path(text).parent.is_dir():  # more likely a path
+                raise HubError(f"no folder or file {text!r}, and {error}", status=error.status, offline=error.offline) from None
+            raise
     if text == EMBEDDED_MODEL:
         raise FormatError(f"the embedded model {text} is missing from this installation; reinstall bitnet-ternary")
     have = f"the embedded models are: {', '.join(names) or 'none in this installation'}"
@@ -53,8 +60,11 @@ def resolve(source: str | os.PathLike[str], revision: str | None = None, file: s
 
 def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.PathLike[str] | None = None) -> Tokenizer:
     """The checkpoint's tokenizer, or that of the file `override`. Raises `FormatError`, `UsageError` if the file cannot be read."""
-    data = checkpoint.tokenizer_json
+    data, where = checkpoint.tokenizer_json, "tokenizer.json"
     if override is not None:
+        if not isinstance(override, (str, os.PathLike)):
+            raise UsageError(f"tokenizer is {override!r}; expected the path of a tokenizer.json")
+        where = shown(override)
         try:
             data = Path(override).read_bytes()
         except (OSError, ValueError) as error:
@@ -65,7 +75,7 @@ def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.P
         return Tokenizer.from_json(whole.encode(), vocab_size, found.eos_ids) if isinstance(whole, str) else found
     if data is None:
         raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
-    return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
+    return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size), where)
 
 
 def load_chat_template(checkpoint: Checkpoint) -> ChatTemplate | None:

@@ -120,8 +120,10 @@ class TernaryTransformer:
         kv = kv_format(kv_bits, kv_bits_k, kv_bits_v, kv_group_size)
         context = None if max_context is None else _integer("max_context", max_context, at_least=1)
         budget = None if prefix_cache_bytes is None else _integer("prefix_cache_bytes", prefix_cache_bytes, at_least=0)
-        check_weights(weights, activation_group, head or "stored")
+        check_weights(weights, activation_group, "stored" if head is None else head)
         check_codec(codec)
+        if not isinstance(adapters, (Mapping, type(None))):
+            raise UsageError(f"adapters is {adapters!r}; expected a name and a path for each: {{'style': 'adapters/style'}}")
         if device != "cpu" and (threads is not None or codec != "auto"):
             raise UsageError(f"{'threads' if threads is not None else 'codec'} is for device='cpu'; leave it out with device={device!r}")
         if device != "cpu" and kv.quantized:
@@ -283,7 +285,7 @@ class TernaryTransformer:
     def _adapter(self, name: str | None) -> Adapter | None:
         if name is None or (name == DEFAULT_ADAPTER and name not in self.adapters):
             return None
-        if name not in self.adapters:
+        if not isinstance(name, str) or name not in self.adapters:
             raise UsageError(
                 f"no adapter is called {name!r}; there are: {', '.join(self.adapters) or 'none, for from_pretrained was given none'}"
             )
@@ -375,6 +377,8 @@ def model_on(device: str) -> Callable[[ModelConfig, int], Any]:
 
 
 def _stop_strings(stop: str | Sequence[str] | None) -> list[str]:
+    if not isinstance(stop, (str, Sequence, type(None))):
+        raise UsageError(f"stop is {stop!r}; expected a text, or a list of texts")
     stops = [] if stop is None else [stop] if isinstance(stop, str) else list(stop)
     if not all(isinstance(s, str) and s for s in stops):
         what = "an empty string" if "" in stops else "something that is no text"

@@ -8,6 +8,7 @@ measured cost stands beside it. A file that cannot be read as such costs a warni
 from __future__ import annotations
 
 import json
+import math
 import os
 import warnings
 from contextlib import suppress
@@ -170,6 +171,8 @@ def _choice(entry: dict[str, Any]) -> Choice:
         top1_agreement=float(entry["top1_agreement"]),
         kl_nats=float(entry["kl_nats"]),
     )
+    if not all(map(math.isfinite, (choice.decode_tok_s, choice.top1_agreement, choice.kl_nats))):
+        raise ValueError("figures that are not finite")
     whole = type(choice.threads) is int and 1 <= choice.threads <= MOST_THREADS
     if choice.codec not in ("auto", *CODECS) or choice.head not in HEADS or not whole:
         raise ValueError(f"codec {choice.codec!r}, head {choice.head!r}, threads {choice.threads!r}")

@@ -28,6 +28,23 @@ def adapters(model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> di
     }
 
 
+def test_what_caches_cost_is_measured_with_the_adapter(
+    bitnet: Bitnet, model_folder: Path, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("The little dog ran after the ball. " * 40)
+
+    def perplexity(*args: object) -> float:
+        found = json.loads(bitnet("eval", model_folder, *args, text, "--json", "--adapter", adapters["one"]).stdout.splitlines()[-1])[
+            "results"
+        ]
+        return float(found[0]["perplexity"])  # of the report, with f16 keys and values
+
+    report = perplexity("--kv-report")
+    plain = json.loads(bitnet("eval", model_folder, "--kv-report", text, "--json").stdout.splitlines()[-1])["results"][0]["perplexity"]
+    assert report != pytest.approx(plain, rel=0.01) and report == pytest.approx(perplexity("--data"), rel=0.2)
+
+
 def test_each_request_names_its_adapter(model_folder: Path, adapters: dict[str, Path]) -> None:
     model = TernaryTransformer.from_pretrained(model_folder, adapters=adapters, threads=2)
     plain = TernaryTransformer.from_pretrained(model_folder, threads=2)

@@ -28,7 +28,7 @@ from bitnet.cli.eval import repeat_option
 from bitnet.cli.options import EMBEDDED_MODEL
 from bitnet.cli.run import command as run
 from bitnet.engine import CODECS
-from bitnet.errors import BitNetError
+from bitnet.errors import BitNetError, UsageError
 from bitnet.machine import require_memory
 from bitnet.shapes import HEADS as HEADS_OF_SHAPES
 from bitnet.shapes import SHAPES
@@ -107,6 +107,28 @@ def test_inspect(bitnet: Bitnet, model_folder: Path) -> None:
     assert kinds["embedding", "f16"]["bytes"] == 257 * 64 * 2
     assert 0.30 < found["ternary_zero_share"] < 0.37  # a third, over 80,000 random trits
     assert "zeros among the ternary weights: 33" in done.stdout and "tokenizer: 257 tokens" in done.stdout
+
+
+def test_inspect_takes_nothing_that_it_does_not_use(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
+    for option, value in (("--data", tmp_path / "none.txt"), ("--threads", 1)):
+        done = bitnet("inspect", model_folder, option, value)
+        assert done.exit_code == 2 and done.stderr.startswith(f"error: {option} is for --accuracy and --zeros") and not done.stdout
+    done = bitnet("inspect", model_folder, "--zeros", "--data", tmp_path / "none.txt")
+    assert done.exit_code == 2 and "none.txt: cannot be read as text" in done.stderr and not done.stdout
+
+
+def test_a_short_text(bitnet: Bitnet, model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which more bytes may be asked for than memory holds; what is wrong with it is said of it."""
+    (tmp_path / "a.txt").write_text("a few words")
+    whole, many = (bitnet("eval", model_folder, "--data", tmp_path / "a.txt", *words) for words in ((), ("--max-bytes", 10**20)))
+    assert many.exit_code == 0 and many.stdout == whole.stdout
+
+    def refuse(*_: object) -> None:
+        raise UsageError("leaves nothing to predict")
+
+    monkeypatch.setattr("bitnet.evaluate.perplexity.score_text", refuse)
+    done = bitnet("eval", model_folder, "--data", tmp_path / "a.txt")
+    assert done.exit_code == 2 and done.stderr == f"error: {tmp_path / 'a.txt'}: leaves nothing to predict\n"
 
 
 def test_inspect_describes_what_it_cannot_run(bitnet: Bitnet, model_folder: Path, tmp_path: Path) -> None:
@@ -225,7 +247,7 @@ def test_bench_compares_schemes(bitnet: Bitnet, tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr("bitnet.bench.compare.ROOFLINE_BYTES", 0)
     done = bitnet("bench", "--compare", "int4,binary", *args, "--head", "int4")
     alone = json.loads(done.stdout.splitlines()[-1])
-    assert "192" not in done.stdout.splitlines()[1] and "in turns" in done.stdout and alone["together"]
+    assert "192" not in done.stdout.splitlines()[1].split() and "in turns" in done.stdout and alone["together"]
     monkeypatch.setattr("bitnet.bench.compare.available_memory_bytes", lambda: 10**7)
     monkeypatch.setattr("bitnet.bench.compare.require_memory", lambda what, needed: None)
     done = bitnet("bench", "--compare", "int4,binary", *args)

@@ -225,7 +225,7 @@ def test_a_tokenizer_that_is_none_is_named(tmp_path: Path, bitnet: Run, words: l
     source = packed_models.write(tmp_path / "source", "llama", trits=not words)
     (tmp_path / "text.txt").write_text("a text")
     done = bitnet("convert", source, "-o", tmp_path / "out", "--tokenizer", tmp_path / "text.txt", *words)
-    assert done.exit_code == 1 and f"{tmp_path}/text.txt: tokenizer.json cannot be used" in done.stderr and done.stderr.count("\n") == 1
+    assert done.exit_code == 1 and f"error: {tmp_path}/text.txt cannot be used: " in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_inspect_and_doctor_accept_ternary(bitnet: Run) -> None:

@@ -198,7 +198,12 @@ def test_data(bitnet: Bitnet, tmp_path: Path) -> None:
     text.write_text("Once upon a time there was a dog. " * 5)
     assert "bits per byte of text.txt" in detail(diagnosed(bitnet("doctor", EMBEDDED_MODEL, "--data", text, "--json")), "data")
     done = bitnet("doctor", EMBEDDED_MODEL, "--data", tmp_path / "none.txt")
-    assert done.exit_code == 2 and "none.txt: cannot be read as text" in done.stderr
+    assert done.exit_code == 2 and "none.txt: cannot be read as text" in done.stderr and not done.stdout
+    for option in ("--data", "--revision", "--file"):
+        done = bitnet("doctor", option, text)
+        assert done.exit_code == 2 and done.stderr.startswith(
+            f"error: {option} is for a MODEL; name one, or leave it out to check this machine"
+        )
 
 
 def test_another_package_called_bitnet(bitnet: Bitnet, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,6 +168,12 @@ def test_list_and_rm(bitnet: Bitnet, environment: dict[str, str]) -> None:
 
     done = bitnet("rm", "fake/other")
     assert done.returncode == 2 and done.stderr.endswith("it holds: fake/tiny, some/pickle\n")
+    nameless = Path(environment["HF_HOME"]) / "hub" / "models--gpt2" / "snapshots" / "abc"
+    nameless.mkdir(parents=True)
+    (nameless / "model.safetensors").write_bytes(b"1234")
+    assert "not org/name" in next(line for line in bitnet("list").stdout.splitlines() if line.startswith("gpt2"))
+    done = bitnet("rm", "gpt2", "--yes")
+    assert done.returncode == 0 and not nameless.exists() and bitnet("rm", "gpt2", "--yes").returncode == 2
     done = bitnet("rm", NAME, "--revision", "v9", "--yes")
     assert done.returncode == 2 and "no revision 'v9' of fake/tiny in the cache; it holds: main = 0123456789ab" in done.stderr
     done = bitnet("rm", NAME, "--yes", "--json")

@@ -236,6 +236,7 @@ def sharded(shard: object) -> dict[str, bytes]:
 FOLDERS: dict[str, tuple[dict[str, bytes], list[str]]] = {
     "nothing": ({}, ["holds no model; expected model.safetensors, or model.safetensors.index.json and its shards"]),
     "config only": (CONFIG, ["holds no model"]),
+    "an empty file": ({**CONFIG, ".gitkeep": b""}, ["holds no model; expected model.safetensors"]),
     "pickle": ({**CONFIG, "pytorch_model.bin": zipped()}, ["pytorch_model.bin: is a Python pickle", "safetensors.torch.save_file"]),
     "old pickle": ({**CONFIG, "model.pt": pickle.dumps([1.0] * 100, 2)}, ["model.pt: is a Python pickle"]),
     "another name": ({**CONFIG, "weights.safetensors": VALID}, ["no model.safetensors", "but weights.safetensors: name that file"]),

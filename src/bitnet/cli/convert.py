@@ -59,6 +59,7 @@ def convert_model(
     from bitnet.cli.progress import DelayedBar
     from bitnet.convert import convert
     from bitnet.convert.report import check_place, table
+    from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
     from bitnet.source import resolve
@@ -91,7 +92,8 @@ def convert_model(
     def ready() -> None:
         nonlocal before, start
         if held_out is not None:
-            before = _perplexity(path, held_out, i2_s, tokenizer, "before", merge_adapter)
+            with naming(f"--evaluate {evaluate}"):
+                before = _perplexity(path, held_out, i2_s, tokenizer, "before", merge_adapter)
             start = time.perf_counter()
 
     with (
@@ -167,7 +169,7 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
     """int32 [sequences, tokens] of the file's text, or of the built-in sample."""
     from bitnet import sample
     from bitnet.convert.layerwise import sequences
-    from bitnet.errors import FormatError, UsageError
+    from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text
     from bitnet.models import canonical, open_checkpoint
     from bitnet.source import load_tokenizer
@@ -176,15 +178,10 @@ def _calibration(path: Path, i2_s: str, tokenizer: str | None, file: str | None,
         raise click.UsageError(f"--sequences is {count}, --sequence-length {length}; expected at least 1 of at least 2 tokens")
     checkpoint = open_checkpoint(path, i2_s)
     config = canonical(checkpoint).config
-    try:
-        loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
-    except FormatError as error:
-        raise error if tokenizer is None else FormatError(f"{tokenizer}: {error}") from None
+    loaded = load_tokenizer(checkpoint, config.vocab_size, tokenizer)
     text = sample.text() if file is None else read_text(Path(file), count * length * MOST_BYTES, "--calibration")
-    try:
+    with naming(file or "the built-in sample"):
         return sequences(loaded.encode(text, add_special=False), loaded.prefix_ids, count, length, config.max_context)
-    except UsageError as error:
-        raise UsageError(f"{file or 'the built-in sample'}: {error}") from None
 
 
 def _perplexity(path: Path, text: str, i2_s: str, tokenizer: str | None, when: str, adapter: str | None = None) -> dict[str, Any]:

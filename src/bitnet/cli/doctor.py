@@ -49,7 +49,14 @@ def command(model: str | None, data: str | None, as_json: bool, **hub: str | Non
     Each line is one finding: ok, warning or FAILED. A model reads a short English text; where that is doubtful, the known mistakes of
     converters are tried one by one. The exit code is 1 if anything FAILED.
     """
+    given = [name for name, value in {"data": data, **hub}.items() if value is not None]
+    if model is None and given:
+        raise click.UsageError(f"--{given[0]} is for a MODEL; name one, or leave it out to check this machine")
     path = opened_path(model, hub)
+    if data is not None:
+        from bitnet.evaluate.perplexity import read_text
+
+        read_text(Path(data), 1)  # before the long part
     findings = []
     for check in (machine_findings, version_findings, namesake_findings, kernel_findings, tuning_findings, model_findings):
         findings += shown(check)

@@ -52,6 +52,7 @@ def command(
     MODEL comes before --data. Each text is cut into windows of the model's context, and every token is predicted once.
     """
     from bitnet.cli.progress import DelayedBar
+    from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text, score_text
     from bitnet.transformer import TernaryTransformer
 
@@ -60,6 +61,8 @@ def command(
     if not data and not kv_report:
         raise click.UsageError("Missing option '--data'.")
     if kv_report:
+        if engine["kv_bits"] != 16 or engine["kv_bits_k"] is not None or engine["kv_bits_v"] is not None:
+            raise click.UsageError("--kv-report measures 16, 8, K8V4 and 4 bits; leave --kv-bits, --kv-bits-k and --kv-bits-v out")
         return report_kv(model, kv_report, max_bytes, as_json, zero_skip=zero_skip_argument(zero_skip), **engine)
     texts = [(name, read_text(Path(name), max_bytes)) for name in data]
     loaded = TernaryTransformer.from_pretrained(model, zero_skip=zero_skip_argument(zero_skip), **engine)
@@ -67,7 +70,7 @@ def command(
         click.echo(loaded.head_tuned.notice(), err=True)
     results = []
     for name, text in texts:
-        with DelayedBar(Path(name).name) as bar:
+        with DelayedBar(Path(name).name) as bar, naming(name):
             score = score_text(loaded, text, bar)
         results.append({"model": model, "data": name, **{key: value for key, value in asdict(score).items() if key != "mean_probability"}})
         click.echo(
@@ -81,13 +84,14 @@ def command(
 def report_kv(model: str, name: str, max_bytes: int | None, as_json: bool, **engine: Any) -> None:
     """Prints the table of `bitnet.evaluate.kv`."""
     from bitnet.cli.progress import DelayedBar
+    from bitnet.errors import naming
     from bitnet.evaluate.kv import kv_losses, left_out, lines
     from bitnet.evaluate.perplexity import read_text
     from bitnet.transformer import TernaryTransformer
 
     text = read_text(Path(name), max_bytes)
     loaded = TernaryTransformer.from_pretrained(model, **engine)
-    with DelayedBar(Path(name).name) as bar:
+    with DelayedBar(Path(name).name) as bar, naming(name):
         losses = kv_losses(loaded, text, group_size=engine["kv_group_size"], progress=bar)
     click.echo("\n".join(lines(losses)))
     if missing := left_out(losses, loaded.engine.config.max_context):

@@ -45,6 +45,14 @@ def command(
     from bitnet.models import open_checkpoint
     from bitnet.source import resolve
 
+    if not (accuracy or zeros) and (data is not None or threads is not None):
+        raise click.UsageError(f"{'--data' if data is not None else '--threads'} is for --accuracy and --zeros")
+    if data is not None:
+        from pathlib import Path
+
+        from bitnet.evaluate.perplexity import read_text
+
+        read_text(Path(data), 1)  # before the long part
     checkpoint = open_checkpoint(resolve(model, **hub))
     with DelayedBar("inspect") as bar:
         found = describe(checkpoint, bar)

@@ -51,7 +51,7 @@ def continue_prompt(
     from bitnet.tokenizer import replace_surrogates
     from bitnet.transformer import TernaryTransformer
 
-    if (system or chat_template) and not chat:
+    if (system is not None or chat_template is not None) and not chat:
         raise click.UsageError("--system and --chat-template are for --chat; a plain prompt has neither")
     model = TernaryTransformer.from_pretrained(
         source,

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from bitnet.engine import Engine
 from bitnet.errors import UsageError
+from bitnet.evaluate.perplexity import LARGEST_EXPONENT
 from bitnet.models import Checkpoint, canonical
 from bitnet.weights import load_engine
 
@@ -108,7 +109,15 @@ def head_cost(stored: Engine, quantized: Engine, ids: list[int], progress: Progr
 
 def _loss(engine: Engine, mean: NDArray[np.float64], default: bool) -> Loss:
     weights = "f16" if engine.codec == "dense" else engine.codec
-    return Loss(weights, engine.activations, default, engine.weight_bytes_per_token, math.exp(mean[0]), float(mean[1]), float(mean[2]))
+    return Loss(
+        weights,
+        engine.activations,
+        default,
+        engine.weight_bytes_per_token,
+        math.exp(min(mean[0], LARGEST_EXPONENT)),
+        float(mean[1]),
+        float(mean[2]),
+    )
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

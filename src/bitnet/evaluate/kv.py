@@ -20,6 +20,7 @@ import numpy as np
 
 from bitnet.errors import UsageError
 from bitnet.evaluate.accuracy import CHUNK, compare, log_softmax
+from bitnet.evaluate.perplexity import LARGEST_EXPONENT
 from bitnet.kv import DEFAULT_GROUP, KvFormat
 from bitnet.sample import center_keys
 
@@ -54,7 +55,7 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
 
     Raises `UsageError` for a text shorter than the shortest window, and for a group that does not divide the model's heads.
     """
-    engine, bos = model.engine, model.tokenizer.prefix_ids
+    engine, bos, adapter = model.engine, model.tokenizer.prefix_ids, model.adapters.get("default")
     ids = model.tokenizer.encode(text)[len(bos) :]
     context = engine.config.max_context
     shortest = min(LENGTHS[0], context)
@@ -74,7 +75,7 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
         sums = np.zeros((len(formats), 2, 3))  # format, half of the window; -ln p(next), KL, agreement
         half = n // 2
         for window in found:
-            sequences = [engine.sequence(kv=kv) for kv in formats]
+            sequences = [engine.sequence(adapter, kv) for kv in formats]
             for part, (first, end) in enumerate(((0, half), (half, n - 1))):
                 for at in range(first, end, CHUNK):
                     inputs = window[at : min(at + CHUNK, end)]
@@ -94,7 +95,7 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
             size = kv.bytes_per_token(engine.config.n_layers, engine.config.n_kv_heads, engine.config.head_dim)
             how = kv.quantized and kv.rotate, kv.quantized and kv.center
             found_of = float(mean[1]), float(mean[2]), float(last[1]), float(last[2])
-            losses.append(KvLoss(n, tokens, kv.name, *how, size, math.exp(mean[0]), *found_of))
+            losses.append(KvLoss(n, tokens, kv.name, *how, size, math.exp(min(mean[0], LARGEST_EXPONENT)), *found_of))
     return losses
 
 

@@ -11,6 +11,7 @@ nothing to predict a window's first token from: that token is not predicted, and
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -50,7 +51,8 @@ def read_text(path: Path, max_bytes: int | None = None, option: str = "--data") 
         raise UsageError(f"max_bytes is {max_bytes}; expected a whole number >= 1")
     try:
         with path.open("rb") as file:
-            data = file.read() if max_bytes is None else file.read(max_bytes + 1)
+            whole = max_bytes is None or max_bytes >= os.fstat(file.fileno()).st_size > 0
+            data = file.read() if whole or max_bytes is None else file.read(max_bytes + 1)
     except OSError as error:
         raise UsageError(f"{path}: cannot be read as text: {error.strerror}; {option} takes text files") from None
     if max_bytes is not None and len(data) > max_bytes:

@@ -13,7 +13,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NoReturn
 
-from bitnet.errors import FormatError
+from bitnet.errors import BitNetError, FormatError
 from bitnet.files import (
     PathLike,
     check_json_object,
@@ -142,8 +142,11 @@ def _refuse_folder(folder: Path) -> NoReturn:
         names = [entry.name for entry in islice(entries, 1000) if os.path.isfile(entry)]
         names.sort(key=lambda name: os.path.getsize(folder / name), reverse=True)
     for name in names:
-        with open_regular(folder / name) as (descriptor, _):
-            head = os.read(descriptor, 64)
+        try:
+            with open_regular(folder / name) as (descriptor, _):
+                head = os.read(descriptor, 64)
+        except BitNetError:  # an empty file, or one that may not be read
+            continue
         refuse_other_formats(head, shown(folder / name))
         if head[4:9] == b"\0\0\0\0{":
             raise FormatError(f"{shown(folder)}: has no model.safetensors or index of shards, but {shown(name)}: name that file itself")

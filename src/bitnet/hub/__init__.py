@@ -121,9 +121,9 @@ def _from_cache(repo: Path, name: str, revision: str, file: str | None, error: H
     try:
         there = [path for path in snapshot.rglob("*") if path.is_file()]
         sizes: dict[str, int | None] = {path.relative_to(snapshot).as_posix(): path.stat().st_size for path in there}
-        _, opened = choose(sizes, file, (snapshot / INDEX).read_bytes, "it")
+        _, opened = choose(sizes, file, (snapshot / INDEX).read_bytes, f"{name}@{revision}")
     except BitNetError as missing:
-        raise HubError(f"{error}, and the cache has only a part of {name}@{revision}: {missing}") from None
+        raise HubError(f"{error}, and the cache has only a part: {missing}") from None
     if not error.offline:
         say(f"notice: {error}; running {name} from the cache (commit {commit[:12]})")
     return snapshot / opened

@@ -52,7 +52,7 @@ def _of_folder(folder: Path, repo: CachedRepoInfo | None) -> list[CachedModel]:
             revision.size_on_disk,
             unfinished,
             max((file.blob_last_accessed for file in revision.files), default=None),
-            _state(revision),
+            _state(revision) if is_hub_name(name) else "not org/name, the only names that run from here",
         )
         for revision in sorted(repo.revisions, key=lambda revision: -revision.last_modified)
     ]
@@ -81,10 +81,10 @@ class Removal:
 def removal(name: str, revision: str | None = None) -> Removal:
     """How to free a model, or one revision of it: a branch, tag, or commit's beginning. Raises `UsageError` if it is not there."""
     require_library()
-    folder = repo_folder(name) if is_hub_name(name) else None
-    if folder is None or not folder.is_dir():
-        have = ", ".join(dict.fromkeys(model.name for model in cached_models())) or "nothing"
-        raise UsageError(f"no model {plain(name)!r} in the cache {cache_folder()}; it holds: {have}")
+    have = dict.fromkeys(model.name for model in cached_models())
+    folder = repo_folder(name)
+    if name not in have or not folder.is_dir():
+        raise UsageError(f"no model {plain(name)!r} in the cache {cache_folder()}; it holds: {', '.join(have) or 'nothing'}")
     cache = _scan()
     repo = next((repo for repo in cache.repos if repo.repo_path.name == folder.name), None) if cache is not None else None
     chosen = _chosen(repo, revision, name)

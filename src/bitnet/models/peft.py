@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, json_object, read_file, safetensors, shown
 from bitnet.files.tensor import MAX_CONFIG_BYTES, Tensor
 from bitnet.models import lora_gguf
@@ -55,6 +55,8 @@ def read_adapter(path: PathLike, config: ModelConfig) -> StoredAdapter:
     Raises `UnsupportedModelError` for what is no plain LoRA on q, k, v, o, gate, up and down, `FormatError` for damaged files and for
     shapes or modules that the base does not have.
     """
+    if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+        raise UsageError(f"adapter is {path!r}; expected an adapter's folder as PEFT saves it, or llama.cpp's .gguf")
     folder, where = Path(path), shown(path)
     if folder.is_file():
         return StoredAdapter(folder, lora_gguf.read(folder, config))

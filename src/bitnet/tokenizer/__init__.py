@@ -42,20 +42,20 @@ class Tokenizer:
         self._whole: dict[int, str | None] = {}  # what `whole_text` has answered
 
     @classmethod
-    def from_json(cls, data: bytes, vocab_size: int, eos_ids: Iterable[int] = ()) -> Tokenizer:
-        """Reads the bytes of a tokenizer.json for a model of `vocab_size` tokens.
+    def from_json(cls, data: bytes, vocab_size: int, eos_ids: Iterable[int] = (), where: str = "tokenizer.json") -> Tokenizer:
+        """Reads the bytes of a tokenizer.json (`where`, in messages) for a model of `vocab_size` tokens.
 
         Raises `FormatError` when the bytes are not a tokenizer, when it cannot encode, and when it has an id >= `vocab_size`.
         """
         try:
             text = bytes(data).decode("utf-8")
         except UnicodeDecodeError as error:
-            raise FormatError(f"tokenizer.json is not UTF-8 (byte {error.start}); expected {_JSON}") from None
+            raise FormatError(f"{where} is not UTF-8 (byte {error.start}); expected {_JSON}") from None
 
         def build() -> Tokenizer:
-            return cls(checked(tokenizers.Tokenizer.from_str(text), vocab_size, "tokenizer.json"), vocab_size, eos_ids)
+            return cls(checked(tokenizers.Tokenizer.from_str(text), vocab_size, where), vocab_size, eos_ids)
 
-        return guarded(build, "tokenizer.json cannot be used", _JSON)
+        return guarded(build, f"{where} cannot be used", _JSON)
 
     def __len__(self) -> int:
         """Number of tokens, added ones included."""
