@@ -109,15 +109,8 @@ def head_cost(stored: Engine, quantized: Engine, ids: list[int], progress: Progr
 
 def _loss(engine: Engine, mean: NDArray[np.float64], default: bool) -> Loss:
     weights = "f16" if engine.codec == "dense" else engine.codec
-    return Loss(
-        weights,
-        engine.activations,
-        default,
-        engine.weight_bytes_per_token,
-        math.exp(min(mean[0], LARGEST_EXPONENT)),
-        float(mean[1]),
-        float(mean[2]),
-    )
+    perplexity = math.exp(min(mean[0], LARGEST_EXPONENT))
+    return Loss(weights, engine.activations, default, engine.weight_bytes_per_token, perplexity, float(mean[1]), float(mean[2]))
 
 
 def log_softmax(logits: NDArray[np.float32]) -> NDArray[np.float64]:

@@ -55,7 +55,9 @@ def kv_losses(model: TernaryTransformer, text: str, *, group_size: int = DEFAULT
 
     Raises `UsageError` for a text shorter than the shortest window, and for a group that does not divide the model's heads.
     """
-    engine, bos, adapter = model.engine, model.tokenizer.prefix_ids, model.adapters.get("default")
+    from bitnet.transformer import DEFAULT_ADAPTER
+
+    engine, bos, adapter = model.engine, model.tokenizer.prefix_ids, model.adapters.get(DEFAULT_ADAPTER)
     ids = model.tokenizer.encode(text)[len(bos) :]
     context = engine.config.max_context
     shortest = min(LENGTHS[0], context)

@@ -114,7 +114,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
     if (one.shape, one.scheme, one.nbytes) != (other.shape, other.scheme, other.nbytes):
         return False
     a, b = (memoryview(tensor.data)[tensor.offset : tensor.offset + tensor.nbytes] for tensor in (one, other))
-    return all(a[at : at + _COMPARED] == b[at : at + _COMPARED] for at in range(0, one.nbytes, _COMPARED))
+    same = all(a[at : at + _COMPARED] == b[at : at + _COMPARED] for at in range(0, one.nbytes, _COMPARED))
+    for tensor in (one, other):
+        tensor.forget_pages()
+    return same
 
 
 def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
