@@ -113,13 +113,18 @@ def train(
                 click.echo(" ".join(f"{k} {v}" for k, v in row.items()), err=True)
 
         target = run(recipe, data, out or Path("runs") / config.stem, export, evaluation, card, device, spread, report)
-    if os.environ.get("RANK", "0") != "0":
-        return  # under torchrun the first process speaks for all
-    click.echo(
-        f"{target}: {recipe.task}, {recipe.trained}" + (f", loss {last['loss']} after {last['step']} steps" if last else ", complete")
-    )
-    if as_json:
-        click.echo(json.dumps({"model": str(target), "task": recipe.task, "scheme": recipe.trained, **last}))
+    if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
+        click.echo(
+            f"{target}: {recipe.task}, {recipe.trained}" + (f", loss {last['loss']} after {last['step']} steps" if last else ", complete")
+        )
+        if as_json:
+            click.echo(json.dumps({"model": str(target), "task": recipe.task, "scheme": recipe.trained, **last}))
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        # All is written. At an orderly exit a thread of torch that still runs can abort the process ("terminate called without an active
+        # exception"), and torchrun then calls the whole run failed.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(0)
 
 
 def _data_of(task: str) -> str:
