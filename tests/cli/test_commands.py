@@ -113,6 +113,8 @@ def test_inspect_takes_nothing_that_it_does_not_use(bitnet: Bitnet, model_folder
     for option, value in (("--data", tmp_path / "none.txt"), ("--threads", 1)):
         done = bitnet("inspect", model_folder, option, value)
         assert done.exit_code == 2 and done.stderr.startswith(f"error: {option} is for --accuracy and --zeros") and not done.stdout
+    (tmp_path / "quoted.txt").write_text("\u201cOnce.\u201d", encoding="utf-8")
+    assert bitnet("inspect", model_folder, "--zeros", "--data", tmp_path / "quoted.txt").exit_code == 0
     done = bitnet("inspect", model_folder, "--zeros", "--data", tmp_path / "none.txt")
     assert done.exit_code == 2 and "none.txt: cannot be read as text" in done.stderr and not done.stdout
 

@@ -195,7 +195,7 @@ def test_chat_templates(bitnet: Bitnet, copy: Path) -> None:
 
 def test_data(bitnet: Bitnet, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
-    text.write_text("Once upon a time there was a dog. " * 5)
+    text.write_text("\u201cOnce upon a time there was a dog.\u201d " * 5, encoding="utf-8")
     assert "bits per byte of text.txt" in detail(diagnosed(bitnet("doctor", EMBEDDED_MODEL, "--data", text, "--json")), "data")
     done = bitnet("doctor", EMBEDDED_MODEL, "--data", tmp_path / "none.txt")
     assert done.exit_code == 2 and "none.txt: cannot be read as text" in done.stderr and not done.stdout

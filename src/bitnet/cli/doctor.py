@@ -56,7 +56,7 @@ def command(model: str | None, data: str | None, as_json: bool, **hub: str | Non
     if data is not None:
         from bitnet.evaluate.perplexity import read_text
 
-        read_text(Path(data), 1)  # before the long part
+        read_text(Path(data))  # before the long part
     findings = []
     for check in (machine_findings, version_findings, namesake_findings, kernel_findings, tuning_findings, model_findings):
         findings += shown(check)

@@ -52,7 +52,7 @@ def command(
 
         from bitnet.evaluate.perplexity import read_text
 
-        read_text(Path(data), 1)  # before the long part
+        read_text(Path(data), MAX_ACCURACY_BYTES)  # before the long part
     checkpoint = open_checkpoint(resolve(model, **hub))
     with DelayedBar("inspect") as bar:
         found = describe(checkpoint, bar)
