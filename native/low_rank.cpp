@@ -10,7 +10,7 @@ namespace bitnet {
 namespace {
 
 constexpr int kRowsPiece = 8;       // of A, that a thread takes at a time
-constexpr int64_t kSharedB = 16384;  // weights of B times tokens, from which on it is worth waking another thread
+constexpr int64_t kSharedB = 65536;  // weights of B times tokens, from which on it is worth waking another thread
 
 struct Place {
   Reader reader;
@@ -56,7 +56,7 @@ void Adapter::set_a(int layer, const std::string& part, const int16_t* codes, in
   for (int r = 0; r < ranks; r++)
     for (int c = 0; c < cols; c++) w.a[r * w.row_inputs + c / 32 * 32 + c % 16 * 2 + c / 16 % 2] = codes[int64_t{r} * cols + c];
   w.scales = Buffer<float>(ranks, &arena_);
-  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], -32);
+  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], -16);
 }
 
 void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first) {

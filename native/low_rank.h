@@ -2,6 +2,7 @@
 //
 // x is what the matrix's module takes in, in float32, also where W meets it in int8: an adapter is trained beside the module, not inside it.
 // A and B are integers of 16 bits with a step for each row of A and column of B, whatever their file has: beside ternary weights bytes count.
+// A x meets B in 15 bits, so that B's products are whole numbers too.
 // A's products join those of the weights, so that nobody waits for them; B's come after, as soon as W x is there.
 #pragma once
 #include <array>
@@ -31,7 +32,7 @@ struct LowRank {
   int ranks = 0, cols = 0;     // A's rows, the parts' one after another, each filled up with zeros to a multiple of 4; 0: nothing here
   int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 32
   Buffer<int16_t> a;           // [ranks, row_inputs], see DotI16
-  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of A and the 2^16 of B
+  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of A
   std::array<Part, 3> parts;   // in the order of the products; without rows where a matrix has no adapter
   int64_t bytes() const;
 };

@@ -43,6 +43,9 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   return sum + (IntPart)_mm256_madd_epi16(_mm256_maddubs_epi16((__m256i)codes, (__m256i)x), _mm256_set1_epi16(1));
 #endif
 }
+BITNET_INLINE i16x add_pairs(i16x sum, i16x a, i16x b) {
+  return for_parts<i16x>([&](int p) __attribute__((always_inline)) { return sum.part[p] + (IntPart)_mm256_madd_epi16((__m256i)a.part[p], (__m256i)b.part[p]); });
+}
 BITNET_INLINE int32_t sum_part(IntPart x) {
   __m128i half = _mm_add_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
   half = _mm_add_epi32(half, _mm_shuffle_epi32(half, 0x4e));

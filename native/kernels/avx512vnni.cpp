@@ -50,6 +50,9 @@ struct Sums {
 
 namespace {
 BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) { return (IntPart)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)codes, (__m512i)x); }
+BITNET_INLINE i16x add_pairs(i16x sum, i16x a, i16x b) {
+  return {{(IntPart)_mm512_dpwssd_epi32((__m512i)sum.part[0], (__m512i)a.part[0], (__m512i)b.part[0])}};
+}
 BITNET_INLINE int32_t sum_part(IntPart x) { return _mm512_reduce_add_epi32((__m512i)x); }
 BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)_mm512_unpacklo_epi8((__m512i)a, (__m512i)b); }
 BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)_mm512_unpackhi_epi8((__m512i)a, (__m512i)b); }

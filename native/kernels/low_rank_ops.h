@@ -1,49 +1,68 @@
-// The two products of a low-rank adapter (kernels.h: AddI16, DotI16), written once for every instruction set.
+// The two products of a low-rank adapter (kernels.h: AddI16, DotI16), written once for every instruction set. The including file defines
+// add_pairs(sum, a, b): a and b hold two integers of 16 bits in each lane, whose two products join the lane's sum.
 #pragma once
 #include "float_ops.h"
 
 namespace {
 
-// 32 integers of 16 bits as floats times 2^16: the lower halves of 16 lanes, and the upper ones.
-struct Widened {
-  v16 lower, upper;
+// A x before it meets B, up to kFours fours of inputs of one token: whole numbers of 15 bits with a step for each four, so that the sums of
+// four products with 16 bits fit into 32. NaN and infinity make the step NaN.
+constexpr int kFours = 16;
+struct RoundedFours {
+  int32_t pairs[kFours][2];  // two codes each
+  float steps[kFours];
 };
-BITNET_INLINE Widened load_i16(const int16_t* from) {
-  const i16x both = load_int(reinterpret_cast<const int32_t*>(from));
-  return {to_float(both << 16), to_float(both & int32_t(0xffff0000))};
-}
-// An adapter's B: panels of few inputs. N: n_inputs where that is known, so that the loop is unrolled; else 0.
-template <int N, int T>
-BITNET_INLINE void add_panels(const int16_t* w, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, float* y, int64_t y_stride) {
-  if (N) n_inputs = N;
-  for (int row = 0; row < n_rows; row += 16) {
-    v16 acc[T][4];
-    for (int t = 0; t < T; t++)
-      for (int j = 0; j < 4; j++) acc[t][j] = splat(0.0f);
-    for (int64_t k = 0; k < n_inputs; k += 4)
-      for (int j = 0; j < 4; j += 2, w += 32) {
-        __builtin_prefetch(w + 1024, 0, 3);
-        const Widened wide = load_i16(w);
-        for (int t = 0; t < T; t++) {
-          const float* in = x + t * x_stride + k + j;
-          acc[t][j] = fma16(wide.lower, splat(in[0]), acc[t][j]), acc[t][j + 1] = fma16(wide.upper, splat(in[1]), acc[t][j + 1]);
-        }
-      }
-    for (int t = 0; t < T; t++) {
-      const v16 sum = (acc[t][0] + acc[t][1]) + (acc[t][2] + acc[t][3]);
-      float* to = y + t * y_stride + row;
-      if (row + 16 <= n_rows) store(to, load(to) + sum);
-      else store_tail(to, n_rows - row, load_tail(to, n_rows - row, 0.0f) + sum);
+BITNET_INLINE void round_fours(const float* x, int n, RoundedFours& to) {
+  for (int i = 0; i < n; i++, x += 4) {
+    float most = 0.0f, sum = 0.0f;
+    for (int j = 0; j < 4; j++) most = __builtin_fabsf(x[j]) > most ? __builtin_fabsf(x[j]) : most, sum += x[j];
+    const float inverse = most > 1e-30f ? 16383.0f / most : 0.0f;
+    uint32_t codes[4];
+    for (int j = 0; j < 4; j++) {
+      const float shifted = x[j] * inverse + 12582912.0f;  // 1.5 * 2^23: the low bits are the rounded integer
+      __builtin_memcpy(&codes[j], &shifted, 4);
+      codes[j] -= 0x4b400000u;
     }
+    for (int j = 0; j < 2; j++) to.pairs[i][j] = int32_t((codes[2 * j] & 0xffff) | codes[2 * j + 1] << 16);
+    to.steps[i] = most / 16383.0f + 0.0f * sum;
+  }
+}
+// An adapter's B: panels of few inputs, `panel` apart, of which n fours. N: n where that is known, so that the loop is unrolled; else 0.
+template <int N, int T>
+BITNET_INLINE void add_panels(const int16_t* w, int64_t panel, int n_rows, int n, const RoundedFours* x, float* y, int64_t y_stride) {
+  if (N) n = N;
+  for (int row = 0; row < n_rows; row += 16, w += panel) {
+    const int rows = n_rows - row;
+    v16 sum[T];
+    for (int t = 0; t < T; t++) sum[t] = rows >= 16 ? load(y + t * y_stride + row) : load_tail(y + t * y_stride + row, rows, 0.0f);
+    for (int i = 0; i < n; i++) {
+      const int16_t* at = w + 64 * i;
+      for (int j = 0; j < 2; j++) __builtin_prefetch(at + 32 * j + 1024, 0, 3);
+      const i16x first = load_int(reinterpret_cast<const int32_t*>(at)), second = load_int(reinterpret_cast<const int32_t*>(at + 32));
+      for (int t = 0; t < T; t++) {
+        const i16x dots = add_pairs(add_pairs(splat_int(0), first, splat_int(x[t].pairs[i][0])), second, splat_int(x[t].pairs[i][1]));
+        sum[t] = fma16(to_float(dots), splat(x[t].steps[i]), sum[t]);
+      }
+    }
+    for (int t = 0; t < T; t++)
+      if (rows >= 16) store(y + t * y_stride + row, sum[t]);
+      else store_tail(y + t * y_stride + row, rows, sum[t]);
+  }
+}
+template <int T>
+BITNET_INLINE void add_tokens(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, float* y, int64_t y_stride) {
+  RoundedFours rounded[T];
+  for (int64_t k = 0; k < n_inputs; k += 4 * kFours) {
+    const int n = n_inputs - k < 4 * kFours ? int(n_inputs - k) / 4 : kFours;
+    for (int t = 0; t < T; t++) round_fours(x + t * x_stride + k, n, rounded[t]);
+    if (n == 2) add_panels<2, T>(panels + 16 * k, 16 * n_inputs, n_rows, n, rounded, y, y_stride);
+    else add_panels<0, T>(panels + 16 * k, 16 * n_inputs, n_rows, n, rounded, y, y_stride);
   }
 }
 static void add_i16(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride) {
-  constexpr int kFew = 16 <= kSums ? 4 : 1;
   int t = 0;
-  for (; t + kFew <= n_tokens; t += kFew) add_panels<0, kFew>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
-  for (; t < n_tokens; t++)
-    if (n_inputs == 8) add_panels<8, 1>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
-    else add_panels<0, 1>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
+  for (; t + 4 <= n_tokens; t += 4) add_tokens<4>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
+  for (; t < n_tokens; t++) add_tokens<1>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
 }
 
 // sum_lanes of N vectors, a power of two up to 16, side by side: halves of two vectors meet in one, so that all take little more than one does.
@@ -64,6 +83,14 @@ BITNET_INLINE void sum_lanes_of(v16* x, float* out) {
     store(sums, x[0]);
     for (int r = 0; r < R; r++) out[r] = sums[(r & 1) * 8 + (r & 2) * 2 + (r & 4) / 2 + (r & 8) / 8];
   }
+}
+// 32 integers of 16 bits as floats times 2^16: the lower halves of 16 lanes, and the upper ones.
+struct Widened {
+  v16 lower, upper;
+};
+BITNET_INLINE Widened load_i16(const int16_t* from) {
+  const i16x both = load_int(reinterpret_cast<const int32_t*>(from));
+  return {to_float(both << 16), to_float(both & int32_t(0xffff0000))};
 }
 // An adapter's A: R rows x T tokens in registers.
 template <int R, int T>

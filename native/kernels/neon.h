@@ -39,6 +39,12 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   return (IntPart)vpadalq_s16((int32x4_t)sum, vpaddq_s16(low, high));
 #endif
 }
+BITNET_INLINE i16x add_pairs(i16x sum, i16x a, i16x b) {
+  return for_parts<i16x>([&](int p) __attribute__((always_inline)) {
+    const int16x8_t x = (int16x8_t)a.part[p], y = (int16x8_t)b.part[p];
+    return sum.part[p] + (IntPart)vpaddq_s32(vmull_s16(vget_low_s16(x), vget_low_s16(y)), vmull_high_s16(x, y));
+  });
+}
 BITNET_INLINE int32_t sum_part(IntPart x) { return vaddvq_s32((int32x4_t)x); }
 BITNET_INLINE Words low_bytes(Words a, Words b) { return (Words)vzip1q_u8((uint8x16_t)a, (uint8x16_t)b); }
 BITNET_INLINE Words high_bytes(Words a, Words b) { return (Words)vzip2q_u8((uint8x16_t)a, (uint8x16_t)b); }

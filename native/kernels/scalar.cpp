@@ -75,6 +75,12 @@ BITNET_INLINE IntPart add_trits(IntPart sum, Words codes, Words x) {
   for (int i = 0; i < 16; i++) sum[i / 4] += bytes[0][i] * bytes[1][i];
   return sum;
 }
+BITNET_INLINE i16x add_pairs(i16x sum, i16x a, i16x b) {
+  return for_parts<i16x>([&](int p) __attribute__((always_inline)) {
+    const IntPart x = a.part[p], y = b.part[p];
+    return sum.part[p] + (x << 16 >> 16) * (y << 16 >> 16) + (x >> 16) * (y >> 16);
+  });
+}
 BITNET_INLINE int32_t sum_part(IntPart x) { return (x[0] + x[1]) + (x[2] + x[3]); }
 typedef uint8_t SixteenBytes __attribute__((vector_size(16)));
 BITNET_INLINE Words low_bytes(Words a, Words b) {

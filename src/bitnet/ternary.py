@@ -208,8 +208,10 @@ def matmul_dense(weights: F32, x: F32) -> F32:
 def low_rank(a: F32, b: F32, scale: float | F32, x: F32) -> F32:
     """What an adapter adds to W x: B (scale * (A x)) (LoRA, arXiv:2106.09685; there scale is alpha / rank).
 
-    a float32 [rank, in], b float32 [out, rank], scale one or float32 [rank], x float32 [tokens, in] -> float32 [tokens, out].
-    A's sums run in 16 lanes, lane l over the inputs l, l + 16, ... in order, by fused multiply-adds; then halves of them are added.
+    a float32 [rank, in], b whole numbers up to 32,767 as float32 [out, rank], scale one or float32 [rank], x float32 [tokens, in] ->
+    float32 [tokens, out]. A's sums run in 16 lanes, lane l over the inputs l, l + 16, ... in order, by fused multiply-adds; then halves of
+    them are added. B meets them four at a time, rounded to 15 bits (`round_fours`): exact sums of four products, each added by a fused
+    multiply-add with its step.
     """
     rank, inputs = a.shape
     lanes = np.zeros((x.shape[0], rank, 16), np.float32)
@@ -218,7 +220,26 @@ def low_rank(a: F32, b: F32, scale: float | F32, x: F32) -> F32:
         lanes[..., :n] = fused_multiply_add(x[:, None, k : k + n], a[None, :, k : k + n], lanes[..., :n])
     for n in (8, 4, 2, 1):
         lanes = lanes[..., :n] + lanes[..., n : 2 * n]
-    return matmul_dense(b, lanes[..., 0] * np.float32(scale))
+    codes, steps = round_fours(lanes[..., 0] * np.float32(scale))
+    b = np.pad(b, ((0, 0), (0, -rank % 4)))
+    total = np.zeros((x.shape[0], b.shape[0]), np.float32)
+    for four in range(steps.shape[1]):
+        of_four = slice(4 * four, 4 * four + 4)
+        dots = (codes[:, of_four].astype(np.int64) @ b[:, of_four].T.astype(np.int64)).astype(np.float32)
+        total = fused_multiply_add(dots, steps[:, four, None], total)
+    return total
+
+
+def round_fours(x: F32) -> tuple[NDArray[np.int32], F32]:
+    """x float32 [tokens, n] -> int32 [tokens, n up to a multiple of 4] up to 16,383, and the steps of each four, float32 [tokens, fours].
+
+    A value moves by 2^-15 of the largest of its four at most; fours below 1e-30 become zeros.
+    """
+    fours = np.pad(x, ((0, 0), (0, -x.shape[1] % 4))).reshape(x.shape[0], -1, 4)
+    most = np.abs(fours).max(axis=2)
+    inverse = np.divide(np.float32(16383), most, out=np.zeros_like(most), where=most > np.float32(1e-30))
+    codes = np.rint(fours * inverse[..., None]).astype(np.int32)
+    return codes.reshape(x.shape[0], -1), np.asarray(most / np.float32(16383), np.float32)
 
 
 def fused_multiply_add(a: F32, b: F32, c: F32) -> F32:

@@ -36,12 +36,13 @@ class LowRank:
         """As the engine keeps it: A and B as integers up to 32,767, and float32 [rank], which A x is then multiplied by.
 
         Each row of A and column of B has a step of its own: a value moves by 2^-16 of the largest beside it at most, and not at all where
-        all of them are +-s or 0, as ternary factors are.
+        all of them are +-s or 0, as ternary factors are. The scale of zeros alone is 0, for what it multiplies shares a
+        step with its neighbours later (ternary.round_fours).
         """
         a, b = (side.astype(np.float64) for side in self.dense())
-        rows, columns = _step(np.abs(a).max(axis=1)), _step(np.abs(b).max(axis=0))
+        rows, columns = np.abs(a).max(axis=1) / 32767, np.abs(b).max(axis=0) / 32767
         scales = (self.scale * rows * columns).astype(np.float32)
-        return np.rint(a / rows[:, None]).astype(np.int16), np.rint(b / columns).astype(np.int16), scales
+        return _counted(a, rows[:, None]), _counted(b, columns), scales
 
     def delta(self) -> NDArray[np.float32]:
         """What it adds to the matrix, float32 [out, in]: scale * B A."""
@@ -49,8 +50,8 @@ class LowRank:
         return np.asarray((b @ a) * np.float32(self.scale), np.float32)
 
 
-def _step(largest: NDArray[np.float64]) -> NDArray[np.float64]:
-    return np.where(largest > 0, largest / 32767, 1.0)
+def _counted(values: NDArray[np.float64], steps: NDArray[np.float64]) -> NDArray[np.int16]:
+    return np.rint(np.divide(values, steps, out=np.zeros_like(values), where=steps > 0)).astype(np.int16)
 
 
 def widened(scheme: str, values: NDArray[Any]) -> NDArray[np.float32]:
