@@ -27,14 +27,26 @@ Place place_of(const Config& c, const std::string& part) {
   if (part == "down") return {kDown, 0, c.hidden_size, c.ffn_size};
   throw std::invalid_argument("no matrix of a layer is called " + part);
 }
+// Puts code [r, c] at place(r, c, whether they are narrow), which is returned, of `size` places; the others are 0.
+template <class Place>
+bool lay_out(const int16_t* codes, int rows, int cols, int64_t size, Arena* arena, Codes& to, Place&& place) {
+  const bool narrow = std::all_of(codes, codes + int64_t{rows} * cols, [](int16_t code) { return code == int8_t(code); });
+  auto fill = [&](auto& buffer) {
+    buffer = std::remove_reference_t<decltype(buffer)>(size, arena);
+    for (int r = 0; r < rows; r++)
+      for (int c = 0; c < cols; c++) buffer[place(r, c, narrow)] = codes[int64_t{r} * cols + c];
+  };
+  narrow ? fill(to.narrow) : fill(to.wide);
+  return narrow;
+}
 void check(bool ok, const char* problem) {
   if (!ok) throw std::invalid_argument(problem);
 }
 }  // namespace
 
 int64_t LowRank::bytes() const {
-  int64_t sum = 2 * int64_t(a.size()) + 4 * int64_t(scales.size());
-  for (const Part& p : parts) sum += 2 * int64_t(p.b.size());
+  int64_t sum = a.bytes() + 4 * int64_t(scales.size());
+  for (const Part& p : parts) sum += p.b.bytes();
   return sum;
 }
 
@@ -52,11 +64,11 @@ void Adapter::set_a(int layer, const std::string& part, const int16_t* codes, in
   LowRank& w = layers_[layer][place.reader];
   check(w.ranks == 0, "A was set before");
   w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 32);
-  w.a = Buffer<int16_t>(ranks * w.row_inputs, &arena_);
-  for (int r = 0; r < ranks; r++)
-    for (int c = 0; c < cols; c++) w.a[r * w.row_inputs + c / 32 * 32 + c % 16 * 2 + c / 16 % 2] = codes[int64_t{r} * cols + c];
+  const bool narrow = lay_out(codes, ranks, cols, ranks * w.row_inputs, &arena_, w.a, [&](int r, int c, bool narrow) {
+    return r * w.row_inputs + (narrow ? c : c / 32 * 32 + c % 16 * 2 + c / 16 % 2);
+  });
   w.scales = Buffer<float>(ranks, &arena_);
-  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], -16);
+  for (int r = 0; r < ranks; r++) w.scales[r] = narrow ? scales[r] : std::ldexp(scales[r], -16);
 }
 
 void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first) {
@@ -67,10 +79,9 @@ void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, in
   check(rank > 0 && first >= 0 && first % 4 == 0 && rank <= w.ranks - first, "B's columns meet rows that A does not have");
   LowRank::Part& p = w.parts[place.part];
   p.rows = rows, p.rank = round_up(rank, 4), p.first = first;
-  p.b = Buffer<int16_t>(size_t(round_up(rows, kPanelRows)) * p.rank, &arena_);
-  for (int r = 0; r < rows; r++)
-    for (int k = 0; k < rank; k++)
-      p.b[size_t(r / kPanelRows * kPanelRows) * p.rank + k / 2 * 2 * kPanelRows + r % kPanelRows * 2 + k % 2] = codes[int64_t{r} * rank + k];
+  lay_out(codes, rows, rank, int64_t{round_up(rows, kPanelRows)} * p.rank, &arena_, p.b, [&](int r, int k, bool) {
+    return int64_t{r / kPanelRows * kPanelRows} * p.rank + k / 2 * 2 * kPanelRows + r % kPanelRows * 2 + k % 2;
+  });
 }
 
 void LowRankUpdates::begin(const Kernels& k, const std::vector<Tokens>& tokens, int layer, Reader reader, const float* x) {
@@ -93,7 +104,10 @@ void LowRankUpdates::multiply_a(int piece) {
   const Piece& p = pieces_[piece];
   const LowRank& w = *p.w;
   float* to = &inner_[p.inner + p.row];
-  k_->dot_i16(&w.a[p.row * w.row_inputs], p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
+  auto dot = [&](auto kernel, const auto& a) {
+    kernel(&a[p.row * w.row_inputs], p.n_rows, w.row_inputs, w.cols, x_ + int64_t{p.first} * w.cols, w.cols, p.n, to, w.ranks);
+  };
+  w.a.is_narrow() ? dot(k_->dot_i8, w.a.narrow) : dot(k_->dot_i16, w.a.wide);
   for (int t = 0; t < p.n; t++)
     for (int r = 0; r < p.n_rows; r++) to[int64_t{t} * w.ranks + r] *= w.scales[p.row + r];
 }
@@ -112,8 +126,10 @@ void LowRankUpdates::add_b(ThreadPool& pool, std::initializer_list<Product> prod
         const LowRank::Part& of = u.w->parts[part];
         const int row = first * kPanelRows, n_rows = std::min(end * kPanelRows, of.rows) - row;
         if (n_rows <= 0) continue;
-        k_->add_i16(&of.b[size_t(row) * of.rank], n_rows, of.rank, &inner_[u.inner + of.first], u.w->ranks, u.n, p.y + int64_t{u.first} * of.rows + row,
-                    of.rows);
+        auto add = [&](auto kernel, const auto& b) {
+          kernel(&b[size_t(row) * of.rank], n_rows, of.rank, &inner_[u.inner + of.first], u.w->ranks, u.n, p.y + int64_t{u.first} * of.rows + row, of.rows);
+        };
+        of.b.is_narrow() ? add(k_->add_i8, of.b.narrow) : add(k_->add_i16, of.b.wide);
       }
       first = std::max(0, first - p.w->n_panels()), end -= p.w->n_panels(), part++;
       if (end <= 0) break;

@@ -2,6 +2,7 @@
 //
 // x is what the matrix's module takes in, in float32, also where W meets it in int8: an adapter is trained beside the module, not inside it.
 // A and B are integers of 16 bits with a step for each row of A and column of B, whatever their file has: beside ternary weights bytes count.
+// Of 8 where those are enough, as for ternary factors.
 // A x meets B in 15 bits, so that B's products are whole numbers too.
 // A's products join those of the weights, so that nobody waits for them; B's come after, as soon as W x is there.
 #pragma once
@@ -22,17 +23,25 @@ struct Product;
 // The matrices of a layer that read the same x: q, k, v; o; gate, up; down.
 enum Reader { kQkv, kO, kGateUp, kDown, kReaders };
 
+// Integers of 8 bits where those hold all of them, else of 16; one of the two is empty.
+struct Codes {
+  Buffer<int8_t> narrow;
+  Buffer<int16_t> wide;
+  int64_t bytes() const { return int64_t(narrow.size()) + 2 * int64_t(wide.size()); }
+  bool is_narrow() const { return narrow.size() > 0; }
+};
+
 // An adapter's part beside the matrices of one reader.
 struct LowRank {
   struct Part {
     int rows = 0, rank = 0;  // rank: filled up with zeros to a multiple of 4
     int first = 0;           // row of A that meets its first column; a multiple of 4
-    Buffer<int16_t> b;       // panels, see AddI16
+    Codes b;                 // panels, see AddCodes
   };
   int ranks = 0, cols = 0;     // A's rows, the parts' one after another, each filled up with zeros to a multiple of 4; 0: nothing here
   int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 32
-  Buffer<int16_t> a;           // [ranks, row_inputs], see DotI16
-  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of A
+  Codes a;                     // [ranks, row_inputs], see DotCodes
+  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of a wide A
   std::array<Part, 3> parts;   // in the order of the products; without rows where a matrix has no adapter
   int64_t bytes() const;
 };

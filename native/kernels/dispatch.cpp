@@ -253,15 +253,22 @@ const char* first_difference(const Kernels& k) {
           if (memcmp(products[0] + p * kGemmTokens * 16, products[1] + p * kGemmTokens * 16, kTokens * 16 * sizeof(float))) return "multiply_dense";
       }
     const auto* codes = reinterpret_cast<const int16_t*>(halves);
+    const auto* bytes = reinterpret_cast<const int8_t*>(halves);
     for (int n : {8, 12}) {  // 23 rows in two panels
       memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);
       k.add_i16(codes, 23, n, f, 12, kTokens, y1, 32), kScalar.add_i16(codes, 23, n, f, 12, kTokens, y2, 32);
       if (memcmp(y1, y2, sizeof y1)) return "add_i16";
+      memcpy(y1, f, sizeof y1), memcpy(y2, f, sizeof y2);
+      k.add_i8(bytes, 23, n, f, 12, kTokens, y1, 32), kScalar.add_i8(bytes, 23, n, f, 12, kTokens, y2, 32);
+      if (memcmp(y1, y2, sizeof y1)) return "add_i8";
     }
     for (int n : {64, 77, 83}) {
       k.dot_i16(codes, 15, 96, n, f, kInputs, 7, y1, 16), kScalar.dot_i16(codes, 15, 96, n, f, kInputs, 7, y2, 16);
       for (int t = 0; t < 7; t++)
         if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_i16";
+      k.dot_i8(bytes, 15, 96, n, f, kInputs, 7, y1, 16), kScalar.dot_i8(bytes, 15, 96, n, f, kInputs, 7, y2, 16);
+      for (int t = 0; t < 7; t++)
+        if (memcmp(y1 + 16 * t, y2 + 16 * t, 15 * sizeof(float))) return "dot_i8";
     }
     for (int n = kInputs; n >= kInputs - 7; n -= 7) {
       k.rms_norm(f, g, n, 1e-5f, f1), kScalar.rms_norm(f, g, n, 1e-5f, f2);

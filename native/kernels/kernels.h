@@ -82,14 +82,16 @@ using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x,
 // n_panels is 1 or 2, panel_bytes apart; n_tokens at most kGemmTokens.
 using MultiplyDense = void (*)(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride,
                                int n_tokens, float* out /* [n_panels, kGemmTokens, 16] */);
-// An adapter's weights: integers of 16 bits. y [n_tokens, y_stride] += the products with n_rows rows; panels [ceil(n_rows / 16)]
+// An adapter's weights: integers of 16 or 8 bits. y [n_tokens, y_stride] += the products with n_rows rows; panels [ceil(n_rows / 16)]
 // [n_inputs / 2][16 rows][2], n_inputs a multiple of 4. Each four of x are rounded to 15 bits with one step, 1 / 16383 of the largest; their
 // exact sum of products times the step joins y in order, fused.
-using AddI16 = void (*)(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride);
-// out [n_tokens, out_stride]: x times few rows of such weights, which count 2^16 times, row_stride apart and readable up to the next
-// multiple of 32 inputs. Of 32 inputs the first 16 alternate with the others. Lane l adds the products of inputs l, l + 16, ... in order,
-// fused; the lanes are a fixed tree.
-using DotI16 = void (*)(const int16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
+template <class Code>
+using AddCodes = void (*)(const Code* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride);
+// out [n_tokens, out_stride]: x times few rows of such weights, row_stride apart and readable up to the next multiple of 32 inputs. Those of
+// 16 bits count 2^16 times, and of 32 inputs the first 16 alternate with the others. Lane l adds the products of inputs l, l + 16, ... in
+// order, fused; the lanes are a fixed tree.
+template <class Code>
+using DotCodes = void (*)(const Code* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
                         int64_t out_stride);
 
 // Many tokens: codes lie unpacked, [n_panels][inputs / 4][16 rows][4], panel_bytes apart; n_panels is 1 or 2, n_tokens at most
@@ -136,8 +138,10 @@ struct Kernels {
   MarkGates mark_gates;
   MarkCodes mark_codes;
   MultiplyDense multiply_f16, multiply_bf16, multiply_f32;
-  AddI16 add_i16;
-  DotI16 dot_i16;
+  AddCodes<int16_t> add_i16;
+  AddCodes<int8_t> add_i8;
+  DotCodes<int16_t> dot_i16;
+  DotCodes<int8_t> dot_i8;
 
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, int n, float eps, float* out);

@@ -167,6 +167,6 @@ static void mark_codes(const int8_t* q, int n, uint64_t* bits) {
         unpack_bits<4, as_they_are>, unpack_bits<4, fp4_codes>, add_runs, write_run, sum_i8, dot_lines<TwoBitDigits>,                \
         dot_lines<Base3Line>, add_lines<TwoBitDigits>, add_lines<Base3Line>, unpack_columns<TwoBitDigits>,                           \
         unpack_columns<Base3Line>, mark_gates, mark_codes, multiply_dense<DenseF16>,                                                 \
-        multiply_dense<DenseBf16>, multiply_dense<DenseF32>, add_i16, dot_i16, rms_norm, quantize, gate_with<silu>, gate_with<relu2>,          \
-        gate_with<gelu_tanh>, add, rotate, hadamard, to_f16, from_f16, scores_f16, softmax, weigh_f16, split_weights, read_bytes     \
+        multiply_dense<DenseBf16>, multiply_dense<DenseF32>, add_codes, add_codes, dot_codes, dot_codes, rms_norm, quantize,            \
+        gate_with<silu>, gate_with<relu2>, gate_with<gelu_tanh>, add, rotate, hadamard, to_f16, from_f16, scores_f16, softmax, weigh_f16, split_weights, read_bytes     \
   }

@@ -1,5 +1,5 @@
 // The two products of a low-rank adapter (kernels.h: AddI16, DotI16), written once for every instruction set. The including file defines
-// add_pairs(sum, a, b): a and b hold two integers of 16 bits in each lane, whose two products join the lane's sum.
+// add_pairs(sum, a, b): a and b hold two integers of 16 bits in each lane, whose two products join the lane's sum. Code: int16_t, or int8_t.
 #pragma once
 #include "float_ops.h"
 
@@ -27,18 +27,27 @@ BITNET_INLINE void round_fours(const float* x, int n, RoundedFours& to) {
     to.steps[i] = most / 16383.0f + 0.0f * sum;
   }
 }
+// Two codes in each lane.
+BITNET_INLINE i16x load_pairs(const int16_t* from) { return load_int(reinterpret_cast<const int32_t*>(from)); }
+BITNET_INLINE i16x load_pairs(const int8_t* from) {
+  typedef int8_t Narrow __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
+  typedef int16_t Wide __attribute__((vector_size(4 * kLanes)));
+  return for_parts<i16x>([&](int p) __attribute__((always_inline)) {
+    return IntPart(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from + 2 * kLanes * p), Wide));
+  });
+}
 // An adapter's B: panels of few inputs, `panel` apart, of which n fours. N: n where that is known, so that the loop is unrolled; else 0.
-template <int N, int T>
-BITNET_INLINE void add_panels(const int16_t* w, int64_t panel, int n_rows, int n, const RoundedFours* x, float* y, int64_t y_stride) {
+template <int N, int T, class Code>
+BITNET_INLINE void add_panels(const Code* w, int64_t panel, int n_rows, int n, const RoundedFours* x, float* y, int64_t y_stride) {
   if (N) n = N;
   for (int row = 0; row < n_rows; row += 16, w += panel) {
     const int rows = n_rows - row;
     v16 sum[T];
     for (int t = 0; t < T; t++) sum[t] = rows >= 16 ? load(y + t * y_stride + row) : load_tail(y + t * y_stride + row, rows, 0.0f);
     for (int i = 0; i < n; i++) {
-      const int16_t* at = w + 64 * i;
-      for (int j = 0; j < 2; j++) __builtin_prefetch(at + 32 * j + 1024, 0, 3);
-      const i16x first = load_int(reinterpret_cast<const int32_t*>(at)), second = load_int(reinterpret_cast<const int32_t*>(at + 32));
+      const Code* at = w + 64 * i;
+      for (int j = 0; j < int(sizeof *w); j++) __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + 64 * j + 2048, 0, 3);
+      const i16x first = load_pairs(at), second = load_pairs(at + 32);
       for (int t = 0; t < T; t++) {
         const i16x dots = add_pairs(add_pairs(splat_int(0), first, splat_int(x[t].pairs[i][0])), second, splat_int(x[t].pairs[i][1]));
         sum[t] = fma16(to_float(dots), splat(x[t].steps[i]), sum[t]);
@@ -49,8 +58,8 @@ BITNET_INLINE void add_panels(const int16_t* w, int64_t panel, int n_rows, int n
       else store_tail(y + t * y_stride + row, rows, sum[t]);
   }
 }
-template <int T>
-BITNET_INLINE void add_tokens(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, float* y, int64_t y_stride) {
+template <int T, class Code>
+BITNET_INLINE void add_tokens(const Code* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, float* y, int64_t y_stride) {
   RoundedFours rounded[T];
   for (int64_t k = 0; k < n_inputs; k += 4 * kFours) {
     const int n = n_inputs - k < 4 * kFours ? int(n_inputs - k) / 4 : kFours;
@@ -59,7 +68,8 @@ BITNET_INLINE void add_tokens(const int16_t* panels, int n_rows, int64_t n_input
     else add_panels<0, T>(panels + 16 * k, 16 * n_inputs, n_rows, n, rounded, y, y_stride);
   }
 }
-static void add_i16(const int16_t* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride) {
+template <class Code>
+static void add_codes(const Code* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride) {
   int t = 0;
   for (; t + 4 <= n_tokens; t += 4) add_tokens<4>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
   for (; t < n_tokens; t++) add_tokens<1>(panels, n_rows, n_inputs, x + t * x_stride, x_stride, y + t * y_stride, y_stride);
@@ -84,26 +94,27 @@ BITNET_INLINE void sum_lanes_of(v16* x, float* out) {
     for (int r = 0; r < R; r++) out[r] = sums[(r & 1) * 8 + (r & 2) * 2 + (r & 4) / 2 + (r & 8) / 8];
   }
 }
-// 32 integers of 16 bits as floats times 2^16: the lower halves of 16 lanes, and the upper ones.
+// 32 codes as floats, the first 16 of them and the others; those of 16 bits times 2^16, from the lower and upper halves of the lanes.
 struct Widened {
-  v16 lower, upper;
+  v16 first, others;
 };
-BITNET_INLINE Widened load_i16(const int16_t* from) {
+BITNET_INLINE Widened widen_codes(const int16_t* from) {
   const i16x both = load_int(reinterpret_cast<const int32_t*>(from));
   return {to_float(both << 16), to_float(both & int32_t(0xffff0000))};
 }
+BITNET_INLINE Widened widen_codes(const int8_t* from) { return {to_float(widen_int(from)), to_float(widen_int(from + 16))}; }
 // An adapter's A: R rows x T tokens in registers.
-template <int R, int T>
-BITNET_INLINE void dot_block(const int16_t* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
+template <int R, int T, class Code>
+BITNET_INLINE void dot_block(const Code* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
   v16 acc[R][T];
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) acc[r][t] = splat(0.0f);
   auto add = [&](int64_t k, auto&& load_x) __attribute__((always_inline)) {
-    v16 lower[T], upper[T];
-    for (int t = 0; t < T; t++) lower[t] = load_x(x + t * x_stride + k, k), upper[t] = load_x(x + t * x_stride + k + 16, k + 16);
+    v16 first[T], others[T];
+    for (int t = 0; t < T; t++) first[t] = load_x(x + t * x_stride + k, k), others[t] = load_x(x + t * x_stride + k + 16, k + 16);
     for (int r = 0; r < R; r++) {
-      const Widened w = load_i16(rows + r * row_stride + k);
-      for (int t = 0; t < T; t++) acc[r][t] = fma16(w.upper, upper[t], fma16(w.lower, lower[t], acc[r][t]));
+      const Widened w = widen_codes(rows + r * row_stride + k);
+      for (int t = 0; t < T; t++) acc[r][t] = fma16(w.others, others[t], fma16(w.first, first[t], acc[r][t]));
     }
   };
   int64_t k = 0;
@@ -118,14 +129,15 @@ BITNET_INLINE void dot_block(const int16_t* rows, int64_t row_stride, int64_t n_
     sum_lanes_of<R, 8>(row, out + t * out_stride);
   }
 }
-template <int R, int T>
-BITNET_INLINE void dot_rows(const int16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
+template <int R, int T, class Code>
+BITNET_INLINE void dot_rows(const Code* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out,
                             int64_t out_stride) {
   int r = 0;
   for (; r + R <= n_rows; r += R) dot_block<R, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
   for (; r < n_rows; r++) dot_block<1, T>(rows + r * row_stride, row_stride, n_inputs, x, x_stride, out + r, out_stride);
 }
-static void dot_i16(const int16_t* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
+template <class Code>
+static void dot_codes(const Code* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
                     int64_t out_stride) {
   constexpr int T = kSums >= 16 ? 4 : 2, R = T;
   int t = 0;

@@ -149,8 +149,8 @@ def test_ternary_factors_stay_what_they_are() -> None:
     rng = np.random.default_rng(1)
     sides = [rng.integers(-1, 2, size=shape).astype(np.float32) * np.float32(0.0123) for shape in ((4, 50), (60, 4))]
     a, b, scales = LowRank("f32", *sides, 2.0).codes()
-    assert set(np.unique(a)) == set(np.unique(b)) == {-32767, 0, 32767}
-    assert np.allclose(scales * 32767.0**2, 2 * 0.0123**2, rtol=2.0**-22)
+    assert set(np.unique(a)) == set(np.unique(b)) == {-1, 0, 1}
+    assert np.allclose(scales, 2 * 0.0123**2, rtol=2.0**-22)
 
 
 @pytest.mark.parametrize("dtype", ["F16", "BF16", "mixed"])

@@ -112,9 +112,11 @@ def test_dense_products_equal_the_reference(isa: str, scheme: str, rows: int, co
     ("rows", "cols", "rank", "tokens"),
     [(1, 1, 4, 1), (16, 16, 8, 1), (33, 100, 4, 5), (70, 2048, 8, 3), (20, 1001, 12, 70), (3000, 40, 64, 2)],
 )
-def test_low_rank_updates_equal_the_reference(isa: str, rows: int, cols: int, rank: int, tokens: int) -> None:
+@pytest.mark.parametrize("largest", [(32767, 32767), (127, 128), (1, 1), (1, 32767)])  # 8 bits where those are enough
+def test_low_rank_updates_equal_the_reference(isa: str, rows: int, cols: int, rank: int, tokens: int, largest: tuple[int, int]) -> None:
     rng = np.random.default_rng([rows, cols])
-    a, b = (rng.integers(-32767, 32768, size=shape).astype(np.int16) for shape in ((rank, cols), (rows, rank)))
+    sides = zip(largest, ((rank, cols), (rows, rank)), strict=True)
+    a, b = (rng.integers(-most, most + 1, size=shape).astype(np.int16) for most, shape in sides)
     values = a.astype(np.float32), b.astype(np.float32)
     scales = (1e-9 * rng.normal(size=rank)).astype(np.float32)
     x = rng.normal(size=(tokens, cols)).astype(np.float32)

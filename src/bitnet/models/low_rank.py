@@ -35,19 +35,25 @@ class LowRank:
     def codes(self) -> tuple[NDArray[np.int16], NDArray[np.int16], NDArray[np.float32]]:
         """As the engine keeps it: A and B as integers up to 32,767, and float32 [rank], which A x is then multiplied by.
 
-        Each row of A and column of B has a step of its own: a value moves by 2^-16 of the largest beside it at most, and not at all where
-        all of them are +-s or 0, as ternary factors are. The scale of zeros alone is 0, for what it multiplies shares a
-        step with its neighbours later (ternary.round_fours).
+        Each row of A and column of B has a step of its own: a value moves by 2^-16 of the largest beside it at most. Where all of them are
+        +-s or 0, as ternary factors are, they do not move; their integers are +-1 and 0, which the engine keeps in 8 bits. The scale of
+        zeros alone is 0, for what it multiplies shares a step with its neighbours later (ternary.round_fours).
         """
         a, b = (side.astype(np.float64) for side in self.dense())
-        rows, columns = np.abs(a).max(axis=1) / 32767, np.abs(b).max(axis=0) / 32767
-        scales = (self.scale * rows * columns).astype(np.float32)
-        return _counted(a, rows[:, None]), _counted(b, columns), scales
+        rows, columns = _steps(a, 1), _steps(b, 0)
+        scales = (self.scale * rows[:, 0] * columns[0]).astype(np.float32)
+        return _counted(a, rows), _counted(b, columns), scales
 
     def delta(self) -> NDArray[np.float32]:
         """What it adds to the matrix, float32 [out, in]: scale * B A."""
         a, b = self.dense()
         return np.asarray((b @ a) * np.float32(self.scale), np.float32)
+
+
+def _steps(values: NDArray[np.float64], axis: int) -> NDArray[np.float64]:
+    sizes = np.abs(values)
+    largest = np.asarray(sizes.max(axis=axis, keepdims=True))
+    return largest if ((sizes == 0) | (sizes == largest)).all() else largest / 32767
 
 
 def _counted(values: NDArray[np.float64], steps: NDArray[np.float64]) -> NDArray[np.int16]:
