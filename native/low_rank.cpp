@@ -63,12 +63,13 @@ void Adapter::set_a(int layer, const std::string& part, const int16_t* codes, in
   check(cols == place.cols && ranks > 0 && ranks % 4 == 0 && ranks <= 65536, "A's rows come in fours, as wide as what they read");
   LowRank& w = layers_[layer][place.reader];
   check(w.ranks == 0, "A was set before");
-  w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 32);
+  w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 64);
   const bool narrow = lay_out(codes, ranks, cols, ranks * w.row_inputs, &arena_, w.a, [&](int r, int c, bool narrow) {
-    return r * w.row_inputs + (narrow ? c : c / 32 * 32 + c % 16 * 2 + c / 16 % 2);
+    const int step = narrow ? 64 : 32;
+    return r * w.row_inputs + c / step * step + c % 16 * (step / 16) + c % step / 16;
   });
   w.scales = Buffer<float>(ranks, &arena_);
-  for (int r = 0; r < ranks; r++) w.scales[r] = narrow ? scales[r] : std::ldexp(scales[r], -16);
+  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], narrow ? -24 : -16);
 }
 
 void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first) {
@@ -79,8 +80,9 @@ void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, in
   check(rank > 0 && first >= 0 && first % 4 == 0 && rank <= w.ranks - first, "B's columns meet rows that A does not have");
   LowRank::Part& p = w.parts[place.part];
   p.rows = rows, p.rank = round_up(rank, 4), p.first = first;
-  lay_out(codes, rows, rank, int64_t{round_up(rows, kPanelRows)} * p.rank, &arena_, p.b, [&](int r, int k, bool) {
-    return int64_t{r / kPanelRows * kPanelRows} * p.rank + k / 2 * 2 * kPanelRows + r % kPanelRows * 2 + k % 2;
+  lay_out(codes, rows, rank, int64_t{round_up(rows, kPanelRows)} * p.rank, &arena_, p.b, [&](int r, int k, bool narrow) {
+    const int64_t four = int64_t{r / kPanelRows * kPanelRows} * p.rank + k / 4 * 4 * kPanelRows;
+    return four + (narrow ? r % kPanelRows * 4 + k % 4 : k % 2 * 2 * kPanelRows + r % kPanelRows * 2 + k % 4 / 2);
   });
 }
 

@@ -39,9 +39,9 @@ struct LowRank {
     Codes b;                 // panels, see AddCodes
   };
   int ranks = 0, cols = 0;     // A's rows, the parts' one after another, each filled up with zeros to a multiple of 4; 0: nothing here
-  int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 32
+  int64_t row_inputs = 0;      // from a row to the next: cols rounded up to a multiple of 64
   Codes a;                     // [ranks, row_inputs], see DotCodes
-  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 of a wide A
+  Buffer<float> scales;        // [ranks]: of A x, less the 2^16 or 2^24 of A
   std::array<Part, 3> parts;   // in the order of the products; without rows where a matrix has no adapter
   int64_t bytes() const;
 };

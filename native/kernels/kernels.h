@@ -83,13 +83,13 @@ using MultiplyInteger = void (*)(const IntegerMatrix& w, const QuantizedRows& x,
 using MultiplyDense = void (*)(const void* panels, int64_t panel_bytes, int n_panels, int64_t n_inputs, const float* x, int64_t x_stride,
                                int n_tokens, float* out /* [n_panels, kGemmTokens, 16] */);
 // An adapter's weights: integers of 16 or 8 bits. y [n_tokens, y_stride] += the products with n_rows rows; panels [ceil(n_rows / 16)]
-// [n_inputs / 2][16 rows][2], n_inputs a multiple of 4. Each four of x are rounded to 15 bits with one step, 1 / 16383 of the largest; their
+// [n_inputs / 4][inputs 0 and 2, inputs 1 and 3][16 rows][2], those of 8 bits [n_inputs / 4][16 rows][4]; n_inputs a multiple of 4. Each four of x are rounded to 15 bits with one step, 1 / 16383 of the largest; their
 // exact sum of products times the step joins y in order, fused.
 template <class Code>
 using AddCodes = void (*)(const Code* panels, int n_rows, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* y, int64_t y_stride);
-// out [n_tokens, out_stride]: x times few rows of such weights, row_stride apart and readable up to the next multiple of 32 inputs. Those of
-// 16 bits count 2^16 times, and of 32 inputs the first 16 alternate with the others. Lane l adds the products of inputs l, l + 16, ... in
-// order, fused; the lanes are a fixed tree.
+// out [n_tokens, out_stride]: x times few rows of such weights, row_stride apart and readable up to the next multiple of 64 bytes. Those of 16
+// bits count 2^16 times, those of 8 bits 2^24 times. In 64 bytes inputs l, l + 16, ... lie side by side. Lane l adds their products in order,
+// fused; the lanes are a fixed tree.
 template <class Code>
 using DotCodes = void (*)(const Code* rows, int n_rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, int n_tokens, float* out,
                         int64_t out_stride);

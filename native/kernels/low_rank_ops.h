@@ -9,7 +9,7 @@ namespace {
 // four products with 16 bits fit into 32. NaN and infinity make the step NaN.
 constexpr int kFours = 16;
 struct RoundedFours {
-  int32_t pairs[kFours][2];  // two codes each
+  int32_t pairs[kFours][2];  // of a four the first and third, the second and fourth
   float steps[kFours];
 };
 BITNET_INLINE void round_fours(const float* x, int n, RoundedFours& to) {
@@ -23,18 +23,22 @@ BITNET_INLINE void round_fours(const float* x, int n, RoundedFours& to) {
       __builtin_memcpy(&codes[j], &shifted, 4);
       codes[j] -= 0x4b400000u;
     }
-    for (int j = 0; j < 2; j++) to.pairs[i][j] = int32_t((codes[2 * j] & 0xffff) | codes[2 * j + 1] << 16);
+    for (int j = 0; j < 2; j++) to.pairs[i][j] = int32_t((codes[j] & 0xffff) | codes[j + 2] << 16);
     to.steps[i] = most / 16383.0f + 0.0f * sum;
   }
 }
-// Two codes in each lane.
-BITNET_INLINE i16x load_pairs(const int16_t* from) { return load_int(reinterpret_cast<const int32_t*>(from)); }
-BITNET_INLINE i16x load_pairs(const int8_t* from) {
-  typedef int8_t Narrow __attribute__((vector_size(2 * kLanes), aligned(1), may_alias));
-  typedef int16_t Wide __attribute__((vector_size(4 * kLanes)));
-  return for_parts<i16x>([&](int p) __attribute__((always_inline)) {
-    return IntPart(__builtin_convertvector(*reinterpret_cast<const Narrow*>(from + 2 * kLanes * p), Wide));
-  });
+// A four of 16 rows, in pairs as above.
+struct CodePairs {
+  i16x even, odd;
+};
+BITNET_INLINE CodePairs load_pairs(const int16_t* from) {
+  return {load_int(reinterpret_cast<const int32_t*>(from)), load_int(reinterpret_cast<const int32_t*>(from + 32))};
+}
+BITNET_INLINE CodePairs load_pairs(const int8_t* from) {
+  typedef int16_t Halves __attribute__((vector_size(4 * kLanes)));
+  const i16x bytes = load_int(reinterpret_cast<const int32_t*>(from));
+  return {for_parts<i16x>([&](int p) __attribute__((always_inline)) { return IntPart(Halves(bytes.part[p]) << 8 >> 8); }),
+          for_parts<i16x>([&](int p) __attribute__((always_inline)) { return IntPart(Halves(bytes.part[p]) >> 8); })};
 }
 // An adapter's B: panels of few inputs, `panel` apart, of which n fours. N: n where that is known, so that the loop is unrolled; else 0.
 template <int N, int T, class Code>
@@ -47,9 +51,9 @@ BITNET_INLINE void add_panels(const Code* w, int64_t panel, int n_rows, int n, c
     for (int i = 0; i < n; i++) {
       const Code* at = w + 64 * i;
       for (int j = 0; j < int(sizeof *w); j++) __builtin_prefetch(reinterpret_cast<const uint8_t*>(at) + 64 * j + 2048, 0, 3);
-      const i16x first = load_pairs(at), second = load_pairs(at + 32);
+      const CodePairs codes = load_pairs(at);
       for (int t = 0; t < T; t++) {
-        const i16x dots = add_pairs(add_pairs(splat_int(0), first, splat_int(x[t].pairs[i][0])), second, splat_int(x[t].pairs[i][1]));
+        const i16x dots = add_pairs(add_pairs(splat_int(0), codes.even, splat_int(x[t].pairs[i][0])), codes.odd, splat_int(x[t].pairs[i][1]));
         sum[t] = fma16(to_float(dots), splat(x[t].steps[i]), sum[t]);
       }
     }
@@ -94,31 +98,35 @@ BITNET_INLINE void sum_lanes_of(v16* x, float* out) {
     for (int r = 0; r < R; r++) out[r] = sums[(r & 1) * 8 + (r & 2) * 2 + (r & 4) / 2 + (r & 8) / 8];
   }
 }
-// 32 codes as floats, the first 16 of them and the others; those of 16 bits times 2^16, from the lower and upper halves of the lanes.
+// 64 bytes of codes as floats, from the halves or quarters of the lanes; times 2^16 or 2^24.
+template <class Code>
 struct Widened {
-  v16 first, others;
+  static constexpr int count = 4 / sizeof(Code), bits = 8 * sizeof(Code);
+  v16 part[count];
+  explicit Widened(const Code* from) {
+    const i16x all = load_int(reinterpret_cast<const int32_t*>(from));
+    for (int i = 0; i < count; i++) part[i] = to_float((all << (32 - bits - i * bits)) & int32_t(~0u << (32 - bits)));
+  }
 };
-BITNET_INLINE Widened widen_codes(const int16_t* from) {
-  const i16x both = load_int(reinterpret_cast<const int32_t*>(from));
-  return {to_float(both << 16), to_float(both & int32_t(0xffff0000))};
-}
-BITNET_INLINE Widened widen_codes(const int8_t* from) { return {to_float(widen_int(from)), to_float(widen_int(from + 16))}; }
 // An adapter's A: R rows x T tokens in registers.
 template <int R, int T, class Code>
 BITNET_INLINE void dot_block(const Code* rows, int64_t row_stride, int64_t n_inputs, const float* x, int64_t x_stride, float* out, int64_t out_stride) {
   v16 acc[R][T];
   for (int r = 0; r < R; r++)
     for (int t = 0; t < T; t++) acc[r][t] = splat(0.0f);
+  constexpr int kParts16 = Widened<Code>::count, kStep = 16 * kParts16;
   auto add = [&](int64_t k, auto&& load_x) __attribute__((always_inline)) {
-    v16 first[T], others[T];
-    for (int t = 0; t < T; t++) first[t] = load_x(x + t * x_stride + k, k), others[t] = load_x(x + t * x_stride + k + 16, k + 16);
+    v16 in[T][kParts16];
+    for (int t = 0; t < T; t++)
+      for (int i = 0; i < kParts16; i++) in[t][i] = load_x(x + t * x_stride + k + 16 * i, k + 16 * i);
     for (int r = 0; r < R; r++) {
-      const Widened w = widen_codes(rows + r * row_stride + k);
-      for (int t = 0; t < T; t++) acc[r][t] = fma16(w.others, others[t], fma16(w.first, first[t], acc[r][t]));
+      const Widened<Code> w(rows + r * row_stride + k);
+      for (int t = 0; t < T; t++)
+        for (int i = 0; i < kParts16; i++) acc[r][t] = fma16(w.part[i], in[t][i], acc[r][t]);
     }
   };
   int64_t k = 0;
-  for (; k + 32 <= n_inputs; k += 32) add(k, [](const float* at, int64_t) __attribute__((always_inline)) { return load(at); });
+  for (; k + kStep <= n_inputs; k += kStep) add(k, [](const float* at, int64_t) __attribute__((always_inline)) { return load(at); });
   if (k < n_inputs)
     add(k, [&](const float* at, int64_t first) __attribute__((always_inline)) {
       return first < n_inputs ? load_tail(at, n_inputs - first < 16 ? int(n_inputs - first) : 16, 0.0f) : splat(0.0f);
