@@ -1,4 +1,4 @@
-// The two products of a low-rank adapter (kernels.h: AddI16, DotI16), written once for every instruction set. The including file defines
+// The two products of a low-rank adapter (kernels.h: AddCodes, DotCodes), written once for every instruction set. The including file defines
 // add_pairs(sum, a, b): a and b hold two integers of 16 bits in each lane, whose two products join the lane's sum. Code: int16_t, or int8_t.
 #pragma once
 #include "float_ops.h"
