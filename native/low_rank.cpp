@@ -27,9 +27,9 @@ Place place_of(const Config& c, const std::string& part) {
   if (part == "down") return {kDown, 0, c.hidden_size, c.ffn_size};
   throw std::invalid_argument("no matrix of a layer is called " + part);
 }
-// Puts code [r, c] at place(r, c, whether they are narrow), which is returned, of `size` places; the others are 0.
+// Puts code [r, c] at place(r, c, whether they are narrow) of `size` places; the others are 0.
 template <class Place>
-bool lay_out(const int16_t* codes, int rows, int cols, int64_t size, Arena* arena, Codes& to, Place&& place) {
+void lay_out(const int16_t* codes, int rows, int cols, int64_t size, Arena* arena, Codes& to, Place&& place) {
   const bool narrow = std::all_of(codes, codes + int64_t{rows} * cols, [](int16_t code) { return code == int8_t(code); });
   auto fill = [&](auto& buffer) {
     buffer = std::remove_reference_t<decltype(buffer)>(size, arena);
@@ -37,7 +37,6 @@ bool lay_out(const int16_t* codes, int rows, int cols, int64_t size, Arena* aren
       for (int c = 0; c < cols; c++) buffer[place(r, c, narrow)] = codes[int64_t{r} * cols + c];
   };
   narrow ? fill(to.narrow) : fill(to.wide);
-  return narrow;
 }
 void check(bool ok, const char* problem) {
   if (!ok) throw std::invalid_argument(problem);
@@ -64,12 +63,12 @@ void Adapter::set_a(int layer, const std::string& part, const int16_t* codes, in
   LowRank& w = layers_[layer][place.reader];
   check(w.ranks == 0, "A was set before");
   w.ranks = ranks, w.cols = cols, w.row_inputs = round_up(cols, 64);
-  const bool narrow = lay_out(codes, ranks, cols, ranks * w.row_inputs, &arena_, w.a, [&](int r, int c, bool narrow) {
+  lay_out(codes, ranks, cols, ranks * w.row_inputs, &arena_, w.a, [&](int r, int c, bool narrow) {
     const int step = narrow ? 64 : 32;
     return r * w.row_inputs + c / step * step + c % 16 * (step / 16) + c % step / 16;
   });
   w.scales = Buffer<float>(ranks, &arena_);
-  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], narrow ? -24 : -16);
+  for (int r = 0; r < ranks; r++) w.scales[r] = std::ldexp(scales[r], w.a.is_narrow() ? -24 : -16);
 }
 
 void Adapter::set_b(int layer, const std::string& part, const int16_t* codes, int rows, int rank, int first) {

@@ -1,9 +1,8 @@
 // Low-rank adapters (LoRA, arXiv:2106.09685), unmerged: y = W x + B (scale (A x)) for the tokens of the sequences that name one.
 //
 // x is what the matrix's module takes in, in float32, also where W meets it in int8: an adapter is trained beside the module, not inside it.
-// A and B are integers of 16 bits with a step for each row of A and column of B, whatever their file has: beside ternary weights bytes count.
-// Of 8 where those are enough, as for ternary factors.
-// A x meets B in 15 bits, so that B's products are whole numbers too.
+// A and B are integers of 16 bits (8 where those are enough, as for ternary factors) with a step for each row of A and column of B, whatever
+// their file has: beside ternary weights bytes count. A x meets B in 15 bits, so that B's products are whole numbers too.
 // A's products join those of the weights, so that nobody waits for them; B's come after, as soon as W x is there.
 #pragma once
 #include <array>

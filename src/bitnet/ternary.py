@@ -233,7 +233,7 @@ def low_rank(a: F32, b: F32, scale: float | F32, x: F32) -> F32:
 def round_fours(x: F32) -> tuple[NDArray[np.int32], F32]:
     """x float32 [tokens, n] -> int32 [tokens, n up to a multiple of 4] up to 16,383, and the steps of each four, float32 [tokens, fours].
 
-    A value moves by 2^-15 of the largest of its four at most; fours below 1e-30 become zeros.
+    A value moves by 1 / 32766 of the largest of its four at most; fours below 1e-30 become zeros.
     """
     fours = np.pad(x, ((0, 0), (0, -x.shape[1] % 4))).reshape(x.shape[0], -1, 4)
     most = np.abs(fours).max(axis=2)
