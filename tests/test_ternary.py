@@ -44,6 +44,15 @@ def test_the_default_alpha_zeroes_about_three_percent_of_a_normal_matrix() -> No
 
 
 @pytest.mark.filterwarnings("error")
+def test_what_ternarize_cannot_keep_its_word_for() -> None:
+    assert bitnet.ternarize(np.array([1.0, -1.0, 0.1]), alpha=np.float16(0.5)).tolist() == [1, -1, 0]
+    with pytest.raises(UsageError, match="of at most 64 bits"):
+        bitnet.ternarize(np.ones(3, np.longdouble))
+    with pytest.raises(UsageError, match="are a masked array; expected a plain one"):
+        bitnet.ternarize(np.ma.masked_array([1.0, 2.0], [True, False]))
+
+
+@pytest.mark.filterwarnings("error")
 def test_ternarize_takes_what_overflows_in_a_sum() -> None:
     assert bitnet.ternarize(np.array([1e308, 1e308, -1e308, 1e300])).tolist() == [1, 1, -1, 0]
     assert bitnet.ternarize(np.full(1000, 6e4, np.float16)).tolist() == [1] * 1000
@@ -54,6 +63,8 @@ def test_ternarize_takes_float8_and_refuses_meta() -> None:
     for dtype in (torch.float8_e4m3fn, torch.float8_e5m2):
         found = bitnet.ternarize(torch.tensor([0.5, -0.5, 0.0, 0.01]).to(dtype), alpha=0.5)
         assert found.dtype == dtype and found.float().tolist() == [1, -1, 0, 0]
+    with pytest.raises(UsageError, match=r"of dtype torch\.float8_e8m0fnu; expected floating point that holds -1, 0 and 1"):
+        bitnet.ternarize(torch.ones(3).to(torch.float8_e8m0fnu))
     with pytest.raises(UsageError, match="are on torch's device meta, which holds no values; load them first"):
         bitnet.ternarize(torch.ones(3, device="meta"))
     with pytest.raises(UsageError, match=r"a tensor of layout torch\.sparse_coo; expected a dense one"):

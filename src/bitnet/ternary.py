@@ -39,20 +39,27 @@ FP4_DOUBLED = np.array([0, 1, 2, 3, 4, 6, 8, 12], np.int8)  # twice the value of
 def ternarize(weights: Any, alpha: float = 0.05) -> Any:
     """Unscaled ternary weights: sign(w) where |w| > alpha * mean|w|, 0 elsewhere; one threshold for the whole array.
 
-    `weights` is a numpy array or a torch tensor of any floating dtype and shape; the result is of the same kind, dtype, shape and
-    device, with the values -1, 0, +1. Raises `UsageError` for an empty array, for values that are not finite, and for a negative alpha.
+    `weights` is a numpy array or a torch tensor of any floating dtype of at most 64 bits, and of any shape; the result is of the same
+    kind, dtype, shape and device, with the values -1, 0, +1. Raises `UsageError` for an empty array, for values that are not finite, for
+    a negative alpha, for a dtype that lacks those values (float8_e8m0fnu) or has more than 64 bits, and for a masked array.
     """
     number = isinstance(alpha, (int, float, np.floating, np.integer)) and not isinstance(alpha, bool)
-    if not (number and 0 <= alpha <= float(np.finfo(np.float64).max)):
+    given: Any = alpha
+    exact = float(given) if isinstance(given, np.floating) else given  # beside float16 the limit would be rounded
+    if not (number and 0 <= exact <= float(np.finfo(np.float64).max)):
         raise UsageError(f"ternarize: alpha is {alpha!r}; expected a finite number >= 0 (0.05 to 0.1 is usual)")
     is_torch = any(kind.__module__.split(".")[0] == "torch" for kind in type(weights).__mro__)
     try:
-        w: Any = weights if is_torch else np.asarray(weights)
+        w: Any = weights if is_torch else np.asanyarray(weights)
     except ValueError:
         raise UsageError("ternarize: the weights are lists of different lengths; expected a numpy array or a torch tensor") from None
     floating = w.is_floating_point() if is_torch else np.issubdtype(w.dtype, np.floating)
-    if not floating:
-        raise UsageError(f"ternarize: the weights are of dtype {w.dtype}; expected floating point")
+    if not floating or str(w.dtype) == "torch.float8_e8m0fnu" or w.dtype.itemsize > 8:
+        raise UsageError(
+            f"ternarize: the weights are of dtype {w.dtype}; expected floating point that holds -1, 0 and 1, of at most 64 bits"
+        )
+    if isinstance(w, np.ma.MaskedArray):
+        raise UsageError("ternarize: the weights are a masked array; expected a plain one (filled(0), where the mask means zeros)")
     if (w.numel() if is_torch else w.size) == 0:
         raise UsageError(f"ternarize: the weights are empty (shape {tuple(w.shape)})")
     if is_torch and w.device.type == "meta":
@@ -66,7 +73,7 @@ def ternarize(weights: Any, alpha: float = 0.05) -> Any:
         raise UsageError("ternarize: the weights hold NaN or infinity; expected finite values")
     with np.errstate(over="ignore"):
         mean = float(size.mean())
-    threshold = alpha * (mean if np.isfinite(mean) else float((size / most).mean()) * most)  # whose sum no float64 may hold
+    threshold = float(alpha) * (mean if np.isfinite(mean) else float((size / most).mean()) * most)  # whose sum no float64 may hold
     if is_torch:  # by way of float32: not every dtype subtracts
         return ((wide > threshold).float() - (wide < -threshold).float()).to(w.dtype)
     return np.asarray((wide > threshold).astype(np.int8) - (wide < -threshold)).astype(w.dtype)

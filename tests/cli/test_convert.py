@@ -108,6 +108,8 @@ def test_every_scheme_ends_with_a_report(tmp_path: Path, bitnet: Run, scheme: st
         ("out.bin", "out.bin: is the target itself; the report is JSON"),
         ("n" * 251 + ".json", "is a name of 256 bytes; expected at most 255: name another --report"),
         ("source/config.json", "config.json: is in the way of the report"),
+        ("source/../out.bin", "out.bin: is the target itself; the report is JSON"),
+        ("out.bin/r.json", "r.json: the report cannot be written in"),
     ],
 )
 def test_a_report_replaces_reports_only(tmp_path: Path, bitnet: Run, place: str, message: str) -> None:
@@ -120,6 +122,18 @@ def test_a_report_replaces_reports_only(tmp_path: Path, bitnet: Run, place: str,
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     for _ in range(2):  # but a report may be made anew
         assert bitnet("convert", source, "-o", tmp_path / "out.bin", "--ternary", "--report", tmp_path / "r.json").exit_code == 0
+
+
+def test_a_report_never_becomes_the_model_nor_a_part_of_it(tmp_path: Path, bitnet: Run) -> None:
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    done = bitnet("convert", source, "-o", tmp_path / "p.png", "--format", "safetensors", "--ternary", "--report", tmp_path / "p.json")
+    assert done.exit_code == 2 and "its picture" in done.stderr and "would be the target itself" in done.stderr
+    for name in ("config.json", "tokenizer.json", "adapter_config.json"):
+        done = bitnet("convert", source, "-o", tmp_path / "out", "--ternary", "--report", tmp_path / "out" / name)
+        assert done.exit_code == 2 and f"{name}: is the name of a file of the model in it" in done.stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "p.png").exists()
+    done = bitnet("convert", source, "-o", tmp_path / "a\nb", "--ternary", "--report", tmp_path / "a\nb" / "r.json")
+    assert done.exit_code == 0 and "a\\nb: hf" in done.stdout and (tmp_path / "a\nb" / "r.json").exists()
 
 
 def test_nothing_is_measured_before_a_refusal(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:

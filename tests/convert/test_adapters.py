@@ -60,6 +60,24 @@ def test_base_and_adapter_give_the_same_bits_before_and_after(tmp_path: Path, fo
     assert not np.array_equal(alone, after)
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "to", "said"),
+    [
+        ("", "t-adapter", "t.safetensors", r"t-adapter: is where both the source's adapter .* would go"),
+        ("adapters-style", "adapters/style", "t.gguf", r"t-adapters-style-LoRA\.gguf: is where both"),
+        ("style", "adapters/style", "style", r"style: is where both the model and the source's adapter .*style would go"),
+    ],
+)
+def test_two_things_in_one_place_are_refused_beforehand(tmp_path: Path, first: str, second: str, to: str, said: str) -> None:
+    base = source(tmp_path, "llama", rank=4, name=first, scale="f16")
+    config = canonical(open_checkpoint(base)).config
+    made.write(base / second, made.config_of(2), made.matrices(config, 2))
+    (tmp_path / "new").mkdir()
+    with pytest.raises(UsageError, match=said):
+        convert(base, tmp_path / "new" / to, format="gguf-tq2_0" if to.endswith(".gguf") else "safetensors")
+    assert not list((tmp_path / "new").iterdir())
+
+
 def test_llama_in_gguf_agrees_to_float_noise(tmp_path: Path) -> None:
     base = source(tmp_path, "llama", rank=4)
     convert(base, tmp_path / "out.gguf", format="gguf-tq2_0")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -21,7 +22,7 @@ from packed_models import write
 
 from bitnet.convert import convert, target
 from bitnet.errors import BitNetError, FormatError, UsageError
-from bitnet.files import replacing
+from bitnet.files import replacing, safetensors
 from bitnet.models import canonical, open_checkpoint
 
 KILLS = 50
@@ -223,6 +224,12 @@ def test_targets_that_are_the_source(tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             convert(start, end)
     assert (content(source), content(tmp_path / "m.gguf")) == before and sorted(tmp_path.iterdir()) == names
+    whole = (source / "model.safetensors").rename(source / "model-00001-of-00001.safetensors")
+    index = {"weight_map": dict.fromkeys(safetensors.read(whole).tensors, whole.name)}
+    (source / "model.safetensors.index.json").write_text(json.dumps(index))
+    convert(source, source / "packed.safetensors")  # but not by the name that a model's weights have
+    with pytest.raises(UsageError, match="would become a part of the source, which then is another model; name another target"):
+        convert(source, source / "model.safetensors")
 
 
 def test_files_that_are_no_models_are_not_replaced(tmp_path: Path) -> None:

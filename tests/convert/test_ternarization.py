@@ -78,6 +78,7 @@ def test_yaml_where_it_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     ("{: [", "is neither JSON nor YAML"),
     ('{"q": 0.1, "k": 0.2, "q": 0.3}', "has 'q' twice, and only one can hold"),
     ("q: 0.1\nq: 0.3\n", "has 'q' twice, and only one can hold"),
+    ("alphas:\n  q: 0.1\n  q: 0.3\n", "has 'q' twice, and only one can hold"),
     ('{"means": [], "alphas": {}}', "is a report without alphas, for its method or scheme has none"),
 ])  # fmt: skip
 def test_alpha_files_that_are_wrong(tmp_path: Path, content: str, message: str) -> None:

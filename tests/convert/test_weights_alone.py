@@ -8,13 +8,16 @@ from pathlib import Path
 import numpy as np
 import packed_models
 import pytest
+from click.testing import CliRunner
 from packed_models import logits
 
+from bitnet.cli import cli
 from bitnet.convert import NotTheSameError, Report, Ternarization, convert
 from bitnet.convert.quantize import ALPHAS
 from bitnet.convert.report import Layer
 from bitnet.convert.source import read
-from bitnet.errors import BitNetError, UsageError
+from bitnet.errors import BitNetError, FormatError, UsageError
+from bitnet.files import safetensors
 from bitnet.models import open_checkpoint
 from bitnet.packing import pack_hf
 from bitnet.ternary import ternarize
@@ -70,6 +73,16 @@ def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.
         )
     with pytest.raises(UsageError, match="is the source itself"):
         convert(source, source, quantization="ternary")
+    tensors = {name: tensor.raw() for name, tensor in safetensors.read(source).tensors.items()}
+    for changed, said in (
+        ({"vision.layers.0.mlp.up_proj.weight": np.ones((4, 4), np.float32)}, "both are layers.0.up; put the model's there"),
+        ({"model.layers.0.mlp.up_proj.weight": np.ones((0, 4), np.float32)}, r"up_proj.* has shape \[0, 4\], which holds nothing"),
+    ):
+        safetensors.write(folder / "bad.safetensors", {**tensors, **changed}, {})
+        with pytest.raises(FormatError, match=said):
+            convert(folder / "bad.safetensors", folder / "B.bin", quantization="ternary")
+    done = CliRunner().invoke(cli, ["convert", str(source), "-o", str(folder / "B.bin"), "--ternary", "--alpha", "auto"])
+    assert done.exit_code == 2 and "without it the model cannot run over calibration text" in done.output
     for other in ({}, {"quantization": "int8"}):
         with pytest.raises(BitNetError, match="has no config; expected"):
             convert(source, folder / "B.bin", **other)  # type: ignore[arg-type]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from bitnet.cli.options import conversion_options, hub_options, model_argument, output_options
+from bitnet.files import shown
 
 if TYPE_CHECKING:
     from bitnet.convert import Report, Ternarization
@@ -58,7 +59,9 @@ def convert_model(
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
     from bitnet.convert import convert
+    from bitnet.convert.formats import choose
     from bitnet.convert.report import check_place, table
+    from bitnet.convert.weights_alone import tensors_alone
     from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
@@ -76,7 +79,7 @@ def convert_model(
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
     report_path = report_file or f"{str(target).rstrip('/')}.report.json"
     if quantization is not None:
-        check_place(Path(report_path), Path(target))
+        check_place(Path(report_path), Path(target), choose(form, target, quantization, 0).folder)
     path = resolve(source, revision, file)
     held_out = read_text(Path(evaluate), evaluate_bytes, "--evaluate") if evaluate is not None else None
     calibrated = calibration is not None or (how is not None and how.calibrated)
@@ -85,7 +88,9 @@ def convert_model(
         raise click.UsageError(
             f"{name} is of the calibration text, which nothing here reads; add --alpha auto, --method gptq or --calibration"
         )
-    text = _calibration(path, i2_s, tokenizer, calibration, _or(sequences, 128), _or(sequence_length, 512)) if calibrated else None
+    alone = how is not None and how.calibrated and merge_adapter is None and tensors_alone(path) is not None  # which convert() refuses
+    reads = calibrated and not alone
+    text = _calibration(path, i2_s, tokenizer, calibration, _or(sequences, 128), _or(sequence_length, 512)) if reads else None
     before: dict[str, Any] | None = None
     start = time.perf_counter()
 
@@ -149,7 +154,7 @@ def _ternarization(
     from bitnet.convert.quantize import check_patterns, read_alphas
 
     digits = scale.removeprefix("group:")
-    unit = int(digits) if digits.isdecimal() else scale
+    unit = int(digits) if digits.isdecimal() and len(digits) < 10 else scale
     if quantization != "ternary" and alpha is None and alpha_config is None and not keep and method == "threshold" and unit == "tensor":
         return None
     try:
@@ -208,12 +213,13 @@ def quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any]
 
 def _write_report(report: Report, found: dict[str, Any], path: str) -> list[str]:
     """Writes both files of the report; where they are, for people."""
-    from bitnet.convert.report import draw, write_json
+    from bitnet.convert.report import draw, refuse_others, write_json
 
+    refuse_others(Path(path))
     write_json(path, {key: value for key, value in found.items() if key in REPORTED})
     picture = str(Path(path).with_suffix(".png"))
     missing = draw(report.layers, Path(picture), f"{Path(report.source).name} as {report.quantization}, {report.format}")
-    return [f"report: {path}" + (f", {picture}" if missing is None else ""), *([f"note: {missing}"] if missing else [])]
+    return [f"report: {shown(path)}" + (f", {shown(picture)}" if missing is None else ""), *([f"note: {missing}"] if missing else [])]
 
 
 def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
@@ -239,7 +245,7 @@ def lines(report: Report, seconds: float, peak_bytes: int | None) -> list[str]:
         )
     checked = "every weight read back and compared" if report.verified else "not verified"
     found.append(
-        f"{report.target}: {report.format}, {report.bytes:,} bytes, {report.tensors} tensors, {checked}; {seconds:.1f} s, "
+        f"{shown(report.target)}: {report.format}, {report.bytes:,} bytes, {report.tensors} tensors, {checked}; {seconds:.1f} s, "
         f"peak memory {f'{peak_bytes / 1e6:,.0f} MB' if peak_bytes else 'unknown'}"
     )
     return found

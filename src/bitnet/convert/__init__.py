@@ -100,8 +100,6 @@ def convert(
     if ternarization is not None and quantization != "ternary" and not (only_keeps and all(a == "keep" for _, a in ternarization.alphas)):
         raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
     how = ternarization or Ternarization()
-    if how.calibrated and calibration is None:
-        raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
     if calibration is not None and quantization in (None, "fp16"):
         raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
     alone = tensors_alone(source) if quantization == "ternary" and merge_adapter is None else None
@@ -112,6 +110,8 @@ def convert(
             )
         form = choose(format, target, quantization, 0)
         return _convert_alone(alone, Path(source), target, form, how, allow_requantize, verify_written, progress, ready)
+    if how.calibrated and calibration is None:
+        raise UsageError(f"{'gptq' if how.method == 'gptq' else 'alpha auto'} needs calibration text; none was given")
 
     notes: list[str] = []
     checkpoint = open_checkpoint(source, i2_s)
@@ -130,6 +130,8 @@ def convert(
         kept = adapters.places(checkpoint.path, target, form.folder)
         if form.container == "gguf":
             for_llama_cpp = adapters.gguf_places(checkpoint.path, target, gguf.architecture(model.config, form), model.config)
+        if not form.folder:
+            adapters.refuse_collisions(target, kept, for_llama_cpp)
     elif form.folder:
         adapters.refuse_others(target, {})
 

@@ -27,7 +27,7 @@ from bitnet.convert.quantize import rounded
 from bitnet.convert.source import F32, I8, Model, Weight, from_codes
 from bitnet.convert.verify import NotTheSameError
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
-from bitnet.files import PathLike, gguf_write, json_object, read_file, shown, system_errors
+from bitnet.files import PathLike, gguf_write, json_object, place_of, read_file, shown, system_errors
 from bitnet.files.replacing import new_file
 from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import ModelConfig, lora_gguf
@@ -139,6 +139,17 @@ def gguf_places(source: Path, target: Path, architecture: str, config: ModelConf
                 )
         found[path] = to
     return found
+
+
+def refuse_collisions(target: Path, kept: Iterable[Kept], for_llama_cpp: Mapping[Path, Path]) -> None:
+    """Raises UsageError where two things would be written in one place: the model in one file, and what goes beside it."""
+    taken = {place_of(target): "the model"}
+    for path, to in [*((one.path, one.to) for one in kept), *for_llama_cpp.items()]:
+        here = place_of(to)
+        if here in taken:
+            what = f"the source's adapter {shown(path)}"
+            raise UsageError(f"{shown(to)}: is where both {taken[here]} and {what} would go; rename the adapter's folder, or the target")
+        taken[here] = f"the source's adapter {shown(path)}"
 
 
 def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> str | None:

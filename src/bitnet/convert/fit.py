@@ -98,7 +98,7 @@ def _packed(weight: Weight, form: Format, requantize: bool, beside: bool) -> tup
     scales, codes, block, inputs = weight.scales, weight.codes, form.block, weight.shape[1]
     assert scales is not None and codes is not None
     if block and inputs % block:
-        others = "gguf-q2_0 takes multiples of 64" if inputs % 64 == 0 else "gguf-i2_s and safetensors take any"
+        others = "gguf-q2_0 takes multiples of 64" if inputs % 64 == 0 else "safetensors takes any"
         raise UsageError(f"{weight.where}: has {inputs} inputs a row; {form.name} needs a multiple of {block} ({others})")
     if form.weights == "i2_s" and (weight.shape[0] * inputs) % 128:
         raise UsageError(

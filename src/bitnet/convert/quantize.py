@@ -174,7 +174,9 @@ def _yaml(raw: bytes, where: str) -> Any:
         raise UsageError(f"{where}: is no JSON, and to read YAML pyyaml must be installed (pip install pyyaml)") from None
     try:
         root = yaml.compose(raw, Loader=yaml.SafeLoader)
-        _refuse_twice([key.value for key, _ in root.value] if isinstance(root, yaml.MappingNode) else [], where)
+        pairs = root.value if isinstance(root, yaml.MappingNode) else []
+        for node in (root, *(value for _, value in pairs)):  # the patterns, or a report's in it
+            _refuse_twice([key.value for key, _ in node.value] if isinstance(node, yaml.MappingNode) else [], where)
         return yaml.safe_load(raw)
     except (yaml.YAMLError, RecursionError, ValueError, LookupError, AttributeError, TypeError) as error:  # some of them of bad values
         raise UsageError(f"{where}: is neither JSON nor YAML ({shown(' '.join(str(error).split()))})") from None

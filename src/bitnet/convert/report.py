@@ -17,8 +17,9 @@ from bitnet.convert.choice import Choice
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import TABLES
 from bitnet.convert.source import Weight
+from bitnet.convert.target import MODEL_FILES
 from bitnet.errors import BitNetError, UsageError
-from bitnet.files import PathLike, read_file, shown
+from bitnet.files import PathLike, place_of, read_file, shown
 from bitnet.files.ggml import TYPES
 from bitnet.files.gguf_write import IDS
 from bitnet.files.replacing import new_file
@@ -171,24 +172,36 @@ def record(layers: list[Layer]) -> dict[str, Any]:
     return {"means": means(layers), "layers": [asdict(layer) for layer in layers], "alphas": alphas}
 
 
-def check_place(path: Path, target: Path) -> None:
-    """Raises UsageError, before anything is done, where the report and its picture cannot go or another file would be lost."""
-    folder = path.absolute().parent
+def check_place(path: Path, target: Path, in_folder: bool) -> None:
+    """Raises UsageError, before anything is done, where the report and its picture cannot go or another file would be lost. `in_folder`:
+    whether the target is a folder."""
+    folder, model = path.absolute().parent, place_of(target)
     if len(os.fsencode(path.name)) > 255:
         raise UsageError(
             f"{shown(path.name)}: is a name of {len(os.fsencode(path.name))} bytes; expected at most 255: name another --report"
         )
     if not path.name:
         raise UsageError(f"{shown(path)}: is a folder; the report is a file of JSON, name one (TARGET.report.json is the default)")
-    if path.suffix.lower() == ".png" or path.absolute() == target.absolute():
+    picture = path.with_suffix(".png")
+    if path.suffix.lower() == ".png" or place_of(path) == model:
         what = "the picture's name" if path.suffix.lower() == ".png" else "the target itself"
         raise UsageError(f"{shown(path)}: is {what}; the report is JSON, name it so (TARGET.report.json is the default)")
-    if folder != target.absolute() and not (folder.is_dir() and os.access(folder, os.W_OK)):
+    if place_of(picture) == model:
+        raise UsageError(f"{shown(path)}: its picture {shown(picture)} would be the target itself; name another --report")
+    within = in_folder and folder.resolve() == model
+    if within and (MODEL_FILES.fullmatch(path.name) or path.name.startswith("adapter_")):
+        raise UsageError(f"{shown(path)}: is the name of a file of the model in it; name another --report")
+    if not within and not (folder.is_dir() and os.access(folder, os.W_OK)):
         why = "which is read-only; make it writable" if folder.is_dir() else "which does not exist; make it"
         raise UsageError(f"{shown(path)}: the report cannot be written in {shown(folder)}, {why}, or name another --report")
-    for place, looks in ((path, _is_report), (path.with_suffix(".png"), _is_png)):
-        if os.path.lexists(place) and not (place.is_file() and looks(place)):
-            raise UsageError(f"{shown(place)}: is in the way of the report, and is none; move it, or name another --report")
+    refuse_others(path)
+
+
+def refuse_others(path: Path) -> None:
+    """Raises UsageError where something else lies in the place of the report or its picture."""
+    for file, looks in ((path, _is_report), (path.with_suffix(".png"), _is_png)):
+        if os.path.lexists(file) and not (file.is_file() and looks(file)):
+            raise UsageError(f"{shown(file)}: is in the way of the report, and is none; move it, or name another --report")
 
 
 def _is_report(path: Path) -> bool:

@@ -16,7 +16,7 @@ from bitnet.models.lora_gguf import is_lora
 from bitnet.models.peft import WEIGHTS_FILE
 
 # what a model's folder holds of the model; other files of a folder that is replaced stay in it
-_MODEL_FILES = re.compile(
+MODEL_FILES = re.compile(
     r"config\.json|generation_config\.json|model(-\d+-of-\d+)?\.safetensors(\.index\.json)?|tokenizer\.(json|model)|tokenizer_config\.json|"
     r"chat_template\.jinja|special_tokens_map\.json|added_tokens\.json|vocab\.json|merges\.txt"
 )
@@ -37,6 +37,9 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
             raise UsageError(f"{where}: the folder {shown(parent)} is read-only; make it writable, or name another target")
         if target.is_symlink():
             raise UsageError(f"{where}: is a symbolic link to {shown(os.readlink(target))}; name the file itself, or remove the link")
+        beside = not form.folder and sources[0].is_dir() and os.path.samefile(parent, sources[0])
+        if beside and MODEL_FILES.fullmatch(target.name) and not target.exists():
+            raise UsageError(f"{where}: would become a part of the source, which then is another model; name another target")
         if not target.exists():
             return
         for source in sources:
@@ -87,7 +90,7 @@ def keep_others(old: Path, new: Path) -> None:
     for entry in os.scandir(old) if old.is_dir() else ():
         if entry.is_dir():  # an adapter's, which the source has as well
             shutil.copytree(entry.path, new / entry.name)
-        elif not _MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
+        elif not MODEL_FILES.fullmatch(entry.name) and not (new / entry.name).exists():
             with suppress(OSError):
                 os.link(entry.path, new / entry.name)
                 continue

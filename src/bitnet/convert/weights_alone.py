@@ -22,7 +22,7 @@ from bitnet.convert.formats import Format
 from bitnet.convert.quantize import MODULES, TABLES, Ternarization, ternarized
 from bitnet.convert.source import Weight
 from bitnet.convert.verify import NotTheSameError, Progress, refuse_not_finite
-from bitnet.errors import UnsupportedModelError, UsageError
+from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, is_gguf, safetensors, shown
 from bitnet.files.safetensors import Item
 from bitnet.files.tensor import Tensor
@@ -33,7 +33,7 @@ _KINDS = {module.rsplit(".", 1)[-1]: kind for kind, module in MODULES.items()}  
 def tensors_alone(source: PathLike) -> dict[str, Tensor] | None:
     """The tensors of a file that has no configuration, in it or beside it: by our names ("layers.0.q") where they have known ones.
 
-    None where there is a configuration, and where no name is known, or two tensors would have the same.
+    None where there is a configuration, and where no name is known. Raises `FormatError` for two tensors of one name.
     """
     path = Path(source)
     if path.is_dir() or not path.exists() or is_gguf(path) or os.path.lexists(path.parent / "config.json"):
@@ -42,8 +42,10 @@ def tensors_alone(source: PathLike) -> dict[str, Tensor] | None:
     found: dict[str, Tensor] = {}
     for name, tensor in file.tensors.items():
         ours = _our_name(name) if len(tensor.shape) == 2 else name
-        if ours in found:
-            return None
+        if ours in found and "config" not in file.metadata:
+            raise FormatError(
+                f"{path}: without a config.json {shown(found[ours].name)} and {shown(name)} both are {ours}; put the model's there"
+            )
         found[ours] = tensor
     return found if "config" not in file.metadata and any(ours != tensor.name for ours, tensor in found.items()) else None
 
@@ -69,6 +71,8 @@ def made_ternary(
     for name, tensor in tensors.items():
         if tensor.scheme not in ("f32", "f16", "bf16") or not tensor.shape:
             raise UnsupportedModelError(f"{tensor.where}: is {tensor.scheme}; without a config.json F32, F16 and BF16 are read")
+        if 0 in tensor.shape:
+            raise FormatError(f"{tensor.where}: has shape {list(tensor.shape)}, which holds nothing; expected weights")
         weight = before[name] = Weight(name, tensor.shape, tensor.scheme, tensor.where, tensor.dense_rows)
         if name != tensor.name and (alpha := how.alpha_of(name)) != "keep":
             choices[name] = Choice(how.method, alpha if how.method == "threshold" else None)

@@ -13,6 +13,7 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,6 +37,12 @@ def shown(text: object) -> str:
     line = str(text)
     short = line if len(line) <= 400 else f"{line[:200]}...{line[-100:]}"
     return short if short.isprintable() else ascii(short)[1:-1]
+
+
+def place_of(path: PathLike) -> Path:
+    """Where a file lies or would, the same by whichever way it is named; a link is itself, not what it leads to."""
+    absolute = Path(path).absolute()
+    return absolute.parent.resolve() / absolute.name
 
 
 @contextmanager

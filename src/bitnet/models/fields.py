@@ -36,5 +36,5 @@ def number(hf: dict[str, Any], key: str, where: str, default: float | None = Non
     if value is None:
         value = default
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value) or not 0 < value < 1e30:
-        raise FormatError(f"{where}: {key} is {shown(repr(value))}; expected a number above 0")
+        raise FormatError(f"{where}: {key} is {shown(repr(value))}; expected a number above 0 and below 1e30")
     return float(value)
