@@ -76,6 +76,48 @@ def test_an_export_replaces_exports_only(trained: dict[str, Path], corpus: Path,
     assert (base / "model.safetensors").read_bytes() != before  # an export it was
 
 
+def test_what_is_somebodys_stays(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "log.csv").write_text("date,amount\n")
+    with pytest.raises(UsageError, match=r"log\.csv: would be replaced, and .*foreign holds no run \(no recipe\.yaml\)"):
+        run(mini(steps=2), corpus, tmp_path / "foreign")
+    assert (tmp_path / "foreign" / "log.csv").read_text() == "date,amount\n"
+    shutil.copytree(trained["fp16"] / "model", tmp_path / "theirs")
+    (tmp_path / "theirs" / "loss.png").unlink()
+    with pytest.raises(UsageError, match=r"theirs: holds a model that was not written by a training run"):
+        run(mini(steps=2), corpus, tmp_path / "run", export=tmp_path / "theirs")
+
+
+def test_a_base_that_cannot_be_trained_from(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
+    import transformers
+
+    sizes = {"hidden_size": 32, "word_embed_proj_dim": 32, "ffn_dim": 48, "num_hidden_layers": 1, "num_attention_heads": 2}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_file=str(trained["fp16"] / "tokenizer.json"))
+    for name, vocab_size, said in (
+        ("few", 200, r"few: its tokenizer has the token 299, the model's vocab_size is 200"),
+        ("nan", 300, r"nan: model\.decoder\.layers\.0\.fc1\.weight holds NaN or infinity; the file is damaged"),
+    ):
+        model = transformers.OPTForCausalLM(transformers.OPTConfig(vocab_size=vocab_size, max_position_embeddings=64, **sizes))
+        if name == "nan":
+            torch.nn.init.constant_(model.model.decoder.layers[0].fc1.weight, float("nan"))
+        model.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+        with pytest.raises(FormatError, match=said):
+            run(of_base(trained, "heal", base_model=str(tmp_path / name)), corpus, tmp_path / "run")
+
+
+def test_one_file_is_not_silently_another(corpus: Path, tmp_path: Path) -> None:
+    name = next(iter(corpus.glob("*.txt"))).name
+    shutil.copy(corpus / name, tmp_path / "mine.txt")
+    with pytest.raises(UsageError, match=rf"mine\.txt: is one file, and training\.mixture names {name}; name their folder with --data"):
+        run(mini(steps=2, mixture={name: 1.0}), tmp_path / "mine.txt", tmp_path / "run")
+
+
+def test_activations_that_the_engine_does_not_have_are_said(corpus: Path, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match="quantization.activations is none, but the engine runs packed layers with int8 activations"):
+        run(mini(steps=2, quantization={"activations": "none"}), corpus, tmp_path / "run")
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     """The loss of all steps but the first `after` is 5 nats higher."""
     plain, calls = loop._loss, 0

@@ -274,6 +274,15 @@ def test_what_ternarize_model_leaves_out_is_said() -> None:
     )
     assert len(ternarize_model(falcon)) == 4  # its own class of linear layers computes the same
     assert torch.isfinite(falcon(input_ids=torch.tensor([[1, 2]])).logits).all()
+    gpt2 = transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2, n_positions=16))
+    assert ternarize_model(gpt2, {"*wte": 0.05}) == ["transformer.wte"]  # a table by its own name
+    opt = transformers.OPTForCausalLM(
+        transformers.OPTConfig(
+            vocab_size=50, hidden_size=32, word_embed_proj_dim=32, ffn_dim=48, num_hidden_layers=1, num_attention_heads=2
+        )
+    )
+    assert ternarize_model(opt, {"*embed*": 0.05}) == ["model.decoder.embed_tokens"]  # places are looked up with an offset
+    assert torch.isfinite(opt(input_ids=torch.tensor([[1, 2]])).logits).all()
     experts = tiny("Mixtral", num_local_experts=2)
     with pytest.warns(UserWarning, match=r"tensors of MixtralForCausalLM that hold all experts stay as they are"):
         ternarize_model(experts)

@@ -17,6 +17,7 @@ import click
 from bitnet.errors import BitNetError
 from bitnet.machine import program_start
 
+NO_MEMORY = "out of memory; use a smaller model, a shorter prompt or a smaller batch"
 INTERRUPTED = 130  # 128 + SIGINT, as shells expect
 
 
@@ -55,11 +56,13 @@ def exit_code(run: Callable[[], Any], *, debug: bool) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except MemoryError:
-        return report("out of memory; use a smaller model, a shorter prompt or a smaller batch", 1, debug)
+        return report(NO_MEMORY, 1, debug)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return report(f"{where}{error.strerror or error}", 1, debug)
     except Exception as error:
+        if isinstance(error, RuntimeError) and any(words in str(error) for words in ("allocate memory", "out of memory")):  # torch's
+            return report(NO_MEMORY, 1, debug)
         return report(f"internal error: {type(error).__name__}: {error} (run again with --debug)", 1, debug, prefix="")
 
 

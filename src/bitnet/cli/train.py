@@ -88,6 +88,8 @@ def train(
 
     if ternary and quantization not in (None, "ternary"):
         raise click.UsageError(f"--ternary and --quantization {quantization} exclude each other")
+    if config.is_dir():
+        raise UsageError(f"{config}: is a folder; --config names a recipe, a YAML file in it")
     if not config.is_file():
         raise UsageError(f"{config}: not found; --config names a recipe, a YAML file (recipes/ has some)")
     for path in (*evaluation, card):

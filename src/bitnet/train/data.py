@@ -330,7 +330,7 @@ def files_of(data: Path, names: Iterable[str] | None, suffixes: tuple[str, ...] 
         return [folder / n for n in names]
     if data.is_file():
         return [data]
-    found = sorted(p for p in data.iterdir() if p.suffix in suffixes) if data.is_dir() else []
+    found = sorted(p for p in data.iterdir() if p.suffix in suffixes and p.is_file()) if data.is_dir() else []
     if not found:
         raise UsageError(f"{data}: no file or folder with {', '.join(suffixes)} files; name what to train on with --data")
     return found

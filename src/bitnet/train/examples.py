@@ -130,6 +130,8 @@ class Table:
         missing = [name for name in texts if name not in header]
         if missing or not texts:
             raise FormatError(f"{path}: has no column {missing[0] if missing else ' or '.join(_TEXTS)}; it has {', '.join(header)}")
+        if label in texts:
+            raise UsageError(f"{path}: columns name {label}, which is what shall be learned; leave it out")
         rows = [row for row in (line.split("\t") for line in lines[1:]) if len(row) == len(header)]
         if len(lines) == 1:
             raise FormatError(f"{path}: holds a header and no rows; expected an example a line")
@@ -140,6 +142,9 @@ class Table:
         if len(rows) < len(lines) - 1:
             warnings.warn(f"{path}: {len(lines) - 1 - len(rows)} rows without {len(header)} columns are left out", stacklevel=2)
         found = [row[header.index(label)] for row in rows]
+        empty = next((i for i, value in enumerate(found, 1) if not value.strip()), None)
+        if empty is not None and not labels:
+            raise FormatError(f"{path}: row {empty} has an empty label; name it, or remove the row")
         unknown = sorted(set(found) - set(labels)) if labels else []
         if unknown:
             raise UsageError(f"{path}: label {unknown[0]!r} is none of the recipe's labels ({', '.join(labels or ())})")

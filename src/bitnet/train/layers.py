@@ -299,7 +299,8 @@ def ternarize_model(
 
     `layers`: one pattern of module names ("*.mlp.*"), or patterns with what holds for them, the first that matches: a `Quantization`, or
     an alpha, which makes it threshold's; or "article" for `ARTICLE_ALPHAS`, of all layers, embedding and head included. One pattern, and
-    those it is for, means linear layers: an embedding changes only where its own pattern names it.
+    those it is for, means linear layers: an embedding changes only by a pattern that says "embed" or fits no linear layer. Embeddings that
+    look up otherwise than `nn.Embedding` (positions with an offset) stay.
     `keep`: patterns, or ends of names, of what stays. `quantization`: of layers without their own; default: absmean, int8 activations.
     Tied embedding and head stay tied: one master for both. Returns the names of the replaced modules.
     A warning says which patterns match nothing, and that experts in one tensor stay as they are. Raises `UsageError` where none matches.
@@ -317,15 +318,17 @@ def ternarize_model(
     found: list[str] = []
     used: set[str] = set()
     made: dict[int, nn.Module] = {}  # of a module that has several names one takes its place under all
-    for name, module in list(model.named_modules(remove_duplicate=False)):
-        embedding = type(module) is nn.Embedding or (isinstance(module, nn.Embedding) and not isinstance(module, TernaryEmbedding))
+    modules = list(model.named_modules(remove_duplicate=False))
+    of_linears = {p for p in patterns if any(fnmatchcase(n, p) for n, m in modules if isinstance(m, nn.Linear) or _is_conv1d(m))}
+    for name, module in modules:
+        embedding = _is_embedding(module)
         if not (_is_linear(module) or _is_conv1d(module) or (embedding and tables)) or any(
             name.endswith(k) or fnmatchcase(name, k) for k in keep
         ):
             continue
         which = next((pattern for pattern in patterns if fnmatchcase(name, pattern)), None)
         how = None if which is None else patterns[which]
-        if how is None or (embedding and not any("embed" in p and fnmatchcase(name, p) for p in patterns)):
+        if how is None or (embedding and not any(("embed" in p or p not in of_linears) and fnmatchcase(name, p) for p in patterns)):
             continue
         if not isinstance(how, Quantization):
             how = replace(base, rule="threshold", alpha=how)
@@ -359,6 +362,21 @@ def _is_linear(module: nn.Module) -> bool:
     x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device).reshape(2, -1).to(weight.dtype)
     with torch.no_grad():
         return torch.allclose(module(x), nn.functional.linear(x, weight, module.bias), rtol=1e-3, atol=1e-5)
+
+
+def _is_embedding(module: nn.Module) -> bool:
+    """Whether it looks rows up as `nn.Embedding` does, or times a number (gemma's): not one of places, with an offset (opt's)."""
+    if type(module) is nn.Embedding or not isinstance(module, nn.Embedding) or isinstance(module, TernaryEmbedding):
+        return type(module) is nn.Embedding
+    if module.weight.is_meta:
+        return False
+    ids = torch.arange(min(2, module.num_embeddings), device=module.weight.device)[None]
+    times = getattr(module, "embed_scale", 1.0)
+    try:
+        with torch.no_grad():
+            return torch.allclose(module(ids), module.weight[ids] * times, rtol=1e-2, atol=1e-6)
+    except Exception:  # it wants something else than ids
+        return False
 
 
 def _is_conv1d(module: nn.Module) -> bool:

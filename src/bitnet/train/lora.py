@@ -30,6 +30,10 @@ def add_adapter(model: nn.Module, recipe: Recipe, base: str) -> Any:
 
     linears = [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and not n.endswith("lm_head")]
     there = sorted({n.rpartition(".")[2] for n in linears})
+    if not there:
+        raise UsageError(
+            f"{base}: has no linear layers (nn.Linear) that A and B could stand beside; gpt2's, of class Conv1D, take none here"
+        )
     ends = there if recipe.target_modules is None else recipe.target_modules
     missing = [e for e in ends if not any(f".{n}".endswith(f".{e}") for n in linears)]
     if missing or not ends:

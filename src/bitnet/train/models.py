@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetF
 from bitnet.convert.formats import FORMATS
 from bitnet.convert.hf import config_of, names_of
 from bitnet.convert.source import read
-from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
 from bitnet.files.hf import Checkpoint
 from bitnet.models import LINEARS, adapter_for, open_checkpoint
 from bitnet.train.layers import FrozenTernaryLinear
@@ -69,6 +69,9 @@ class Base:
                 raise
             self.checkpoint = None
             self.model, self.tokenizer = _from_transformers(self.path)
+        bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
+        if bad is not None:
+            raise FormatError(f"{self.path}: {bad} holds NaN or infinity; the file is damaged or its training diverged")
         encoding = self.tokenizer.encode("a")
         mask = encoding.special_tokens_mask
         prefix = encoding.ids[: mask.index(0)] if 0 in mask else []
@@ -188,6 +191,9 @@ def _from_transformers(path: Path) -> tuple[Any, Tokenizer]:
         tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
     except Exception as error:  # transformers raises whatever it meets
         raise BitNetError(f"{path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})") from None
+    most, rows = max(tokenizer.get_vocab(with_added_tokens=True).values()), model.config.vocab_size
+    if most >= rows:
+        raise FormatError(f"{path}: its tokenizer has the token {most}, the model's vocab_size is {rows}; the two do not belong together")
     return model, tokenizer
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, distributed, nn
 
-from bitnet.errors import UsageError
+from bitnet.errors import BitNetError, UsageError
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,10 @@ class Processes:
 
     def wait(self) -> None:
         if self.count > 1:
-            distributed.barrier()
+            try:
+                distributed.barrier()
+            except RuntimeError:  # the connection is closed
+                raise BitNetError(f"process {self.rank} of {self.count}: another one has stopped; its message says why") from None
 
 
 def join(device: str) -> Processes:

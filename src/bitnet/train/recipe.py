@@ -115,7 +115,7 @@ class Recipe:
     # a new model
     vocab_size: int = field(default=4096, metadata=_at_least(258, 1_000_000))
     # text file -> share of its documents that the tokenizer learns from; above 1 repeats
-    tokenizer_texts: dict[str, float] | None = field(default=None, metadata=_at_least(0, 1000))
+    tokenizer_texts: dict[str, float] | None = field(default=None, metadata=_at_least(0, 1000, above=True))
     model: Shape | None = None
     quantization: Layers = field(default_factory=Layers)
     # from another one: the embedded name, a folder, a file (GGUF too), or org/name from the Hub
@@ -123,7 +123,7 @@ class Recipe:
     num_hidden_layers: int | None = field(default=None, metadata=_at_least(1, 1000))  # of a grown model; None: as many as the base has
     teacher: str | None = None
     teacher_share: float = field(default=0.5, metadata=_at_least(0, 1))  # of the loss; the rest is cross-entropy with the text
-    temperature: float = field(default=1.0, metadata=_at_least(0, above=True))  # of teacher and student
+    temperature: float = field(default=1.0, metadata=_at_least(0.01, 1000))  # of teacher and student
     # a low-rank adapter, in the article's words
     rank: int = field(default=8, metadata=_at_least(1, 100_000))
     alpha: float = field(default=16.0, metadata=_at_least(0, above=True))
@@ -152,7 +152,7 @@ class Recipe:
             raise UsageError(f"{path}: is {type(values).__name__}; expected keys and values, such as task: pretrain")
         for change in changes:
             names, equals, value = change.partition("=")
-            if not equals:
+            if not equals or not names.strip():
                 raise UsageError(f"--set {change}: expected KEY=VALUE, such as scheme=binary")
             *sections, last = names.strip().split(".")
             place = values
@@ -161,7 +161,7 @@ class Recipe:
                 if not isinstance(place, dict):
                     raise UsageError(f"--set {change}: {name} has no keys in it")
             try:
-                place[last] = _yaml(value)
+                place[last] = value.strip() if value.lstrip().startswith("*") else _yaml(value)  # a pattern; YAML's alias of nothing
             except _NO_YAML as error:
                 raise UsageError(f"--set {change}: the value is no YAML ({_problem_of(error)})") from None
         if quantization is not None and _task(values) != "lora":
@@ -200,7 +200,7 @@ class Recipe:
             if shape.hidden_size // shape.num_attention_heads % 2:
                 raise UsageError(f"{where}: model: heads of {shape.hidden_size // shape.num_attention_heads}; rope needs an even size")
         _check_labels(recipe.labels, where)
-        recipe.training.check(where, recipe.context)
+        recipe.training.check(where, recipe.context, recipe.task not in ("instruct", "classify"))
         try:
             recipe.quantization.quantization(recipe.scheme)
         except UsageError as error:
@@ -259,6 +259,12 @@ def _check_keys(recipe: Recipe, where: str) -> None:
     for name in ("alphas", "layers"):
         if recipe.task not in ("heal", "grow", "instruct", "classify") and getattr(how, name) != getattr(plain, name):
             raise UsageError(f"{where}: quantization.{name} does nothing in task {recipe.task}, whose layers are all alike; remove it")
+    if recipe.scheme == "binary" and (how.rule, how.alpha) != (plain.rule, plain.alpha):
+        name = "rule" if how.rule != plain.rule else "alpha"
+        raise UsageError(f"{where}: quantization.{name} does nothing with scheme binary, whose weights are signs; remove it")
+    for name in ("mixture", "decay_mixture"):
+        if recipe.task in ("instruct", "classify") and getattr(recipe.training, name) is not None:
+            raise UsageError(f"{where}: training.{name} does nothing in task {recipe.task}, which takes one file; remove it")
     if how.alphas is not None:
         for name in ("rule", "alpha", "layers"):
             if getattr(how, name) != getattr(plain, name):
@@ -279,6 +285,8 @@ def _nearest(key: str, known: Mapping[str, Any], prefix: str) -> str | None:
     for section, kind in (("model.", Shape), ("quantization.", Layers), ("training.", Schedule), ("", Recipe)):
         names |= {f.name: section + f.name for f in dataclasses.fields(kind)}
     names |= {name: prefix + name for name in known}
+    if prefix == "model.":
+        names |= dict.fromkeys(("layers", "n_layers"), "model.num_hidden_layers")
     near = difflib.get_close_matches(key, names, 1, 0.5)
     return names[near[0]] if near else None
 

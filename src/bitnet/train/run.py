@@ -135,6 +135,12 @@ class _Prepared:
         elsewhere = next((name for name in wanted or () if Path(name).name != name), None)
         if elsewhere is not None:
             raise UsageError(f"training.mixture names {elsewhere}; expected the name of a file in {texts}, without folders")
+        other = next((name for name in wanted or () if name != texts.name), None) if texts.is_file() else None
+        if other is not None:
+            raise UsageError(
+                f"{texts}: is one file, and training.mixture names {other}; name their folder with --data, or add "
+                "--set training.mixture=null --set training.decay_mixture=null"
+            )
         return data.files_of(texts, wanted, (".jsonl",) if recipe.task == "instruct" else data.TEXTS)
 
     def _new(self, recipe: Recipe, out: Path, processes: parallel.Processes) -> None:
@@ -195,6 +201,12 @@ class _Prepared:
         if recipe.scheme != "fp16":
             how = recipe.quantization.quantization(recipe.scheme)
             names = ternarize_model(self.model, layers, keep=keep, quantization=how, sub_norm=recipe.quantization.sub_norm)
+            if how.activations == "none":
+                warnings.warn(
+                    "quantization.activations is none, but the engine runs packed layers with int8 activations: what is exported gives "
+                    "somewhat other logits than in training",
+                    stacklevel=2,
+                )
             if self.base is not None and how.rule == "absmean" and recipe.quantization.alphas is None:
                 self.base.make_masters(names)
 
@@ -276,6 +288,9 @@ class _After:
         if evaluation and (recipe.task == "lora" or not runs):
             what = "an adapter is not scored here" if runs else f"{recipe.base_model} is of a family that only transformers runs"
             raise UsageError(f"--eval {evaluation[0]}: {what}; leave --eval out")
+        if prepared.table is not None and not runs:
+            what = f"{recipe.base_model} is of a family that only transformers runs"
+            warnings.warn(f"{what}, so no accuracy is measured on held-out rows", stacklevel=2)
         if prepared.table is not None and runs:
             self.held_out = _held_out(recipe, prepared, evaluation)
         else:
@@ -374,12 +389,14 @@ def _check_same(recipe: Recipe, out: Path) -> None:
     """A run goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
     path = out / "recipe.yaml"
     if not path.exists():
+        if (log := out / "log.csv").exists():
+            raise UsageError(f"{log}: would be replaced, and {out} holds no run (no recipe.yaml); move it, or name another --out")
         return
     try:
         then = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         then = None
-    if not isinstance(then, dict):
+    if not isinstance(then, dict) or "training" not in then:
         raise FormatError(f"{path}: is damaged; remove it to go on by the recipe of --config, or name another folder with --out")
     for key, before, after in _differences(then, recipe.plain(), ""):
         if key.rpartition(".")[2] not in _MAY_CHANGE:
@@ -402,6 +419,8 @@ def _check_target(recipe: Recipe, target: Path) -> None:
     if names and (names - _EXPORTED or not names & {"config.json", "adapter_config.json"}):
         other = min(names - _EXPORTED or names)
         raise UsageError(f"{target}: is a folder of other things ({other}), which would be replaced; name another with --export")
+    if names and "loss.png" not in names:  # which every export has
+        raise UsageError(f"{target}: holds a model that was not written by a training run (no loss.png); name another with --export")
     for source in filter(None, (recipe.base_model, recipe.teacher)):
         if names and resolve(source).resolve() in (target.resolve(), *(p.resolve() for p in target.iterdir())):
             raise UsageError(f"{target}: is {source}, which is trained from; name another folder with --export")

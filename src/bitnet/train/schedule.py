@@ -30,7 +30,7 @@ class Schedule:
     warmup_steps: int = field(default=20, metadata=_limits(1))
     decay_steps: int = field(default=100, metadata=_limits(1))  # linear to zero at the end
     blend_steps: int = field(default=0, metadata=_limits(0))  # over which layers go from full precision to their integers
-    gate_l1: float = field(default=0.0, metadata=_limits(0))  # weight of L1 on the gates of relu^2 (gate_l1.py)
+    gate_l1: float = field(default=0.0, metadata=_limits(0, 1e6))  # weight of L1 on the gates of relu^2 (gate_l1.py)
     max_grad_norm: float = field(default=1.0, metadata=_limits(0, above=True))
     mixture: dict[str, float] | None = None  # text file -> weight; None: every text by its tokens
     decay_mixture: dict[str, float] | None = None  # the same, while the rate decays; None: as before
@@ -47,14 +47,15 @@ class Schedule:
     def decaying(self, step: int) -> bool:
         return step >= self.steps - self.decay_steps
 
-    def check(self, where: str, context: int | None) -> None:
-        """Raises `UsageError` for values that do not go together. `context`: the model's; None: not known yet."""
+    def check(self, where: str, context: int | None, windows: bool) -> None:
+        """Raises `UsageError` for values that do not go together. `context`: the model's; None: not known yet. `windows`: whether a step
+        takes windows of text, not examples."""
         if self.blend_steps >= self.steps:
             raise UsageError(f"{where}: training.blend_steps is {self.blend_steps}; expected less than the {self.steps} steps")
         for key in ("context", "decay_context"):
             if (found := getattr(self, key)) is not None and context is not None and found > context:
                 raise UsageError(f"{where}: training.{key} is {found}, above the model's context of {context}")
-            if found is not None and found > self.batch_tokens:
+            if windows and found is not None and found > self.batch_tokens:
                 raise UsageError(
                     f"{where}: training.{key} is {found}, above batch_tokens {self.batch_tokens}; a step has one window at least"
                 )
