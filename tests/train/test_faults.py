@@ -23,6 +23,7 @@ yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train
 from mini_recipe import MINI, mini, stories, write_jsonl  # noqa: E402
 
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError  # noqa: E402
+from bitnet.files.replacing import write_text  # noqa: E402
 from bitnet.train import checkpoint, data, examples, loop  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.parallel import Processes  # noqa: E402
@@ -404,6 +405,7 @@ def test_damaged_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
     run(mini(steps=2), corpus, out)
     model = (out / "model" / "model.safetensors").read_bytes()
     tokens = (out / "tokens" / "a.txt.tokens").read_bytes()
+    tokenizer = (out / "tokenizer.json").read_text()
     for name in ("a.txt.tokens", "a.txt.json"):  # are made anew
         (out / "tokens" / name).write_bytes(b"{")
         run(mini(steps=2), corpus, out)
@@ -412,6 +414,11 @@ def test_damaged_files_of_a_run(corpus: Path, tmp_path: Path) -> None:
         (out / name).write_bytes(b"")
         with pytest.raises(FormatError, match=said):
             run(mini(steps=2), corpus, out)
+        if name == "tokenizer.json":
+            write_text(out / name, tokenizer)
+    (out / "recipe.yaml").unlink()  # as it was said
+    run(mini(steps=2), corpus, out)
+    assert (out / "model" / "model.safetensors").read_bytes() == model
 
 
 def test_texts_that_are_none_are_named(corpus: Path, tmp_path: Path) -> None:

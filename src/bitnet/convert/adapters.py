@@ -145,11 +145,10 @@ def refuse_collisions(target: Path, kept: Iterable[Kept], for_llama_cpp: Mapping
     """Raises UsageError where two things would be written in one place: the model in one file, and what goes beside it."""
     taken = {place_of(target): "the model"}
     for path, to in [*((one.path, one.to) for one in kept), *for_llama_cpp.items()]:
-        here = place_of(to)
+        here, what = place_of(to), f"the source's adapter {shown(path)}"
         if here in taken:
-            what = f"the source's adapter {shown(path)}"
             raise UsageError(f"{shown(to)}: is where both {taken[here]} and {what} would go; rename the adapter's folder, or the target")
-        taken[here] = f"the source's adapter {shown(path)}"
+        taken[here] = what
 
 
 def write_gguf(path: Path, to: Path, architecture: str, config: ModelConfig) -> str | None:

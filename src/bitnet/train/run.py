@@ -389,7 +389,8 @@ def _check_same(recipe: Recipe, out: Path) -> None:
     """A run goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
     path = out / "recipe.yaml"
     if not path.exists():
-        if (log := out / "log.csv").exists():
+        log = out / "log.csv"
+        if log.exists() and not log.read_bytes().startswith(",".join(loop.COLUMNS).encode()):
             raise UsageError(f"{log}: would be replaced, and {out} holds no run (no recipe.yaml); move it, or name another --out")
         return
     try:
