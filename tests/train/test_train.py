@@ -18,7 +18,7 @@ import pytest
 from click.testing import Result
 
 torch = pytest.importorskip("torch", reason="torch is not installed (extra [train])")
-pytest.importorskip("transformers", reason="transformers is not installed (extra [train])")
+transformers = pytest.importorskip("transformers", reason="transformers is not installed (extra [train])")
 pytest.importorskip("peft", reason="peft is not installed (extra [train])")
 yaml = pytest.importorskip("yaml", reason="pyyaml is not installed (extra [train])")
 
@@ -120,6 +120,32 @@ def test_attention_as_this_cpu_computes_it_quickest(
     found = loop._loss(prepared.model, tokens, targets, 1, bf16=False)
     prepared.model.set_attn_implementation("sdpa")
     assert torch.allclose(found, loop._loss(prepared.model, tokens, targets, 1, bf16=False), rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("rows", "length", "vocab", "taught", "at_once"),
+    [
+        (16, 512, 4096, False, 16),
+        (32, 256, 262144, False, 4),
+        (31, 256, 262144, False, 4),
+        (32, 256, 262144, True, 2),
+        (1, 8192, 262144, False, 1),
+    ],
+)
+def test_a_large_vocabulary_is_met_in_parts(rows: int, length: int, vocab: int, taught: bool, at_once: int) -> None:
+    model = torch.nn.Module()
+    model.config = transformers.LlamaConfig(vocab_size=vocab)
+    assert loop.at_once(model, rows, length, taught) == at_once
+
+
+def test_parts_by_memory_are_those_of_micro_batch(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run(mini(steps=2), corpus, tmp_path / "whole")
+    by_hand = Recipe.parse({**MINI, "training": {**MINI["training"], "steps": 2, "micro_batch": 1}}, "mini")
+    run(by_hand, corpus, tmp_path / "by hand")
+    monkeypatch.setattr(loop, "LOGITS_BYTES", 1)
+    run(mini(steps=2), corpus, tmp_path / "by memory")
+    whole, hand, memory = (final(tmp_path / name)["model"] for name in ("whole", "by hand", "by memory"))
+    assert all(torch.equal(hand[n], memory[n]) for n in hand) and not all(torch.equal(hand[n], whole[n]) for n in hand)
 
 
 @pytest.mark.parametrize("scheme", ["ternary", "binary", "fp16"])

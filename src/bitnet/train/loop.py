@@ -36,6 +36,7 @@ from bitnet.train.schedule import Schedule
 
 Batches = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]  # step -> (tokens, targets), [rows, length]
 LOGGED = 10  # steps whose mean is one row of the log
+LOGITS_BYTES = 4 << 30  # that the logits of what is taken at once may need, where the schedule does not say how much that is
 COLUMNS = ("step", "loss", "rate", "gradient_norm", "tokens", "seconds", "cpu_seconds")
 
 
@@ -85,6 +86,16 @@ class Teacher:
     model: nn.Module
     share: float  # of the loss
     temperature: float
+
+
+def at_once(model: nn.Module, rows: int, length: int, taught: bool) -> int:
+    """How many of a step's rows to take together: all, or their number halved until the logits, their gradient and copies (12 bytes each;
+    twice that beside a teacher's) fit into LOGITS_BYTES."""
+    config: Any = model.config
+    row = length * config.get_text_config().vocab_size * (24 if taught else 12)
+    while rows > 1 and rows * row > LOGITS_BYTES:
+        rows = (rows + 1) // 2
+    return rows
 
 
 def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
@@ -163,7 +174,7 @@ def train(
             if not rows or len(tokens) % processes.count:
                 raise UsageError(f"a step has {len(tokens)} windows for {processes.count} processes; expected a multiple of them")
             loss = torch.zeros((), device=processes.device)
-            size = schedule.micro_batch or len(rows)
+            size = schedule.micro_batch or at_once(model, len(rows), tokens.shape[1], teacher is not None)
             for at in range(0, len(rows), size):
                 part = list(rows[at : at + size])
                 if schedule.gate_l1:

@@ -19,7 +19,7 @@ class Schedule:
     steps: int = field(default=300, metadata=_limits(1, 1_000_000_000))
     batch_tokens: int = field(default=4096, metadata=_limits(1, 1_000_000_000))  # per step, of all processes together
     batch_examples: int = field(default=16, metadata=_limits(1, 1_000_000))  # per step where examples are trained on
-    micro_batch: int = field(default=0, metadata=_limits(0))  # windows or examples at once in a process, to save memory; 0: all
+    micro_batch: int = field(default=0, metadata=_limits(0))  # windows or examples at once in a process; 0: as many as memory allows
     context: int | None = field(default=None, metadata=_limits(2))  # tokens per window, until the decay; None: the model's
     decay_context: int | None = field(default=None, metadata=_limits(2))  # tokens per window while the rate decays; None: as before
     optimizer: str = field(default="muon", metadata={"choices": ("muon", "adamw")})  # of the matrices
