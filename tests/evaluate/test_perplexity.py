@@ -111,12 +111,15 @@ def test_read_text_cuts_at_whole_characters(tmp_path: Path) -> None:
     path.write_bytes("a\u00e9\U0001f98a".encode())
     assert [read_text(path, n) for n in (1, 2, 3, 6, 7, 8)] == ["a", "a", "a\u00e9", "a\u00e9", "a\u00e9\U0001f98a", "a\u00e9\U0001f98a"]
     assert read_text(path) == "a\u00e9\U0001f98a"
+    path.write_bytes(b"\xef\xbb\xbfab")
+    assert [read_text(path, n) for n in (4, 5, None)] == ["a", "ab", "ab"]  # a byte order mark is no text
 
 
 def test_bad_texts(tmp_path: Path) -> None:
     path = tmp_path / "t.txt"
     for data, limit, kind, message in (
         (b"", None, FormatError, "no text in it; expected a UTF-8 text file"),
+        (b"\xef\xbb\xbf", None, FormatError, "no text in it; expected a UTF-8 text file"),
         (b"ab\xffc", None, FormatError, "byte 2 (0xff) is not UTF-8; expected a UTF-8 text file"),
         (b"ab\xc3", None, FormatError, "byte 2 (0xc3) is not UTF-8; expected a UTF-8 text file"),
         ("\u00e9".encode(), 1, FormatError, "no text in its first 1 bytes; expected a UTF-8 text file"),

@@ -235,6 +235,7 @@ def test_what_cannot_be_exported_is_refused_before_it_is_trained(corpus: Path, t
 
 def test_what_cannot_be_read_afterwards_is_refused_before(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "latin.txt").write_bytes("grün".encode("latin-1"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a"}\n')
     (tmp_path / "none").mkdir()
     (tmp_path / "train.tsv").write_text("sentence\tlabel\n" + "a\tyes\nb\tno\n" * 20)
     (tmp_path / "dev.tsv").write_text("sentence\tlabel\nc\tmaybe\n")
@@ -242,6 +243,7 @@ def test_what_cannot_be_read_afterwards_is_refused_before(trained: dict[str, Pat
     for recipe, texts, options, said in (
         (mini(), corpus, {"card": tmp_path / "latin.txt"}, "latin.txt: .*UTF-8"),
         (mini(), corpus, {"evaluation": [tmp_path / "latin.txt"]}, "latin.txt: .*UTF-8"),
+        (mini(), corpus, {"evaluation": [tmp_path / "rows.jsonl"]}, r"rows\.jsonl: is no plain text"),
         (mini(), corpus, {"evaluation": [tmp_path / "none"]}, r"the folder holds no \.txt"),
         (of_base(trained, "lora"), corpus, {"evaluation": [corpus]}, "an adapter is not scored here"),
         (table, tmp_path, {}, "dev.tsv: label 'maybe' did not occur in the training rows"),

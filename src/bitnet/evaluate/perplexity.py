@@ -43,7 +43,7 @@ class Score:
 
 
 def read_text(path: Path, max_bytes: int | None = None, option: str = "--data") -> str:
-    """The file's text, or of its first `max_bytes` as many whole characters as fit. `option`: what named it.
+    """The file's text without a byte order mark, or of its first `max_bytes` as many whole characters as fit. `option`: what named it.
 
     Raises `UsageError` if it cannot be read or `max_bytes` < 1, `FormatError` if it is empty or not UTF-8.
     """
@@ -60,12 +60,13 @@ def read_text(path: Path, max_bytes: int | None = None, option: str = "--data") 
         while cut > 0 and data[cut] & 0xC0 == 0x80:  # data[cut] continues a character
             cut -= 1
         data = data[:cut]
-    if not data:
-        raise FormatError(f"{path}: no text in {'it' if max_bytes is None else f'its first {max_bytes} bytes'}; expected a UTF-8 text file")
     try:
-        return data.decode("utf-8")
+        text = data.decode("utf-8").removeprefix("\ufeff")
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: byte {error.start} (0x{data[error.start]:02x}) is not UTF-8; expected a UTF-8 text file") from None
+    if not text:
+        raise FormatError(f"{path}: no text in {'it' if max_bytes is None else f'its first {max_bytes} bytes'}; expected a UTF-8 text file")
+    return text
 
 
 def score_text(model: TernaryTransformer, text: str, progress: Progress | None = None) -> Score:

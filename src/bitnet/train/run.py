@@ -300,6 +300,8 @@ class _After:
                     raise UsageError(f"--eval {place}: the folder holds no .txt; name one with held-out texts, or a file")
                 self.texts += [path for path in found if path not in self.texts]
             for path in self.texts:
+                if path.suffix in (".jsonl", ".npy", ".tsv"):
+                    raise UsageError(f"--eval {path}: is no plain text, which is what is scored; write its documents into a .txt")
                 read_text(path)
 
 
