@@ -27,8 +27,9 @@ from bitnet.files.replacing import write_text  # noqa: E402
 from bitnet.train import checkpoint, data, examples, loop  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.parallel import Processes  # noqa: E402
+from bitnet.train.prepare import Prepared  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
-from bitnet.train.run import _Prepared, run  # noqa: E402
+from bitnet.train.run import run  # noqa: E402
 from bitnet.transformer import TernaryTransformer  # noqa: E402
 
 TIMES = {"seconds", "cpu_seconds"}
@@ -170,7 +171,7 @@ def test_floats_from_a_packed_base_are_what_it_computes_with(trained: dict[str, 
     tokens = torch.arange(20)[None]
     for scheme, more in (("fp16", {}), ("ternary", {"quantization": {"layers": "*.mlp.*", "activations": "none"}})):
         (tmp_path / scheme).mkdir()
-        prepared = _Prepared(of_base(trained, "instruct", scheme, **more), path, tmp_path / scheme, Processes())
+        prepared = Prepared(of_base(trained, "instruct", scheme, **more), path, tmp_path / scheme, Processes())
         for name, module in packed.named_modules():
             if hasattr(module, "scales"):
                 ours = prepared.model.get_submodule(name)
@@ -372,7 +373,7 @@ def test_a_context_beyond_the_bases_is_refused(trained: dict[str, Path], corpus:
         with pytest.raises(UsageError, match=said):
             run(recipe, corpus, tmp_path / "run")
         shutil.rmtree(tmp_path / "run")
-    assert _Prepared(of_base(trained, "heal", training=training), corpus, tmp_path, Processes()).context == 64  # where it is left open
+    assert Prepared(of_base(trained, "heal", training=training), corpus, tmp_path, Processes()).context == 64  # where it is left open
 
 
 def test_a_base_that_only_transformers_runs(trained: dict[str, Path], corpus: Path, tmp_path: Path) -> None:

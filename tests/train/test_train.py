@@ -32,8 +32,9 @@ from bitnet.train import checkpoint, data, loop  # noqa: E402
 from bitnet.train.layers import dequantized  # noqa: E402
 from bitnet.train.models import Base  # noqa: E402
 from bitnet.train.parallel import Processes  # noqa: E402
+from bitnet.train.prepare import Prepared  # noqa: E402
 from bitnet.train.recipe import Recipe  # noqa: E402
-from bitnet.train.run import _Prepared, run  # noqa: E402
+from bitnet.train.run import run  # noqa: E402
 from bitnet.transformer import TernaryTransformer  # noqa: E402
 
 ROOT = Path(__file__).parents[2]
@@ -114,7 +115,7 @@ def test_attention_as_this_cpu_computes_it_quickest(
         found = instructions in has.split()
         monkeypatch.setattr(torch.cpu, f"_is_{instructions}_supported", lambda found=found: found)
     recipe = Recipe.parse({**MINI, "context": 4096, "training": {**MINI["training"], "compile": True, **changed}}, "mini")
-    prepared = _Prepared(recipe, corpus, tmp_path, Processes())
+    prepared = Prepared(recipe, corpus, tmp_path, Processes())
     assert prepared.model.config._attn_implementation == chosen
     tokens, targets = (torch.from_numpy(a) for a in prepared.batches(0))
     found = loop._loss(prepared.model, tokens, targets, 1, bf16=False)
@@ -170,7 +171,7 @@ def test_the_three_schemes_start_alike_and_see_the_same_tokens(corpus: Path, tmp
 
     for scheme in ("ternary", "binary", "fp16"):
         (tmp_path / scheme).mkdir()
-    prepared = [_Prepared(mini(scheme=s), corpus, tmp_path / s, Processes()) for s in ("ternary", "binary", "fp16")]
+    prepared = [Prepared(mini(scheme=s), corpus, tmp_path / s, Processes()) for s in ("ternary", "binary", "fp16")]
     start = new_model(MINI_SHAPE, 300, 64, 3).state_dict()
     for each in prepared:
         assert same(dict(each.model.state_dict()), dict(start))
@@ -372,7 +373,7 @@ def test_texts_of_a_mixture_are_files_of_the_folder(corpus: Path, tmp_path: Path
     (corpus / "sub").mkdir(exist_ok=True)
     (corpus / "sub" / "a.txt").write_text("text")
     with pytest.raises(UsageError, match=rf"training.mixture names {name}; expected the name of a file in {corpus}, without folders"):
-        _Prepared(mini(mixture={"a.txt": 1.0, name: 1.0}), corpus, tmp_path, Processes())
+        Prepared(mini(mixture={"a.txt": 1.0, name: 1.0}), corpus, tmp_path, Processes())
 
 
 def test_a_damaged_log_keeps_its_whole_rows(tmp_path: Path) -> None:
@@ -525,7 +526,7 @@ def test_a_grown_model_begins_with_the_logits_of_its_base(trained: dict[str, Pat
     values = {k: v for k, v in MINI.items() if k not in ("model", "vocab_size")}
     values |= {"task": "grow", "scheme": scheme, "base_model": str(trained[scheme] / "model"), "num_hidden_layers": 5, "context": 128}
     grow, same = (Recipe.parse({**values, "num_hidden_layers": n}, "grow") for n in (5, 2))
-    begun, base = (_Prepared(recipe, corpus, tmp_path / "begun", Processes()).model for recipe in (grow, same))
+    begun, base = (Prepared(recipe, corpus, tmp_path / "begun", Processes()).model for recipe in (grow, same))
     tokens = torch.randint(0, 300, (2, 60), generator=torch.Generator().manual_seed(0))
     assert torch.equal(begun(tokens).logits, base(tokens).logits)
     engine = TernaryTransformer.from_pretrained(trained[scheme] / "model").logits(tokens[0].tolist())
