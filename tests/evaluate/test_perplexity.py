@@ -133,6 +133,10 @@ def test_bad_texts(tmp_path: Path) -> None:
         read_text(tmp_path / "missing.txt")
     with pytest.raises(UsageError, match="cannot be read as text: Is a directory"):
         read_text(tmp_path)
+    for name in ("rows.jsonl", "rows.TSV", "tokens.npy"):  # scored as it stands, the figure would be the punctuation's
+        (tmp_path / name).write_text('{"text": "a"}')
+        with pytest.raises(UsageError, match=rf"{name}: is no plain text, which --eval takes; write its documents into a \.txt"):
+            read_text(tmp_path / name, option="--eval")
 
 
 def test_a_text_too_short_to_predict_anything() -> None:

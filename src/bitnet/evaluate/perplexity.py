@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LARGEST_EXPONENT = 709.0  # exp of more is no float64
 BLOCK_ROWS = 32  # logit rows taken to float64 at a time
+OTHERS = (".jsonl", ".npy", ".tsv")  # what `bitnet train` reads that is no plain text
 Progress = Callable[[int, int], None]  # tokens done, tokens in all
 
 
@@ -45,10 +46,12 @@ class Score:
 def read_text(path: Path, max_bytes: int | None = None, option: str = "--data") -> str:
     """The file's text without a byte order mark, or of its first `max_bytes` as many whole characters as fit. `option`: what named it.
 
-    Raises `UsageError` if it cannot be read or `max_bytes` < 1, `FormatError` if it is empty or not UTF-8.
+    Raises `UsageError` if it cannot be read, is of another kind by its name, or `max_bytes` < 1, `FormatError` if it is empty or not UTF-8.
     """
     if max_bytes is not None and max_bytes < 1:
         raise UsageError(f"max_bytes is {max_bytes}; expected a whole number >= 1")
+    if path.suffix.lower() in OTHERS:
+        raise UsageError(f"{path}: is no plain text, which {option} takes; write its documents into a .txt")
     try:
         with path.open("rb") as file:
             whole = max_bytes is None or max_bytes >= os.fstat(file.fileno()).st_size > 0

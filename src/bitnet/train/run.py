@@ -107,9 +107,7 @@ class _After:
                     raise UsageError(f"--eval {place}: the folder holds no .txt; name one with held-out texts, or a file")
                 self.texts += [path for path in found if path not in self.texts]
             for path in self.texts:
-                if path.suffix in (".jsonl", ".npy", ".tsv"):
-                    raise UsageError(f"--eval {path}: is no plain text, which is what is scored; write its documents into a .txt")
-                read_text(path)
+                read_text(path, option="--eval")
 
 
 def _held_out(recipe: Recipe, prepared: Prepared, evaluation: Sequence[Path]) -> tuple[str, examples.Table] | None:
