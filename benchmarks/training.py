@@ -38,7 +38,7 @@ def source(texts: Path, vocab_size: int, place: Path) -> data.Source:
     """A small corpus in the twins' vocabulary size."""
     file = next(iter(data.files_of(texts, ["fairytales.txt"])))
     tokenizer = data.train_tokenizer(data.whole_documents(file), vocab_size)
-    return data.pack(file, tokenizer, [0], place)
+    return data.pack(file, tokenizer, [0], 0, place)
 
 
 def speed(args: argparse.Namespace, place: Path) -> dict[str, Any]:

@@ -210,7 +210,7 @@ def test_a_text_of_one_long_line_is_read_in_parts(tmp_path: Path, monkeypatch: p
     (tmp_path / "a.txt").write_text(f"{text}One day, <|endoftext|>")
     assert max(len(piece) for piece, _ in data._documents_of(tmp_path / "a.txt")) <= 600
     tokenizer = data.train_tokenizer(stories(), 300)
-    source = data.pack(tmp_path / "a.txt", tokenizer, [0], tmp_path / "tokens")
+    source = data.pack(tmp_path / "a.txt", tokenizer, [0], 0, tmp_path / "tokens")
     assert tokenizer.decode(source.tokens.tolist(), skip_special_tokens=True).startswith(text) and list(source.starts) == [0]
 
 
@@ -449,7 +449,7 @@ def test_texts_that_are_none_are_named(corpus: Path, tmp_path: Path) -> None:
     np.savez(tmp_path / "p", np.arange(9, dtype=np.uint16))
     (tmp_path / "p.npz").rename(tmp_path / "p.npy")
     with pytest.raises(FormatError, match=r"is an archive of arrays \(\.npz\)"):
-        data.pack(tmp_path / "p.npy", data.train_tokenizer(stories(), 300), [0], tmp_path / "tokens")
+        data.pack(tmp_path / "p.npy", data.train_tokenizer(stories(), 300), [0], 0, tmp_path / "tokens")
 
 
 def test_fp16_of_an_adapter(trained: dict[str, Path], corpus: Path, tmp_path: Path, bitnet: Callable[..., Result]) -> None:

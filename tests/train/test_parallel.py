@@ -90,5 +90,5 @@ def test_muon_and_ternary_layers_under_fsdp(corpus: Path, tmp_path: Path, proces
 
 def test_a_batch_that_cannot_be_cut_is_refused(corpus: Path, tmp_path: Path, process_environment: dict[str, str]) -> None:
     config = config_at(tmp_path, batch_tokens=96)
-    with pytest.raises(AssertionError, match="a step has 3 windows for 2 processes"):
+    with pytest.raises(AssertionError, match=r"a step has 3 windows of 32 tokens for 2 processes; expected a multiple of them"):
         train(2, config, corpus, tmp_path / "two", process_environment)

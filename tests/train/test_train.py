@@ -430,14 +430,14 @@ def test_text_jsonl_and_packed_tokens_give_the_same_stream(tmp_path: Path, monke
     tokenizer = data.train_tokenizer(docs, 300)
     whole = data.encode("a", (tmp_path / "a.txt").read_text(), tokenizer)
     monkeypatch.setattr(data, "_BATCH_CHARACTERS", 500)  # several batches
-    text, lines = (data.pack(tmp_path / f"a.{kind}", tokenizer, [0], tmp_path / "tokens") for kind in ("txt", "jsonl"))
+    text, lines = (data.pack(tmp_path / f"a.{kind}", tokenizer, [0], 0, tmp_path / "tokens") for kind in ("txt", "jsonl"))
     np.save(tmp_path / "p.npy", whole.tokens.astype(np.uint16))
-    packed = data.pack(tmp_path / "p.npy", tokenizer, [0], tmp_path / "tokens")
+    packed = data.pack(tmp_path / "p.npy", tokenizer, [0], 0, tmp_path / "tokens")
     for source in (text, lines, packed):
         assert np.array_equal(source.tokens, whole.tokens)
     assert np.array_equal(text.starts, whole.starts) and isinstance(text.tokens, np.memmap) and isinstance(packed.tokens, np.memmap)
     (tmp_path / "a.txt").write_text("other")
-    assert len(data.pack(tmp_path / "a.txt", tokenizer, [0], tmp_path / "tokens").starts) == 1  # encoded anew
+    assert len(data.pack(tmp_path / "a.txt", tokenizer, [0], 0, tmp_path / "tokens").starts) == 1  # encoded anew
     for name, content, said in (
         ("b.jsonl", b'{"text": 1}\n', 'line 1 has no "text"'),
         ("c.jsonl", b'{"text": "a"}\n{', "line 2 is no JSON"),
@@ -446,17 +446,17 @@ def test_text_jsonl_and_packed_tokens_give_the_same_stream(tmp_path: Path, monke
     ):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(FormatError, match=said):
-            data.pack(tmp_path / name, tokenizer, [0], tmp_path / "tokens")
+            data.pack(tmp_path / name, tokenizer, [0], 0, tmp_path / "tokens")
     np.save(tmp_path / "f.npy", np.array([5, 300], np.uint16))
     with pytest.raises(FormatError, match="holds token 300; the vocabulary has 300"):
-        data.pack(tmp_path / "f.npy", tokenizer, [0], tmp_path / "tokens")
+        data.pack(tmp_path / "f.npy", tokenizer, [0], 0, tmp_path / "tokens")
 
 
 def test_long_documents_are_encoded_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(data, "PIECE_CHARACTERS", 300)
     (tmp_path / "a.txt").write_text("<|endoftext|>\n".join(["".join(stories(40)), "the end\n"]))
     tokenizer = data.train_tokenizer(stories(), 300)
-    source = data.pack(tmp_path / "a.txt", tokenizer, [0], tmp_path / "tokens")
+    source = data.pack(tmp_path / "a.txt", tokenizer, [0], 0, tmp_path / "tokens")
     assert len(source.starts) == 2 and source.tokens[0] == 0 and (source.tokens == 0).sum() == 2
     assert tokenizer.decode(source.tokens[: source.starts[1]].tolist()).split() == "".join(stories(40)).split()
 

@@ -52,7 +52,7 @@ def save(run: Path, step: int, state: dict[str, Any], good_step: int = 0) -> Pat
         file.write(hashed.digest.digest())
     good = before(run, good_step)
     for old in saved(run)[KEPT:]:
-        if old != good:
+        if old not in (good, path):
             old.unlink(missing_ok=True)
     return path
 

@@ -1,9 +1,10 @@
 """From files to training batches, in memory that does not grow with them.
 
-A text file is UTF-8 whose documents are separated by a line `<|endoftext|>`; a .jsonl file has a document in each line's "text"; a .npy
-file is packed tokens already, one-dimensional uint16 or uint32. Texts are encoded once, document by document, into a file of tokens in the
-run's folder, and from there they are mapped. Each document is preceded by the token that begins a text, so that a model learns both to
-begin a document after it and to end one with it.
+A text file is UTF-8 whose documents are separated by a line `<|endoftext|>`; one without such lines is one document, or stories that begin
+at their openings (`_OPENINGS`). A .jsonl file has a document in each line's "text"; a .npy file is packed tokens already, one-dimensional
+uint16 or uint32. Texts are encoded once, document by document, into a file of tokens in the run's folder, and from there they are mapped.
+Each document is preceded by the token that begins a text, and followed by the one that ends a text where that is another, so that a model
+learns both to begin a document and to end one.
 Windows are cut at random places, or, with probability `snap`, at the start of the document if it is near. Examples (examples.py), which
 have a beginning and an end, are drawn whole, in an order that is shuffled anew for every pass over them.
 """
@@ -33,7 +34,9 @@ PIECE_CHARACTERS = 1 << 20  # of a longer document, encoded at once: it is cut a
 _BATCH_CHARACTERS = 1 << 22
 
 # Some story collections lost their separators: a story then begins on the line right after another paragraph, without
-# the empty line that parts paragraphs, and with one of the genre's openings.
+# the empty line that parts paragraphs, and with one of the genre's openings. Their lines are whole paragraphs: in a text whose lines are
+# broken at some width such a line may stand within a paragraph.
+_BROKEN_AT = range(50, 101)  # characters of most lines, and hardly one is longer, where a text's lines are broken
 _OPENINGS = ("Once upon a time", "Once there", "One day", "One sunny", "There once", "There was", "Once,", "In a ")
 
 
@@ -50,13 +53,13 @@ class Source:
 
 
 def documents(text: str) -> list[str]:
-    """Split a corpus into its documents; a file without separators is split at story openings."""
+    """Split a corpus into its documents; a file of stories without separators is split at their openings."""
     found = [""]
-    for piece, begins in _pieces(_lines(StringIO(text)), _separated(_lines(StringIO(text)))):
+    for piece, begins in _pieces(_lines(StringIO(text, newline="\n")), _marks(_lines(StringIO(text, newline="\n")))):
         if begins:
             found.append("")
         found[-1] += piece
-    return [document.strip("\n") for document in found if document.strip()]
+    return [document.strip("\r\n") for document in found if document.strip()]
 
 
 @contextmanager
@@ -74,29 +77,31 @@ def _lines(file: IO[str]) -> Iterator[str]:
         yield line
 
 
-def _separated(lines: Iterable[str]) -> bool:
-    """Whether a line, not a part within one, is a separator."""
-    before = "\n"
+def _marks(lines: Iterable[str]) -> tuple[str, ...]:
+    """What lines that begin a document begin with: the separator, if one line has it; openings, unless lines are broken; else nothing."""
+    before, count, broken, longer = "\n", 0, 0, 0
     for line in lines:
         if before.endswith("\n") and line.startswith(END_OF_TEXT):
-            return True
+            return (END_OF_TEXT,)
+        size = len(line.strip())
+        count, broken, longer = count + (size > 0), broken + (size in _BROKEN_AT), longer + (size >= _BROKEN_AT.stop)
         before = line
-    return False
+    return () if 2 * broken > count and 10 * longer < count else _OPENINGS
 
 
-def _pieces(lines: Iterable[str], separated: bool) -> Iterator[tuple[str, bool]]:
-    """(a piece of a document, whether it begins one), in order; without separators stories begin at their openings."""
+def _pieces(lines: Iterable[str], marks: tuple[str, ...]) -> Iterator[tuple[str, bool]]:
+    """(a piece of a document, whether it begins one), in order. `marks`: what `_marks` found in the same lines."""
     held: list[str] = []
     size, begins, before = 0, True, "\n"
+    separated = END_OF_TEXT in marks
     for line in lines:
-        ends = line.startswith(END_OF_TEXT) if separated else before != "\n" and line.startswith(_OPENINGS)
-        ends = ends and before.endswith("\n")
+        ends = line.startswith(marks) and before.endswith("\n") and (separated or before.strip("\r\n") != "")
         if ends or size > PIECE_CHARACTERS:
             if held:
                 yield "".join(held), begins
                 begins = False
             held, size, begins = [], 0, begins or ends
-        line = line.removeprefix(END_OF_TEXT).removeprefix("\n") if ends and separated else line
+        line = line.removeprefix(END_OF_TEXT).lstrip("\r\n") if ends and separated else line
         held.append(line)
         size, before = size + len(line), line
     if held:
@@ -111,10 +116,10 @@ def _documents_of(path: Path) -> Iterator[tuple[str, bool]]:
                 if line.strip():
                     yield _field(line, path, number), True
             return
-        separated = _separated(_lines(file))
+        marks = _marks(_lines(file))
         file.seek(0)
-        for piece, begins in _pieces(_lines(file), separated):
-            text = piece.strip("\n") if len(piece) <= PIECE_CHARACTERS else piece
+        for piece, begins in _pieces(_lines(file), marks):
+            text = piece.strip("\r\n") if len(piece) <= PIECE_CHARACTERS else piece
             if text:
                 yield text, begins
 
@@ -174,12 +179,25 @@ def encode(name: str, text: str, tokenizer: Tokenizer) -> Source:
     return Source(name, np.concatenate(encoded), starts.astype(np.int64), len(text.encode()))
 
 
-def pack(path: Path, tokenizer: Tokenizer, begin: list[int], folder: Path) -> Source:
-    """The file's tokens, mapped: encoded into `folder` unless that was done before. `begin`: ids that precede each document."""
+def pack(path: Path, tokenizer: Tokenizer, begin: list[int], end: int | None, folder: Path) -> Source:
+    """The file's tokens, mapped: encoded into `folder` unless that was done before. `begin`: ids that precede each document; `end`: the
+    id that ends one, which follows it unless the next one's `begin` is the same."""
     if path.suffix == ".npy":
         return _packed(path, tokenizer.get_vocab_size(with_added_tokens=True))
 
-    def encoded() -> Iterator[tuple[list[int], list[bool] | None, bool]]:
+    closing = [] if end is None or begin[-1:] == [end] else [end]
+
+    def encoded() -> Iterator[tuple[list[int], None, bool]]:
+        opened = False
+        for ids, begins in pieces():
+            if begins and opened:
+                yield closing, None, False
+            yield ids, None, begins
+            opened = True
+        if opened:
+            yield closing, None, False
+
+    def pieces() -> Iterator[tuple[list[int], bool]]:
         batch: list[tuple[str, bool]] = []
         size = 0
         for text, begins in _documents_of(path):
@@ -190,12 +208,12 @@ def pack(path: Path, tokenizer: Tokenizer, begin: list[int], folder: Path) -> So
                 batch, size = [], 0
         yield from _encoded(batch, tokenizer, begin)
 
-    return store(path, encoded, tokenizer, folder, "text")
+    return store(path, encoded, tokenizer, folder, f"text {begin} {closing}")
 
 
-def _encoded(batch: list[tuple[str, bool]], tokenizer: Tokenizer, begin: list[int]) -> Iterator[tuple[list[int], None, bool]]:
+def _encoded(batch: list[tuple[str, bool]], tokenizer: Tokenizer, begin: list[int]) -> Iterator[tuple[list[int], bool]]:
     for encoding, (_, begins) in zip(tokenizer.encode_batch([t for t, _ in batch], add_special_tokens=False), batch, strict=True):
-        yield (begin + encoding.ids if begins else encoding.ids), None, begins
+        yield (begin + encoding.ids if begins else encoding.ids), begins
 
 
 def _packed(path: Path, vocab_size: int) -> Source:

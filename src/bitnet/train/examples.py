@@ -79,7 +79,10 @@ def _conversations(path: Path, tokenizer: Tokenizer, template: ChatTemplate, end
                 if prompt[: len(ids)] != ids:
                     yield ids, asked, True
                     ids, asked = [], []
-                text = after[len(before) :] if after.startswith(before) else f" {message['content']}"
+                if after.startswith(before):
+                    text = after[len(before) :]
+                else:  # the prompt holds more than the template writes of an answer that is over, such as empty <think></think>
+                    text = (" " if before[-1:].isalnum() or before.endswith(":") else "") + message["content"]
                 answer = tokenizer.encode(text, add_special=False, parse_special=True)
                 if end is not None and not set(answer) & ({end} | tokenizer._special_ids):
                     answer.append(end)

@@ -89,6 +89,11 @@ class Quantization:
     def scheme(self) -> str:
         return "binary" if self.rule == "binary" else "ternary"
 
+    def check(self, inputs: int, where: str = "a layer") -> None:
+        """Raises `UsageError` where groups do not divide a layer's inputs."""
+        if isinstance(self.scale, int) and inputs % self.scale:
+            raise UsageError(f"scale is {self.scale}, which does not divide {where}'s {inputs} inputs; expected tensor, row or a divisor")
+
     def of(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """weight float [out, in] -> (codes -1, 0, +1 as float32 [out, in], scales float32 [1 or out, groups])."""
         w = weight.detach().float()
@@ -97,9 +102,8 @@ class Quantization:
             runs = w.reshape(1, 1, -1)
         elif self.scale == "row":
             runs = w.unsqueeze(1)
-        elif inputs % int(self.scale):
-            raise UsageError(f"scale is {self.scale}, which does not divide a layer's {inputs} inputs; expected tensor, row or a divisor")
         else:
+            self.check(inputs)
             runs = w.unflatten(1, (-1, int(self.scale)))
         size = runs.abs()  # [1 or out, groups, inputs of a group]
         mean = size.mean(dim=2, keepdim=True)
@@ -204,6 +208,7 @@ class TernaryLinear(nn.Linear):
     ) -> None:
         super().__init__(in_features, out_features, bias, device, dtype)
         self.quantization = quantization or self.default
+        self.quantization.check(in_features)
         self.sub_norm = nn.RMSNorm(in_features, eps=1e-5, device=device, dtype=dtype) if sub_norm else None
 
     @property
@@ -266,6 +271,7 @@ class TernaryEmbedding(nn.Embedding):
     def __init__(self, *args: Any, quantization: Quantization | None = None, **options: Any) -> None:
         super().__init__(*args, **options)
         self.quantization = quantization or self.default
+        self.quantization.check(self.embedding_dim)
 
     @property
     def scheme(self) -> str:
@@ -315,7 +321,7 @@ def ternarize_model(
         layers, keep = ARTICLE_ALPHAS, tuple(k for k in keep if k != "lm_head")
     patterns: Mapping[str, float | Quantization] = {layers: base} if isinstance(layers, str) else layers
     tables = not isinstance(layers, str)
-    found: list[str] = []
+    found: dict[str, nn.Module] = {}
     used: set[str] = set()
     made: dict[int, nn.Module] = {}  # of a module that has several names one takes its place under all
     modules = list(model.named_modules(remove_duplicate=False))
@@ -337,10 +343,12 @@ def ternarize_model(
                 f"model is itself a {type(module).__name__}; expected one that holds layers, or use TernaryLinear in its place"
             )
         if id(module) not in made:
+            how.check(module.weight.shape[0 if _is_conv1d(module) else 1], name)
             made[id(module)] = _replaced(module, how, sub_norm, table=embedding or name.endswith("lm_head"))
-        model.set_submodule(name, made[id(module)])
-        found.append(name)
+        found[name] = made[id(module)]
         used |= {pattern for pattern in patterns if fnmatchcase(name, pattern)}
+    for name, new in found.items():  # once all of them can be
+        model.set_submodule(name, new)
     kind, unused = type(model).__name__, [pattern for pattern in patterns if pattern not in used]
     if not found:
         raise UsageError(f"no layer of {kind} matches {', '.join(patterns)}; expected patterns of module names, as '*.mlp.*'")
@@ -349,7 +357,7 @@ def ternarize_model(
     experts = [name for name, p in model.named_parameters() if p.ndim == 3 and "expert" in name]
     if experts:
         warnings.warn(f"{len(experts)} tensors of {kind} that hold all experts stay as they are ({experts[0]}, ...)", stacklevel=2)
-    return found
+    return list(found)
 
 
 def _is_linear(module: nn.Module) -> bool:

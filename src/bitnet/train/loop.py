@@ -44,10 +44,10 @@ class TrainingStopped(BitNetError):
     """NaN, infinity or divergence."""
 
 
-def windows(sources: list[Source], schedule: Schedule, context: int, seed: int) -> Batches:
+def windows(sources: list[Source], schedule: Schedule, context: int, seed: int, processes: int = 1) -> Batches:
     """Windows of texts by the schedule's mixtures; what a step sees depends on seed and step alone.
 
-    Raises `UsageError` for a text that is shorter than the windows that are drawn from it.
+    Raises `UsageError` for a text that is shorter than the windows that are drawn from it, and for a step that `processes` cannot share.
     """
     by_tokens = {s.name: float(len(s.tokens)) for s in sources}
 
@@ -60,6 +60,7 @@ def windows(sources: list[Source], schedule: Schedule, context: int, seed: int) 
     for weights, length in (stage(0), stage(schedule.steps - 1)):
         if length > schedule.batch_tokens:
             raise UsageError(f"training.batch_tokens is {schedule.batch_tokens}, less than one window of {length} tokens; raise it")
+        _check_shares(schedule.batch_tokens // length, f"windows of {length} tokens", processes, "training.batch_tokens")
         for source, weight in zip(sources, weights, strict=True):
             if weight > 0:
                 check_length(source, length + 1)
@@ -67,16 +68,22 @@ def windows(sources: list[Source], schedule: Schedule, context: int, seed: int) 
     def batch(step: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         weights, length = stage(step)
         rng = np.random.default_rng((seed, step))
-        count = max(1, schedule.batch_tokens // length)
+        count = schedule.batch_tokens // length
         found = sample_windows(sources, weights / weights.sum(), count, length + 1, schedule.snap, rng)
         return found[:, :-1], found[:, 1:]
 
     return batch
 
 
-def examples(source: Source, schedule: Schedule, context: int, seed: int) -> Batches:
-    """Whole examples, every one once in each pass."""
+def examples(source: Source, schedule: Schedule, context: int, seed: int, processes: int = 1) -> Batches:
+    """Whole examples, every one once in each pass. Raises `UsageError` for a step that `processes` cannot share."""
+    _check_shares(schedule.batch_examples, "examples", processes, "training.batch_examples")
     return lambda step: sample_examples(source, schedule.batch_examples, step, context, seed)
+
+
+def _check_shares(count: int, what: str, processes: int, key: str) -> None:
+    if count % processes:
+        raise UsageError(f"a step has {count} {what} for {processes} processes; expected a multiple of them: change {key}")
 
 
 @dataclass(frozen=True)
@@ -101,7 +108,8 @@ def at_once(model: nn.Module, rows: int, length: int, taught: bool) -> int:
 def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimizer]:
     """Muon or AdamW for the layers' matrices, AdamW for embedding, head and norms; of what trains at all."""
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    matrices = [p for n, p in trained.items() if p.ndim == 2 and "embed" not in n and "lm_head" not in n]
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = [p for n, p in trained.items() if p.ndim == 2 and id(p) not in tables and "embed" not in n and "lm_head" not in n]
     chosen = {id(p) for p in matrices}
     vectors = [p for p in trained.values() if id(p) not in chosen]
     made: list[torch.optim.Optimizer] = []
@@ -113,7 +121,7 @@ def optimizers(model: nn.Module, schedule: Schedule) -> list[torch.optim.Optimiz
     if vectors:
         made.append(torch.optim.AdamW(vectors, lr=schedule.vector_lr, betas=(0.9, 0.95), weight_decay=0.0, fused=True))
     for group in (g for o in made for g in o.param_groups):
-        group["base_lr"], group["base_decay"] = group["lr"], group["weight_decay"]
+        group["base_lr"], group["decays"] = group["lr"], id(group["params"][0]) in chosen
     if not made:
         raise UsageError("nothing in this model trains; expected layers that match the recipe")
     return made
@@ -132,12 +140,13 @@ def train(
     report: Callable[[dict[str, Any]], None] = lambda row: None,
     compiled: bool = True,
     texts: Mapping[str, str] | None = None,
+    beside: Mapping[str, str] | None = None,
 ) -> None:
     """Train `model` (a causal LM of transformers) in place; write `out/log.csv`, TensorBoard's log and checkpoints, resume from the newest.
 
-    `report`: called with every row of the log. `texts`: name -> SHA-256 of what `batches` draws from, kept with the checkpoints: a run
-    goes on with no others. Raises `TrainingStopped` for NaN, infinity and divergence, with step, layer and the last
-    good checkpoint.
+    `report`: called with every row of the log. `texts`: name -> SHA-256 of what `batches` draws from, `beside`: the same of models that
+    stay as they are, both kept with the checkpoints: a run goes on with no others. Raises `TrainingStopped` for NaN, infinity and
+    divergence, with step, layer and the last good checkpoint.
     """
     processes = processes or Processes()
     out.mkdir(parents=True, exist_ok=True)
@@ -146,7 +155,7 @@ def train(
         teacher.model.to(processes.device).eval()
     wrapped = spread(model, parallel, processes)
     optims = optimizers(model, schedule)
-    progress = _resume(out, model, optims, dict(texts or {}))
+    progress = _resume(out, model, optims, dict(texts or {}), dict(beside or {}))
     first = progress.step
     if before(out, progress.good_step) is None and not progress.diverged(schedule.divergence):
         progress.good_step = first  # that one is gone: none is better than the one that is taken up now
@@ -160,7 +169,7 @@ def train(
         for step in range(first, schedule.steps):
             for group in (g for o in optims for g in o.param_groups):
                 group["lr"] = group["base_lr"] * schedule.rate(step)
-                if schedule.decay_weight_decay is not None and schedule.decaying(step) and group["base_decay"]:
+                if schedule.decay_weight_decay is not None and schedule.decaying(step) and group["decays"]:
                     group["weight_decay"] = schedule.decay_weight_decay
             if blend is not None:
                 blend.fill_((step + 1) / schedule.blend_steps)
@@ -171,8 +180,6 @@ def train(
             tokens, targets = (torch.from_numpy(a) for a in batches(step))
             count = int((targets != IGNORED).sum())
             rows = range(processes.rank, len(tokens), processes.count)
-            if not rows or len(tokens) % processes.count:
-                raise UsageError(f"a step has {len(tokens)} windows for {processes.count} processes; expected a multiple of them")
             loss = torch.zeros((), device=processes.device)
             size = schedule.micro_batch or at_once(model, len(rows), tokens.shape[1], teacher is not None)
             for at in range(0, len(rows), size):
@@ -220,7 +227,7 @@ def train(
                 progress.losses, progress.norms = [], []
             if done % schedule.checkpoint_every == 0 or done == schedule.steps:
                 progress.seconds, progress.cpu_seconds = time.perf_counter() - started, time.process_time() - cpu_started
-                state = _state(model, optims) | vars(progress) | {"texts": dict(texts or {})}
+                state = _state(model, optims) | vars(progress) | {"texts": dict(texts or {}), "beside": dict(beside or {})}
                 if processes.first:
                     save(out, done, state, progress.good_step)
                 processes.wait()
@@ -279,7 +286,7 @@ def _state(model: nn.Module, optims: list[torch.optim.Optimizer]) -> dict[str, A
     }
 
 
-def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer], texts: dict[str, str]) -> _Progress:
+def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer], texts: dict[str, str], beside: dict[str, str]) -> _Progress:
     """Bring the newest checkpoint back."""
     state = newest(out)
     if state is None:
@@ -290,6 +297,11 @@ def _resume(out: Path, model: nn.Module, optims: list[torch.optim.Optimizer], te
     for name in {**state["texts"], **texts}:
         if state["texts"].get(name) != texts.get(name):
             raise UsageError(f"{out}: {name} is not what this run was begun with; bring the text back, or name another folder with --out")
+    for name, then in state.get("beside", {}).items():  # earlier versions kept none
+        if beside.get(name) != then:
+            raise UsageError(
+                f"{out}: {name} is another model than this run was begun with; bring it back, or name another folder with --out"
+            )
     of = {id(p): o for o in optims for g in o.param_groups for p in g["params"]}
     with torch.no_grad():
         for name, p in trained.items():
@@ -376,7 +388,7 @@ def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, A
     try:
         from torch.utils.tensorboard import SummaryWriter
 
-        board = SummaryWriter(str(out / "tensorboard"), purge_step=first)
+        board = SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
     except ImportError:
         pass
     with path.open("a", newline="") as file:

@@ -7,6 +7,7 @@ become floats, the values that are stored, or, where absmean makes them ternary 
 from __future__ import annotations
 
 import copy
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from tokenizers import Tokenizer
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, BitNetConfig, BitNetForCausalLM, LlamaConfig, LlamaForCausalLM
 
+from bitnet.chat import find_template
 from bitnet.convert.formats import FORMATS
 from bitnet.convert.hf import config_of, names_of
 from bitnet.convert.source import read
@@ -29,7 +31,11 @@ from bitnet.train.recipe import Shape
 MOST_EAGER = 1024  # tokens of context up to which attention may be plain products
 
 
-def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: int = 0) -> Any:
+# What models call the token that ends a text, of those whose tokenizer.json comes alone.
+_ENDS = ("<|endoftext|>", "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[EOS]", "<|im_end|>")
+
+
+def new_model(shape: Shape, vocab_size: int, context: int, seed: int, begin_id: int = 0, end_id: int = 0) -> Any:
     """A BitNetForCausalLM or LlamaForCausalLM, initialized from the seed; every linear layer is torch's own."""
     torch.manual_seed(seed)
     kind: Any
@@ -39,7 +45,7 @@ def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: in
         vocab_size=vocab_size,
         max_position_embeddings=context,
         tie_word_embeddings=True,
-        bos_token_id=end_id,
+        bos_token_id=begin_id,
         eos_token_id=end_id,
         rope_parameters={"rope_type": "default", "rope_theta": shape.rope_theta},
         **{k: v for k, v in vars(shape).items() if k not in ("rope_theta", "architecture")},
@@ -48,10 +54,25 @@ def new_model(shape: Shape, vocab_size: int, context: int, seed: int, end_id: in
     return made(config)
 
 
+def begin_of(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a tokenizer puts before a text."""
+    encoding = tokenizer.encode("a")
+    mask = encoding.special_tokens_mask
+    return list(encoding.ids[: mask.index(0)]) if 0 in mask else []
+
+
+def end_of(tokenizer: Tokenizer, where: str) -> int:
+    """The id of the token that ends a text, by its usual names. Raises `UsageError` where there is none of them."""
+    found = next((number for name in _ENDS if (number := tokenizer.token_to_id(name)) is not None), None)
+    if found is None:
+        raise UsageError(f"{where}: has no token that ends a text; expected one of {', '.join(_ENDS)}: add it to the tokenizer")
+    return int(found)
+
+
 class Base:
     """A model that training starts from: `model` (of transformers, float32), `tokenizer`, `checkpoint` (None if only transformers reads
-    it), `begin` (ids that begin a text), `end` (the id that ends one), and `scales`, float32 [1 or out, groups], of modules whose packed
-    weights are to train, by name; these hold the values that the codes stand for."""
+    it), `template` (of its chats, if it has one), `begin` (ids that begin a text), `end` (the id that ends one), and `scales`, float32
+    [1 or out, groups], of modules whose packed weights are to train, by name; these hold the values that the codes stand for."""
 
     def __init__(self, source: str, packed: bool = True) -> None:
         """`packed`: whether packed layers stay packed, and do not train. Raises what the readers raise."""
@@ -64,20 +85,18 @@ class Base:
             self.checkpoint = open_checkpoint(self.path)
             self.model, self.scales = _as_transformers(self.checkpoint, packed)
             self.tokenizer = _tokenizer(self.checkpoint, self.model.config.vocab_size)
+            self.template = find_template(self.checkpoint.tokenizer_config, self.checkpoint.chat_template, self.checkpoint.gguf_metadata)
         except UnsupportedModelError:
             if not (self.path / "config.json").is_file():
                 raise
             self.checkpoint = None
-            self.model, self.tokenizer = _from_transformers(self.path)
+            self.model, self.tokenizer, self.template = _from_transformers(self.path)
         bad = next((n for n, p in self.model.named_parameters() if not bool(torch.isfinite(p).all())), None)
         if bad is not None:
             raise FormatError(f"{self.path}: {bad} holds NaN or infinity; the file is damaged or its training diverged")
-        encoding = self.tokenizer.encode("a")
-        mask = encoding.special_tokens_mask
-        prefix = encoding.ids[: mask.index(0)] if 0 in mask else []
         ends = self.model.config.eos_token_id
         self.end: int | None = ends[0] if isinstance(ends, list) else ends
-        self.begin: list[int] = prefix or ([self.end] if self.end is not None else [])
+        self.begin: list[int] = begin_of(self.tokenizer) or ([self.end] if self.end is not None else [])
 
     def grow(self, layers: int | None, context: int | None) -> None:
         """More layers, more places, and at first the same logits: behind its original stands a copy of a layer, evenly over the depth,
@@ -182,19 +201,22 @@ def _tokenizer(checkpoint: Checkpoint, vocab_size: int) -> Tokenizer:
     return load_tokenizer(checkpoint, vocab_size, None)._library
 
 
-def _from_transformers(path: Path) -> tuple[Any, Tokenizer]:
-    """Families that only transformers knows."""
+def _from_transformers(path: Path) -> tuple[Any, Tokenizer, str | None]:
+    """Model, tokenizer and chat template of families that only transformers knows."""
     from transformers import AutoTokenizer
 
     try:
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(path).backend_tokenizer
+        whole = AutoTokenizer.from_pretrained(path)
+        tokenizer, template = whole.backend_tokenizer, whole.chat_template
     except Exception as error:  # transformers raises whatever it meets
         raise BitNetError(f"{path}: transformers cannot load it ({type(error).__name__}: {str(error)[:200]})") from None
     most, rows = max(tokenizer.get_vocab(with_added_tokens=True).values()), model.config.vocab_size
     if most >= rows:
         raise FormatError(f"{path}: its tokenizer has the token {most}, the model's vocab_size is {rows}; the two do not belong together")
-    return model, tokenizer
+    if isinstance(template, dict):  # several by name
+        template = template.get("default")
+    return model, tokenizer, template
 
 
 def _plain_rope(config: Any) -> bool:
@@ -215,3 +237,12 @@ def quickest_attention(model: Any, bf16: bool, context: int) -> None:
 def freeze(model: nn.Module) -> None:
     for p in model.parameters():
         p.requires_grad_(False)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """SHA-256 of numbers all over a model, some thousand of each tensor: another model's, or a later one's, are others."""
+    digest = hashlib.sha256()
+    for name, values in sorted(model.state_dict().items()):
+        flat = values.detach().reshape(-1)
+        digest.update(name.encode() + flat[:: max(1, len(flat) // 4096)].float().numpy().tobytes())
+    return digest.hexdigest()

@@ -10,12 +10,15 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from datetime import timedelta
 from typing import Any
 
 import torch
 from torch import Tensor, distributed, nn
 
 from bitnet.errors import BitNetError, UsageError
+
+LONGEST_WAIT = timedelta(days=7)  # while the first process encodes texts or scores a model; one that has died is noticed at once
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,8 @@ def join(device: str) -> Processes:
             where = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(where)
     if count > 1 and not distributed.is_initialized():
-        distributed.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        backend = "nccl" if where.type == "cuda" else "gloo"
+        distributed.init_process_group(backend, timeout=LONGEST_WAIT)
     return Processes(rank, count, where)
 
 

@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
 import sys
 import warnings
 from collections.abc import Iterator
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
 import torch
 from tokenizers import Tokenizer
 
-from bitnet.chat import ChatTemplate, find_template
+from bitnet.chat import ChatTemplate
 from bitnet.errors import FormatError, UsageError
 from bitnet.files.replacing import write_text
-from bitnet.train import data, examples, loop, parallel
+from bitnet.train import checkpoint, data, examples, loop, parallel
 from bitnet.train.gate_l1 import penalize_gates
 from bitnet.train.layers import ternarize_model
-from bitnet.train.models import Base, freeze, new_model, quickest_attention
+from bitnet.train.models import Base, begin_of, end_of, fingerprint, freeze, new_model, quickest_attention
 from bitnet.train.recipe import CONTEXT, Recipe
+
+_MADE_OF = "tokenizer.made_of.json"  # beside a learned tokenizer.json: from what
 
 
 class Prepared:
@@ -29,6 +35,7 @@ class Prepared:
         self.base: Base | None = None
         self.table: examples.Table | None = None
         self.template: str | None = None
+        self.beside: dict[str, str] = {}  # name -> fingerprint of the model that stays as it is: an adapter's base, a teacher
         self.schedule = recipe.training
         self.files = self._files(recipe, texts)
         if recipe.task in ("pretrain", "distil"):
@@ -39,7 +46,8 @@ class Prepared:
         if not processes.first:
             processes.wait()  # the first process encodes, the others find what it wrote
         self.sources = self._sources(recipe, out)
-        penalize_gates(self.model, self.schedule.gate_l1)
+        if not penalize_gates(self.model, self.schedule.gate_l1) and self.schedule.gate_l1:
+            raise UsageError(f"training.gate_l1 is {self.schedule.gate_l1:g}; the model has no gate_proj whose gates it weighs: remove it")
         if processes.first and processes.count > 1:
             processes.wait()
         self.compiled = self.schedule.compile and self.sources[0].targets is None and recipe.task != "lora"  # examples differ in length
@@ -48,9 +56,9 @@ class Prepared:
             for model in [self.model] if self.teacher is None else [self.model, self.teacher.model]:
                 quickest_attention(model, self.schedule.bf16, longest)
         if self.sources[0].targets is not None:
-            self.batches = loop.examples(self.sources[0], self.schedule, self.context, recipe.seed)
+            self.batches = loop.examples(self.sources[0], self.schedule, self.context, recipe.seed, processes.count)
         else:
-            self.batches = loop.windows(self.sources, self.schedule, self.context, recipe.seed)
+            self.batches = loop.windows(self.sources, self.schedule, self.context, recipe.seed, processes.count)
 
     def _context(self, recipe: Recipe) -> int:
         """Raises `UsageError` where the recipe asks for more tokens than base or teacher have places for."""
@@ -89,47 +97,61 @@ class Prepared:
         if recipe.teacher is not None:
             teacher = Base(recipe.teacher)
             freeze(teacher.model)
+            self.beside = {recipe.teacher: fingerprint(teacher.model)}
             self.teacher = loop.Teacher(teacher.model, recipe.teacher_share, recipe.temperature)
             self.tokenizer, self.begin, self.end = teacher.tokenizer, teacher.begin, teacher.end
             vocab_size = int(teacher.model.config.vocab_size)
         else:
             saved = out / "tokenizer.json"
-            if processes.first and not saved.exists():
-                write_text(saved, self._learn_tokenizer(recipe).to_str())
+            if processes.first:
+                self._learn_tokenizer(recipe, saved)
             processes.wait()
-            self.tokenizer, self.begin, self.end = _read_tokenizer(saved), [0], 0
+            self.tokenizer = _read_tokenizer(saved)
+            self.end = end_of(self.tokenizer, str(saved))
+            self.begin = begin_of(self.tokenizer) or [self.end]
             if (size := self.tokenizer.get_vocab_size()) > recipe.vocab_size:
                 raise UsageError(f"{saved}: has {size} tokens, vocab_size is {recipe.vocab_size}; raise it, or remove the file")
             vocab_size = recipe.vocab_size
-        self.model = new_model(recipe.model, vocab_size, recipe.context or CONTEXT, recipe.seed, self.end or 0)
+        end = self.end or 0
+        begin = self.begin[0] if self.begin else end
+        self.model = new_model(recipe.model, vocab_size, recipe.context or CONTEXT, recipe.seed, begin, end)
         self._quantize(recipe, "*", ("lm_head",))
 
-    def _learn_tokenizer(self, recipe: Recipe) -> Tokenizer:
+    def _learn_tokenizer(self, recipe: Recipe, saved: Path) -> None:
+        """Writes the run's tokenizer.json, unless it is there: the user's, or learned from the same texts, or by a run that goes on."""
         shares = recipe.tokenizer_texts or {f.name: 1.0 for f in self.files}
-        files = data.files_of(self.files[0].parent, shares)
-        if any(f.suffix == ".npy" for f in files):
-            raise UsageError(
-                "packed tokens need their tokenizer: put tokenizer.json into the run's folder, or name texts in tokenizer_texts"
-            )
+        made_of, known = _made_of(saved), None
+        if not saved.exists() or (made_of is not None and not checkpoint.saved(saved.parent)):
+            files = data.files_of(self.files[0].parent, shares)
+            if any(f.suffix == ".npy" for f in files):
+                raise UsageError(
+                    "packed tokens need their tokenizer: put tokenizer.json into the run's folder, or name texts in tokenizer_texts"
+                )
+            texts = {f.name: [share, f.stat().st_size, f.stat().st_mtime_ns] for f, share in zip(files, shares.values(), strict=True)}
+            known = {"vocab_size": recipe.vocab_size, "texts": texts}
+        if known is None or known == made_of:
+            return
 
         def documents() -> Iterator[str]:
             for file, share in zip(files, shares.values(), strict=True):
-                times, every = (int(share), 1) if share >= 1 else (1, round(1 / max(share, 1e-9)))
-                for _ in range(times):
-                    for number, text in enumerate(data.whole_documents(file)):
-                        if int((number + 1) * share) > int(number * share) if 0.5 < share < 1 else number % every == 0:
-                            yield text
+                for number, text in enumerate(data.whole_documents(file)):
+                    yield from repeat(text, math.ceil((number + 1) * share) - math.ceil(number * share))
 
-        return data.train_tokenizer(documents(), recipe.vocab_size)
+        learned = data.train_tokenizer(documents(), recipe.vocab_size).to_str()
+        saved.unlink(missing_ok=True)
+        write_text(saved.parent / _MADE_OF, json.dumps({"sha256": _sha256(learned.encode()), "made_of": known}) + "\n")
+        write_text(saved, learned)
 
     def _from_base(self, recipe: Recipe) -> None:
         assert recipe.base_model is not None
         base = self.base = Base(recipe.base_model, packed=recipe.task == "lora")
         self.model, self.tokenizer, self.begin, self.end = base.model, base.tokenizer, base.begin, base.end
+        self.template = base.template
         if recipe.task == "lora":
             from bitnet.train.lora import add_adapter
 
             freeze(self.model)
+            self.beside = {recipe.base_model: fingerprint(self.model)}
             torch.manual_seed(recipe.seed)
             self.model = add_adapter(self.model, recipe, recipe.base_model)
         else:
@@ -169,7 +191,7 @@ class Prepared:
             template, ours = self._template(), self.text_tokenizer()
             rows = lambda: examples.conversations(file, ours, template, self.end, self.context)  # noqa: E731
             return [data.store(file, rows, self.tokenizer, folder, f"conversations {self.context} {template.source}")]
-        return [data.pack(f, self.tokenizer, self.begin, folder) for f in self.files]
+        return [data.pack(f, self.tokenizer, self.begin, self.end, folder) for f in self.files]
 
     def text_tokenizer(self) -> Any:
         from bitnet.tokenizer import Tokenizer as Ours
@@ -181,16 +203,28 @@ class Prepared:
         return str(self.tokenizer.id_to_token(first)) if isinstance(first, int) else ""
 
     def _template(self) -> ChatTemplate:
-        checkpoint = self.base.checkpoint if self.base else None
-        if checkpoint is not None:
+        """The base's own, or a plain one, which is exported."""
+        if self.base is not None and self.base.checkpoint is not None and self.template is not None:
             from bitnet.source import load_chat_template
 
-            found = load_chat_template(checkpoint)
-            if found is not None:
-                self.template = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, checkpoint.gguf_metadata)
-                return found
-        self.template = examples.TEMPLATE
-        return ChatTemplate(examples.TEMPLATE, bos_token=self.special(self.begin), eos_token=self.special(self.end))
+            found = load_chat_template(self.base.checkpoint)
+            assert found is not None
+            return found
+        self.template = self.template or examples.TEMPLATE
+        return ChatTemplate(self.template, bos_token=self.special(self.begin), eos_token=self.special(self.end))
+
+
+def _made_of(saved: Path) -> Any:
+    """What a tokenizer was learned from; None of one that somebody put there, or that is not there."""
+    try:
+        found = json.loads((saved.parent / _MADE_OF).read_text())
+        return found["made_of"] if found["sha256"] == _sha256(saved.read_bytes()) else None
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
+def _sha256(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

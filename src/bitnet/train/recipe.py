@@ -14,6 +14,7 @@ import math
 import re
 import types
 import typing
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,6 +46,7 @@ _KEYS: dict[str, set[str]] = {
     "instruct": _OF_BASE,
     "classify": _OF_BASE | {"labels", "columns"},
 }
+_OF_WINDOWS = ("batch_tokens", "context", "decay_context", "snap")  # keys of training
 # what other programs call them
 _ALIASES = {"learning_rate": "training.matrix_lr", "lr": "training.matrix_lr", "r": "rank", "lora_alpha": "alpha"}
 # what `training` is where a recipe leaves it open; None of it is new to a model that has learned already
@@ -262,9 +264,15 @@ def _check_keys(recipe: Recipe, where: str) -> None:
     if recipe.scheme == "binary" and (how.rule, how.alpha) != (plain.rule, plain.alpha):
         name = "rule" if how.rule != plain.rule else "alpha"
         raise UsageError(f"{where}: quantization.{name} does nothing with scheme binary, whose weights are signs; remove it")
+    whole = recipe.task in ("instruct", "classify")
     for name in ("mixture", "decay_mixture"):
-        if recipe.task in ("instruct", "classify") and getattr(recipe.training, name) is not None:
+        if whole and getattr(recipe.training, name) is not None:
             raise UsageError(f"{where}: training.{name} does nothing in task {recipe.task}, which takes one file; remove it")
+    idle: tuple[str, ...] = _OF_WINDOWS if whole else () if recipe.task == "lora" else ("batch_examples",)
+    changed = [name for name in idle if getattr(recipe.training, name) != getattr(Schedule(), name)]
+    if changed:
+        takes = "examples: batch_examples, and the recipe's context, hold" if whole else "windows of texts: batch_tokens holds"
+        warnings.warn(f"{where}: training.{changed[0]} does nothing in task {recipe.task}, which takes {takes}", stacklevel=2)
     if how.alphas is not None:
         for name in ("rule", "alpha", "layers"):
             if getattr(how, name) != getattr(plain, name):

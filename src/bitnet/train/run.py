@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, UsageError
-from bitnet.files.replacing import fcntl, write_text
+from bitnet.files.replacing import fcntl, remove_leftovers, write_text
 from bitnet.source import resolve
-from bitnet.train import examples, loop, parallel
+from bitnet.train import checkpoint, examples, loop, parallel
 from bitnet.train.prepare import Prepared
 from bitnet.train.recipe import Recipe
 
@@ -56,12 +56,12 @@ def run(
         processes.wait()
         prepared = Prepared(recipe, texts, out, processes)
         after = _After(recipe, prepared, evaluation, card)
-        if processes.first and not (out / "recipe.yaml").exists():
+        if processes.first and not (checkpoint.saved(out) and (out / "recipe.yaml").exists()):
             write_text(out / "recipe.yaml", yaml.safe_dump(recipe.plain(), sort_keys=False, allow_unicode=True))
         loop.train(
             prepared.model, prepared.batches, prepared.schedule, out, recipe.seed,
             teacher=prepared.teacher, processes=processes, parallel=spread, report=report, compiled=prepared.compiled,
-            texts={source.name: source.sha256 for source in prepared.sources},
+            texts={source.name: source.sha256 for source in prepared.sources}, beside=prepared.beside,
         )  # fmt: skip
         whole = {n: parallel.whole(v) for n, v in prepared.model.state_dict().items()} if processes.count > 1 else None
         if processes.first:
@@ -193,7 +193,7 @@ def _scores(prepared: Prepared, out: Path, target: Path, after: _After) -> str:
 
 
 def _check_same(recipe: Recipe, out: Path) -> None:
-    """A run goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
+    """A run that has a checkpoint goes on with the recipe that it was begun with. Raises `UsageError` with the first key that differs."""
     path = out / "recipe.yaml"
     if not path.exists():
         log = out / "log.csv"
@@ -206,7 +206,7 @@ def _check_same(recipe: Recipe, out: Path) -> None:
         then = None
     if not isinstance(then, dict) or "training" not in then:
         raise FormatError(f"{path}: is damaged; remove it to go on by the recipe of --config, or name another folder with --out")
-    for key, before, after in _differences(then, recipe.plain(), ""):
+    for key, before, after in _differences(then, recipe.plain(), "") if checkpoint.saved(out) else ():
         if key.rpartition(".")[2] not in _MAY_CHANGE:
             raise UsageError(f"{out}: this run was begun with {key} {before!r}, now it is {after!r}; name another folder with --out")
 
@@ -223,6 +223,8 @@ def _check_target(recipe: Recipe, target: Path) -> None:
     """Raises `UsageError` for a folder of other things, which would be replaced, and for the base; before anything is trained."""
     if target.exists() and not target.is_dir():
         raise UsageError(f"{target}: is a file; expected a folder to write the model into")
+    if target.is_dir():
+        remove_leftovers(target)
     names = {p.name for p in target.iterdir()} if target.is_dir() else set()
     if names and (names - _EXPORTED or not names & {"config.json", "adapter_config.json"}):
         other = min(names - _EXPORTED or names)
