@@ -79,6 +79,12 @@ struct PyCache {
   KvCache cache;
   Config config;
   const Adapter* adapter;  // by which its keys and values are made; or null
+  bool in_pass = false;    // of which some pass runs now, without the GIL
+  // For whom reads or changes more than the length.
+  KvCache& idle() {
+    if (in_pass) throw std::invalid_argument("a forward pass runs on this sequence; wait for its end");
+    return cache;
+  }
 };
 struct PyPage {  // one more owner, by the same count: nanobind's own shared_ptr would begin another
   std::shared_ptr<KvCache::Page> page;
@@ -203,26 +209,41 @@ nb::object through_cache(const std::string& isa, const KvFormat& format, const M
   return result;
 }
 
-nb::object run_forward(PyModel& m, const std::vector<std::pair<PyCache*, Vector<int32_t>>>& batch, bool all_logits) {
+using Batch = std::vector<std::pair<PyCache*, Vector<int32_t>>>;
+
+// While a pass runs without the GIL, nobody else changes its caches.
+struct InPass {
+  explicit InPass(const Batch& batch) : batch(batch) { mark(true); }
+  ~InPass() { mark(false); }
+  InPass(const InPass&) = delete;
+  void mark(bool on) const {
+    for (const auto& [cache, ids] : batch) cache->in_pass = on;
+  }
+  const Batch& batch;
+};
+
+nb::object run_forward(PyModel& m, const Batch& batch, bool all_logits) {
   if (!m.complete) m.model.check_complete(), m.complete = true;
   const Config& c = m.model.config;
   std::vector<Span> spans;
   size_t rows = 0;
   for (const auto& [cache, ids] : batch) {
     const Config& o = cache->config;
-    if (o.n_layers != c.n_layers || o.n_kv_heads != c.n_kv_heads || o.head_dim != c.head_dim) throw std::invalid_argument("a cache of another model");
+    if (o.n_layers != c.n_layers || o.n_kv_heads != c.n_kv_heads || o.head_dim != c.head_dim || (cache->adapter && !same_sizes(cache->adapter->config(), c)))
+      throw std::invalid_argument("a cache of another model");
     for (const Span& s : spans)
       if (s.cache == &cache->cache) throw std::invalid_argument("a sequence is in the batch twice");
     const int n = to_int(ids.shape(0));
     if (n < 1 || n > c.max_context - cache->cache.length()) throw std::invalid_argument("no tokens, or more than the context holds");
     for (int i = 0; i < n; i++)
       if (ids(i) < 0 || ids(i) >= c.vocab_size) throw std::invalid_argument("a token id outside the vocabulary");
-    spans.push_back({&cache->cache, ids.data(), n, cache->adapter});
+    spans.push_back({&cache->idle(), ids.data(), n, cache->adapter});
     rows += all_logits ? n : 1;
   }
   if (spans.empty()) throw std::invalid_argument("an empty batch");
   float* logits = nullptr;
   nb::object result = new_array<float>({rows, size_t(c.vocab_size)}, &logits);
+  const InPass held(batch);
   bool raised = false, finished;
   {
     nb::gil_scoped_release release;
@@ -255,7 +276,7 @@ NB_MODULE(_native, m) {
       .def_prop_ro("bytes_per_token", [](PyCache& c) { return c.cache.bytes_per_token(); })
       .def("pages", [](PyCache& c) {
         std::vector<PyPage> pages;
-        for (const auto& page : c.cache.pages()) pages.push_back({page, c.cache.format()});
+        for (const auto& page : c.idle().pages()) pages.push_back({page, c.cache.format()});
         return pages;
       })
       .def("share", [](PyCache& c, const std::vector<PyPage>& pages, int n) {
@@ -265,11 +286,11 @@ NB_MODULE(_native, m) {
           if (p.format != c.cache.format() || p.page->size() != c.cache.page_bytes()) throw std::invalid_argument("a page of another cache");
           shared.push_back(p.page);
         }
-        c.cache.share(std::move(shared), n);
+        c.idle().share(std::move(shared), n);
       }, "pages"_a, "n"_a)
       .def("truncate", [](PyCache& c, int n) {
         if (n < 0 || n > c.cache.length()) throw std::invalid_argument("a cache can only become shorter");
-        c.cache.truncate(n);
+        c.idle().truncate(n);
       });
 
   nb::class_<PyAdapter>(m, "Adapter")
@@ -323,8 +344,10 @@ NB_MODULE(_native, m) {
       .def("set_random", [](PyModel& self, const std::string& name, const std::string& scheme, int rows, int cols, int n_groups, uint64_t seed) {
              self.model.set_linear(name, random_linear(*self.model.kernels, scheme_named(scheme), rows, cols, n_groups, seed, &self.model.arena, self.model.may_lie(name)));
            }, "name"_a, "scheme"_a, "rows"_a, "cols"_a, "n_groups"_a, "seed"_a)
-      .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) { self.model.set_vector(name, v.data(), to_int(v.shape(0))); },
-           "name"_a, "values"_a)
+      .def("set_vector", [](PyModel& self, const std::string& name, Vector<float> v) {
+             nb::gil_scoped_release release;  // before waiting: a pass that runs asks Python whether to go on
+             self.model.set_vector(name, v.data(), to_int(v.shape(0)));
+           }, "name"_a, "values"_a)
       .def("check_complete", [](PyModel& self) { self.model.check_complete(); })
       .def("cache", [](PyModel& self, const PyAdapter* adapter, int key_bits, int value_bits, int group, bool rotate, bool center) {
              if (adapter && !same_sizes(adapter->adapter.config(), self.model.config)) throw std::invalid_argument("an adapter of another model");
@@ -336,7 +359,7 @@ NB_MODULE(_native, m) {
                throw std::invalid_argument("the keys of one of this model's layers, in f16");
              float* keys = nullptr;
              nb::object result = new_array<float>({size_t(cache.cache.length()), size_t(c.n_kv_heads) * c.head_dim}, &keys);
-             load_keys(*self.model.kernels, c, cache.cache, layer, keys);
+             load_keys(*self.model.kernels, c, cache.idle(), layer, keys);
              return result;
            }, "cache"_a, "layer"_a)
       .def("forward", &run_forward, "batch"_a, "all_logits"_a = false)
@@ -344,6 +367,8 @@ NB_MODULE(_native, m) {
                    [](PyModel& self, int group) {
                      if (group < 0 || group % 16) throw std::invalid_argument("groups of activations must be a multiple of 16 long");
                      if (group && self.model.skips_zeros()) throw std::invalid_argument("a model that skips zeros has one step per token");
+                     nb::gil_scoped_release release;
+                     const std::lock_guard<std::mutex> alone(self.model.busy);
                      self.model.config.activation_group = group;
                    })
       .def_prop_ro("profile", [](PyModel& self) {  // seconds of all forward passes since reset_profile

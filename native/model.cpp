@@ -72,6 +72,7 @@ void Model::set_vector(const std::string& name, const float* values, int n) {
   if (slot == vectors_.end()) throw std::invalid_argument("no vector is called " + name);
   if (n != slot->second.n)
     throw std::invalid_argument(name + " has " + std::to_string(n) + " elements, expected " + std::to_string(slot->second.n));
+  const std::lock_guard<std::mutex> alone(busy);
   *slot->second.to = Buffer<float>(n);
   std::memcpy(slot->second.to->data(), values, n * sizeof(float));
 }

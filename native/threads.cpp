@@ -1,5 +1,7 @@
 #include "threads.h"
 
+#include <system_error>
+
 namespace bitnet {
 namespace {
 constexpr int kSpins = 4000;  // some tens of microseconds: longer than the gap between two layers' jobs, shorter than a user notices
@@ -36,7 +38,11 @@ bool take(std::atomic<uint64_t>& share, int piece, bool from_front, int* first, 
 }  // namespace
 
 ThreadPool::ThreadPool(int n_threads) : shares_(n_threads) {
-  for (int t = 1; t < n_threads; t++) workers_.emplace_back([this, t] { worker_loop(t); });
+  workers_.reserve(n_threads - 1);
+  try {
+    for (int t = 1; t < n_threads; t++) workers_.emplace_back([this, t] { worker_loop(t); });
+  } catch (const std::system_error&) {  // the system gives no more: those that are here do the work
+  }
 }
 
 ThreadPool::~ThreadPool() {

@@ -15,7 +15,7 @@ namespace bitnet {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(int n_threads);  // the caller is one of them
+  explicit ThreadPool(int n_threads);  // the caller is one of them; fewer where the system gives no more
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
 

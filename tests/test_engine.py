@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,7 @@ from bitnet.errors import BitNetError, FormatError, UnsupportedModelError, Usage
 from bitnet.evaluate.accuracy import losses
 from bitnet.files import safetensors
 from bitnet.models import Canonical, Checkpoint, canonical, open_checkpoint
-from bitnet.shapes import SHAPES, random_engine
+from bitnet.shapes import SHAPES, random_adapter, random_engine
 from bitnet.weights import load_engine
 
 CONFIG: dict[str, Any] = {
@@ -388,3 +391,47 @@ def test_any_number_of_threads_gives_the_same_bits_and_then_sleeps() -> None:
         time.sleep(0.3)
         assert time.process_time() - before < 0.03  # of 0.3 s on each of their cores
     assert np.array_equal(logits[0], logits[1]) and np.array_equal(logits[0], logits[2])
+
+
+def test_a_sequence_is_left_alone_while_a_pass_runs_on_it() -> None:
+    engine = random_engine("article-12x512", threads=1)
+    sequence = engine.sequence()
+    running = threading.Thread(target=lambda: engine.forward([(sequence, [2] * 2000)]))
+    running.start()
+    begun = False
+    while running.is_alive() and not begun:
+        try:
+            sequence.pages()
+        except ValueError:
+            begun = True
+    for change in (lambda: sequence.truncate(0), lambda: sequence.share([], 0), lambda: engine.forward([(sequence, [3])])):
+        with pytest.raises((ValueError, UsageError), match="a forward pass runs on this sequence; wait for its end"):
+            change()
+    running.join()
+    assert begun and len(sequence) == 2000
+    sequence.truncate(1)
+    assert len(sequence) == len(sequence.pages()) == 1
+
+
+def test_an_adapters_sequence_is_of_its_own_model_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    small = replace(SHAPES["article-12x512"], layers=1, heads=1, kv_heads=1, ffn=64, vocab=64)
+    for width in (64, 1024):
+        monkeypatch.setitem(SHAPES, f"{width}", replace(small, width=width))
+    narrow, wide = (random_engine(name, threads=1) for name in ("64", "1024"))
+    with pytest.raises(UsageError, match="a cache of another model"):
+        narrow.forward([(wide.sequence(random_adapter(wide, 4)), [1] * 20)])
+
+
+def test_fewer_threads_than_asked_for_do_the_work() -> None:
+    """Where the system gives no more: here for want of room for their stacks."""
+    if not Path("/proc/self/statm").exists():
+        pytest.skip("no /proc, which tells how much room there is")
+    program = """
+import resource
+from bitnet import _native
+size = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+resource.setrlimit(resource.RLIMIT_AS, (size + (200 << 20), -1))
+print(len(_native.read_bandwidths(1 << 20, 500, 2)))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (0, "2\n"), done.stderr

@@ -304,6 +304,8 @@ def new_native(c: ModelConfig, threads: int | None, activation_group: int = 0) -
         )  # fmt: skip
     except ValueError as e:
         raise FormatError(f"the model's configuration: {e}") from None
+    if native.threads < wanted:
+        warnings.warn(f"the system gives {native.threads} of {wanted} threads; going on with these", stacklevel=3)
     native.set_vector("rope_inverse", c.rope.frequencies(c.head_dim))
     if any(windowed):
         native.set_vector("rope_inverse_local", (c.rope_local or c.rope).frequencies(c.head_dim))
