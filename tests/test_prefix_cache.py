@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -204,6 +206,59 @@ def test_a_budget_below_a_page_is_refused(engine: Engine) -> None:
     expected = f"prefix_cache_bytes is {one - 1}, and one page of 256 tokens takes {one} bytes in this model; expected at least that"
     with pytest.raises(UsageError, match=expected):
         PrefixCache(engine, one - 1)
+
+
+class Collecting(list[int]):
+    """Tokens in whose midst Python collects the garbage `litter`, as it may anywhere."""
+
+    litter: type
+
+    def __getitem__(self, key):  # type: ignore[no-untyped-def]
+        cycle = self.litter()
+        cycle.itself = cycle
+        del cycle
+        gc.collect(1)
+        return super().__getitem__(key)
+
+
+def test_a_finalizer_within_a_call_does_not_wait_for_it(engine: Engine) -> None:
+    prefixes, prompt = PrefixCache(engine, 100 * page_bytes(engine)), tokens(300, 1)
+    sequence, found, within = prefixes.begin(prompt), [], []
+    read(engine, sequence, prompt)
+
+    class Litter:
+        def __del__(self) -> None:
+            within.append(len(prefixes.begin(prompt)))
+            prefixes.keep(tokens(300, 2), sequence)
+            prefixes.clear()
+
+    def calls() -> None:
+        collecting = Collecting(prompt)
+        collecting.litter = Litter
+        prefixes.keep(collecting, sequence)
+        found.append(prefixes.begin(collecting))
+
+    thread = threading.Thread(target=calls, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert found and len(found[0]) == 299 and len(prefixes) == 2 and set(within) == {0} and len(within) >= 4
+    assert np.array_equal(read(engine, found[0], prompt), fresh(engine, prompt))
+    prefixes.clear()
+    assert len(prefixes) == 0
+
+
+def test_a_stream_that_nobody_holds_is_closed_at_once() -> None:
+    model = TernaryTransformer.from_pretrained(threads=1)
+    assert model.prefixes is not None
+    gc.disable()
+    try:
+        stream = model.stream("Once upon a time", temperature=0)
+        next(stream)
+        assert len(model.prefixes) == 0
+        del stream
+        assert len(model.prefixes) == 1
+    finally:
+        gc.enable()
 
 
 @pytest.mark.parametrize("bits", [16, 4])

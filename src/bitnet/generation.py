@@ -97,21 +97,13 @@ class GenerationStream(Iterator[str]):
     ):
         """`costs`: of the model's forwards, to speculate by; None: token after token. `sampler`: instead of a `Sampler` of `sampling`.
         `prefixes`: where what was computed is looked for, and kept."""
-        self._engine, self._tokenizer, self._adapter, self._prefixes = engine, tokenizer, adapter, prefixes
-        self._reused = 0
-        self._prompt_ids = prompt_ids
-        self._max_new_tokens = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
-        self._sampler = sampler or Sampler(sampling)
-        self._speculation = None if costs is None else Speculation(costs, tokenizer.eos_ids)
-        self._stop_filter = StopFilter(stops)
+        count = min(max_new_tokens, engine.config.max_context - len(prompt_ids))
+        speculation = None if costs is None else Speculation(costs, tokenizer.eos_ids)
+        picking = sampler or Sampler(sampling)
+        self._loop = _Loop(engine, tokenizer, adapter, prefixes, prompt_ids, count, picking, speculation, StopFilter(stops))
         self._load_s = load_s
         self._text: list[str] = []
-        self._ids: list[int] = []
-        self._finish_reason: FinishReason | None = None
-        self._prefill_s = 0.0
-        self._decode_s = 0.0
-        self._decode_steps = 0
-        self._pieces = self._run()
+        self._pieces = self._loop.run()
 
     def __next__(self) -> str:
         piece = next(self._pieces)
@@ -125,73 +117,95 @@ class GenerationStream(Iterator[str]):
     @property
     def generation(self) -> Generation:
         """The text so far, and all of it once the iteration has ended."""
-        speculated = None if self._speculation is None else self._speculation.speculated
-        return Generation("".join(self._text), list(self._ids), self._finish_reason, self._timings(), self._reused, speculated)
+        loop = self._loop
+        speculated = None if loop.speculation is None else loop.speculation.speculated
+        return Generation("".join(self._text), list(loop.ids), loop.finish_reason, loop.timings(self._load_s), loop.reused, speculated)
 
-    def _run(self) -> Generator[str, None, None]:
+
+@dataclass(eq=False)
+class _Loop:
+    """What a stream runs and reports. It does not know the stream, so one that nobody holds any longer is closed at once."""
+
+    engine: Engine
+    tokenizer: Tokenizer
+    adapter: Adapter | None
+    prefixes: PrefixCache | None
+    prompt_ids: list[int]
+    max_new_tokens: int
+    sampler: Sampler
+    speculation: Speculation | None
+    stop_filter: StopFilter
+    ids: list[int] = field(default_factory=list)  # so far
+    finish_reason: FinishReason | None = None
+    reused: int = 0  # tokens of the prompt
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    decode_steps: int = 0
+
+    def run(self) -> Generator[str, None, None]:
         """The loop, and what it computed is kept for later ones that begin alike."""
-        if self._prefixes is None:
-            yield from self._generate(self._engine.sequence(self._adapter), list(self._prompt_ids))
+        if self.prefixes is None:
+            yield from self.generate(self.engine.sequence(self.adapter), list(self.prompt_ids))
             return
         start = time.perf_counter()
-        cache, history = self._prefixes.begin(self._prompt_ids, self._adapter), list(self._prompt_ids)
-        self._reused = len(cache)
-        self._prefill_s = time.perf_counter() - start
+        cache, history = self.prefixes.begin(self.prompt_ids, self.adapter), list(self.prompt_ids)
+        self.reused = len(cache)
+        self.prefill_s = time.perf_counter() - start
         try:
-            yield from self._generate(cache, history)
+            yield from self.generate(cache, history)
         finally:
-            self._prefixes.keep(history, cache)
+            self.prefixes.keep(history, cache)
 
-    def _generate(self, cache: Cache, history: list[int]) -> Iterator[str]:
+    def generate(self, cache: Cache, history: list[int]) -> Iterator[str]:
         """Yields non-empty pieces; time outside of it (between two yields) is not counted. `history`: the prompt, to which it adds."""
-        decoder = self._tokenizer.stream(self._prompt_ids)
+        decoder = self.tokenizer.stream(self.prompt_ids)
         start = time.perf_counter()
-        for at in range(len(cache), len(self._prompt_ids), PREFILL_CHUNK):
-            logits = self._engine.forward([(cache, self._prompt_ids[at : at + PREFILL_CHUNK])])
-        token = self._sampler.pick(logits[0], history)
-        if self._prefixes is not None:
-            self._prefixes.keep(self._prompt_ids, cache, full_pages=True)
-        self._prefill_s += time.perf_counter() - start
-        with closing(self._following(cache, history)) as following:  # which leaves no wrong guess in the cache, however this ends
+        for at in range(len(cache), len(self.prompt_ids), PREFILL_CHUNK):
+            logits = self.engine.forward([(cache, self.prompt_ids[at : at + PREFILL_CHUNK])])
+        token = self.sampler.pick(logits[0], history)
+        if self.prefixes is not None:
+            self.prefixes.keep(self.prompt_ids, cache, full_pages=True)
+        self.prefill_s += time.perf_counter() - start
+        with closing(self.following(cache, history)) as following:  # which leaves no wrong guess in the cache, however this ends
             while True:
-                if token in self._tokenizer.eos_ids:
-                    self._finish_reason = "stop"
+                if token in self.tokenizer.eos_ids:
+                    self.finish_reason = "stop"
                     break
-                self._ids.append(token)
+                self.ids.append(token)
                 history.append(token)
-                piece = self._stop_filter.push(decoder.push(token))
+                piece = self.stop_filter.push(decoder.push(token))
                 if piece:
                     yield piece
-                if self._stop_filter.stopped:
-                    self._finish_reason = "stop"
+                if self.stop_filter.stopped:
+                    self.finish_reason = "stop"
                     return
-                if len(self._ids) == self._max_new_tokens:
-                    self._finish_reason = "length"
+                if len(self.ids) == self.max_new_tokens:
+                    self.finish_reason = "length"
                     break
                 token = next(following)
-        tail = self._stop_filter.push(decoder.flush())
-        if self._stop_filter.stopped:
-            self._finish_reason = "stop"
-        tail += self._stop_filter.flush()
+        tail = self.stop_filter.push(decoder.flush())
+        if self.stop_filter.stopped:
+            self.finish_reason = "stop"
+        tail += self.stop_filter.flush()
         if tail:
             yield tail
 
-    def _following(self, cache: Cache, history: list[int]) -> Generator[int, None, None]:
+    def following(self, cache: Cache, history: list[int]) -> Generator[int, None, None]:
         """The tokens after `history`, to which whoever takes one appends it."""
-        speculation = self._speculation
+        speculation = self.speculation
         while True:
             start = time.perf_counter()
-            guesses = speculation.draft(history, self._max_new_tokens - len(self._ids) - 1) if speculation else []
+            guesses = speculation.draft(history, self.max_new_tokens - len(self.ids) - 1) if speculation else []
             fed = time.perf_counter()
-            logits = self._engine.forward([(cache, [history[-1], *guesses])], all_logits=True)
+            logits = self.engine.forward([(cache, [history[-1], *guesses])], all_logits=True)
             forward_s = time.perf_counter() - fed
             right = 0  # guesses so far
             try:
                 while True:
-                    token = self._sampler.pick(logits[right], history)
+                    token = self.sampler.pick(logits[right], history)
                     last = right == len(guesses) or token != guesses[right]
-                    self._decode_s += time.perf_counter() - start
-                    self._decode_steps += 1
+                    self.decode_s += time.perf_counter() - start
+                    self.decode_steps += 1
                     yield token
                     if last:
                         break
@@ -203,14 +217,14 @@ class GenerationStream(Iterator[str]):
                 if guesses:
                     cache.truncate(len(cache) - len(guesses) + right)
 
-    def _timings(self) -> Timings:
-        decode = self._decode_steps / self._decode_s if self._decode_s > 0 else None
+    def timings(self, load_s: float) -> Timings:
+        decode = self.decode_steps / self.decode_s if self.decode_s > 0 else None
         return Timings(
-            load_s=self._load_s,
-            prompt_tokens=len(self._prompt_ids),
-            prefill_tok_s=(len(self._prompt_ids) - self._reused) / self._prefill_s if self._prefill_s > 0 else None,
-            time_to_first_token_s=self._prefill_s or None,
-            generated_tokens=len(self._ids),
+            load_s=load_s,
+            prompt_tokens=len(self.prompt_ids),
+            prefill_tok_s=(len(self.prompt_ids) - self.reused) / self.prefill_s if self.prefill_s > 0 else None,
+            time_to_first_token_s=self.prefill_s or None,
+            generated_tokens=len(self.ids),
             decode_tok_s=decode,
             ms_per_token=1000 / decode if decode else None,
         )

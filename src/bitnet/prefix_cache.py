@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Iterator
 from collections.abc import Sequence as ListLike
+from contextlib import contextmanager
 from typing import Any
 
 from bitnet import _native
@@ -39,6 +41,9 @@ class _Node:
 class PrefixCache:
     """Of one engine. From any thread; sequences that it gave are their owner's alone.
 
+    Python may collect garbage in the midst of a call, and finalizers call too: a stream's, which keeps its pages. Such a call within
+    another one of the same thread finds nothing and changes nothing.
+
     `budget_bytes`: of the pages that are kept here, those of running sequences apart. Raises `UsageError` if that is less than one page.
     """
 
@@ -55,7 +60,7 @@ class PrefixCache:
         self._roots: dict[Any, _Node] = {}
         # A page is always used after those that followed it, so the first of these has no children.
         self._by_use: OrderedDict[_Node, None] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock, self._inside = threading.RLock(), False
 
     def __len__(self) -> int:
         """Pages kept."""
@@ -64,8 +69,8 @@ class PrefixCache:
     def begin(self, tokens: ListLike[int], adapter: Adapter | None = None) -> Sequence:
         """A sequence that holds as many of the first tokens as are known, all but the last one at most, for which logits are wanted."""
         sequence = self._engine.sequence(adapter)
-        with self._lock:
-            node, at, pages = self._roots.get(self._way(adapter, sequence.kv)), 0, []
+        with self._alone() as alone:
+            node, at, pages = self._roots.get(self._way(adapter, sequence.kv)) if alone else None, 0, []
             while node is not None and at < len(tokens):
                 part = tuple(tokens[at : at + PAGE_TOKENS])
                 child = node.children.get(part)
@@ -94,7 +99,9 @@ class PrefixCache:
             n -= n % PAGE_TOKENS
         if n == 0:
             return
-        with self._lock:
+        with self._alone() as alone:
+            if not alone:
+                return
             way = self._way(sequence.adapter, sequence.kv)
             node = self._roots.setdefault(way, _Node(None, (), way))
             for at, page in zip(range(0, n, PAGE_TOKENS), pages, strict=False):
@@ -116,10 +123,21 @@ class PrefixCache:
 
     def clear(self) -> None:
         """Forget all."""
+        with self._alone() as alone:
+            if alone:
+                self._roots.clear()
+                self._by_use.clear()
+                self.nbytes = 0
+
+    @contextmanager
+    def _alone(self) -> Iterator[bool]:
+        """With the lock; False within another call of this thread, which is in the midst of its change."""
         with self._lock:
-            self._roots.clear()
-            self._by_use.clear()
-            self.nbytes = 0
+            was, self._inside = self._inside, True
+            try:
+                yield not was
+            finally:
+                self._inside = was
 
     def _way(self, adapter: Adapter | None, kv: KvFormat) -> tuple[Any, ...]:
         """All that keys and values depend on besides the tokens."""
