@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -198,6 +199,41 @@ def test_signals(name: str) -> None:
         with pytest.raises(FormatError):
             simple.render([])
     assert simple.render([USER]) == "1"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
+def test_forks_have_conversations_of_their_own() -> None:
+    """Two children ask while a thread of theirs, which they do not have, asks in the parent, whose process outlives them."""
+    script = """
+import os, signal, sys, threading
+from bitnet.chat import ChatTemplate
+
+template, done = ChatTemplate("{{ messages[0]['content'] }}"), threading.Event()
+
+def ask(who):
+    text = f"{who} " * 10_000
+    return template.render([{"role": "user", "content": text}]) == text
+
+def go_on():
+    while not done.is_set():
+        assert ask("parent")
+
+process = template.render([{"role": "user", "content": ""}]) or template._process
+thread = threading.Thread(target=go_on)
+thread.start()
+children = []
+for who in ("alice", "bob"):
+    children.append(os.fork())
+    if children[-1] == 0:
+        signal.alarm(10)  # ends one that hangs
+        sys.exit(0 if all(ask(who) for _ in range(10)) else 1)
+ends = [os.waitpid(child, 0)[1] for child in children]
+done.set()
+thread.join()
+print(ends, template._process is process and process.poll() is None)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert done.stdout == "[0, 0] True\n" and "Traceback" not in done.stderr, done
 
 
 def test_memory_is_bounded() -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 import subprocess
 import sys
@@ -25,12 +26,13 @@ MAX_TEMPLATE_CHARACTERS = 256 << 10  # the largest of real models have about 20,
 SECONDS = 1.0  # for one rendering, which takes about a millisecond,
 SECONDS_A_BYTE = 1e-6  # and for what a long conversation adds
 START_SECONDS = 30.0  # for the process to start, which takes about 0.03
+READ_BYTES = 1 << 16  # of an answer at once
 
 Message = Mapping[str, Any]
 
 
 class ChatTemplate:
-    """A model's template; `where` names its file in errors. Safe to share between threads, which wait for each other."""
+    """A model's template; `where` names its file in errors. Safe to share between threads, which wait for each other, and with forks."""
 
     def __init__(self, source: str, *, bos_token: str | None = None, eos_token: str | None = None, where: str = "chat template"):
         if not isinstance(source, str):
@@ -39,8 +41,9 @@ class ChatTemplate:
             raise FormatError(f"{where}: the chat template has {len(source)} characters; expected at most {MAX_TEMPLATE_CHARACTERS}")
         self.source, self.where = source, where
         self._special = {"bos_token": bos_token or "", "eos_token": eos_token or ""}
-        self._lock = threading.Lock()
+        self._locks: dict[int, threading.Lock] = {}  # by process: a thread that a fork does not have may hold the one that it inherits
         self._process: subprocess.Popen[bytes] | None = None
+        self._owner = 0  # the process that started it
 
     def render(
         self, messages: Sequence[Message], add_generation_prompt: bool = True, tools: Sequence[Any] | None = None, **variables: Any
@@ -61,11 +64,14 @@ class ChatTemplate:
         return answer["text"]
 
     def _ask(self, line: bytes) -> dict[str, str]:
-        answer = None
-        with self._lock:
+        answer, here = None, os.getpid()
+        with self._locks.setdefault(here, threading.Lock()):
+            if self._process is not None and self._owner != here:
+                _end(self._process)
+                self._process = None
             try:
                 if self._process is None:
-                    self._process = self._start()
+                    self._process, self._owner = self._start(), here
                     if _exchange(self._process, b"", START_SECONDS) is None:
                         raise BitNetError(
                             f"the process that renders chat templates does not start ({sys.executable}); check the installation"
@@ -89,7 +95,7 @@ class ChatTemplate:
         script = str(Path(__file__).with_name("sandbox.py"))
         command = [sys.executable, "-I", "-S", script, folder]
         try:
-            process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            process = subprocess.Popen(command, bufsize=0, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         except OSError as error:
             raise BitNetError(f"the process that renders chat templates does not start ({_line(error)}); check the installation") from None
         weakref.finalize(self, _end, process)
@@ -189,18 +195,25 @@ def _exchange(process: subprocess.Popen[bytes], line: bytes, seconds: float) -> 
     assert process.stdin is not None and process.stdout is not None
     timer = threading.Timer(seconds, process.kill)
     timer.start()
+    left, reply = memoryview(line), bytearray()
     try:
-        process.stdin.write(line)
-        process.stdin.flush()
-        reply = process.stdout.readline()
+        while left:
+            left = left[process.stdin.write(left) :]
+        while not reply.endswith(b"\n"):
+            part = process.stdout.read(READ_BYTES)
+            if not part:
+                return None
+            reply += part
     except OSError:
         return None
     finally:
         timer.cancel()
-    return json.loads(reply) if reply.endswith(b"\n") else None
+    found: dict[str, str] = json.loads(reply)
+    return found
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """In a fork this only closes its pipes, which have no buffer to be flushed: `Popen` kills and awaits nothing but its own child."""
     process.kill()
     for stream in (process.stdin, process.stdout):
         if stream is not None:
