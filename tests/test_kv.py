@@ -241,6 +241,27 @@ def test_what_all_keys_have_in_common_costs_nothing() -> None:
     assert loss(biased, KvFormat(4, 16)) < 2 * without
 
 
+def test_another_center_is_for_sequences_that_begin_after_it() -> None:
+    engine = embedded(threads=1)
+    began = {kv: engine.sequence(kv=kv) for kv in (KvFormat(8, 8), KvFormat(8, 8, center=False), KvFormat(16, 8))}
+    for sequence in began.values():
+        engine.forward([(sequence, PROMPT[:8])])
+    empty, left = engine.sequence(kv=KvFormat(8, 8)), PROMPT[8:12]
+    alike = [sequence for kv, sequence in began.items() if kv.key_bits == 16 or not kv.center]
+    before = [engine.forward([(sequence, left)]) for sequence in alike]
+    engine.center_keys(PROMPT[:3])
+    for rest in (PROMPT[8:9], left):
+        with pytest.raises(UsageError, match=r"^forward: the sequence began before center_keys, which changed the keys; begin another$"):
+            engine.forward([(began[KvFormat(8, 8)], rest)])
+    for sequence, logits in zip(alike, before, strict=True):  # none of their keys has a center
+        sequence.truncate(8)
+        assert np.array_equal(engine.forward([(sequence, left)]), logits)
+    began[KvFormat(8, 8)].truncate(0)
+    fresh = engine.forward([(engine.sequence(kv=KvFormat(8, 8)), PROMPT[:8])])
+    for sequence in (empty, began[KvFormat(8, 8)]):
+        assert np.array_equal(engine.forward([(sequence, PROMPT[:8])]), fresh)
+
+
 def test_the_keys_of_a_cache_are_read_back() -> None:
     engine = embedded()
     whole, chunks = engine.sequence(), engine.sequence()

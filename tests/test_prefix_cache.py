@@ -161,6 +161,10 @@ def test_what_was_computed_in_another_way_is_not_shared(engine: Engine) -> None:
     assert len(prefixes.begin(prompt)) == 0
     engine.kv = was
     assert len(prefixes.begin(prompt)) == 299
+    engine.center_keys(prompt[:20])
+    sequence = prefixes.begin(prompt)
+    assert len(sequence) == (299 if engine.kv.key_bits == 16 else 0)
+    assert np.array_equal(read(engine, sequence, prompt), fresh(engine, prompt))
 
 
 def test_ten_thousand_requests_never_see_another_ones_tokens(engine: Engine) -> None:

@@ -45,10 +45,11 @@ class Adapter:
 class Sequence:
     """The keys and values of one sequence's tokens so far, and the adapter by which they are made, if there is one."""
 
-    def __init__(self, cache: Any, adapter: Adapter | None = None, kv: KvFormat = KvFormat()) -> None:  # noqa: B008
+    def __init__(self, cache: Any, adapter: Adapter | None = None, kv: KvFormat = KvFormat(), center: int | None = None) -> None:  # noqa: B008
         self._cache = cache
         self._adapter = adapter
         self.kv = kv  # how they are kept
+        self.center = center  # which of the engine's is taken off the keys; None: none is
 
     @property
     def adapter(self) -> Adapter | None:
@@ -73,7 +74,7 @@ class Sequence:
         return list(self._cache.pages())
 
     def share(self, pages: ListLike[Any], n: int) -> None:
-        """Hold the first n tokens of these pages, of a sequence of the same engine, format and adapter, instead of what was here."""
+        """Hold the first n tokens of these pages, of a sequence of the same engine, format, center and adapter, and nothing else."""
         self._cache.share(list(pages), n)
 
 
@@ -91,6 +92,7 @@ class Engine:
         self.weight_bytes_per_token: int = native.weight_bytes_per_token  # read to decode one token
         self.weight_bytes: int = native.weight_bytes  # of all weights in memory
         self._kv = KvFormat()
+        self._center = 0  # how often `center_keys` has set one
 
     @property
     def activation_group(self) -> int:
@@ -184,15 +186,19 @@ class Engine:
             None if adapter is None else adapter._native, key_bits=kv.key_bits, value_bits=kv.value_bits,
             group=kv.group(self.config.head_dim), rotate=kv.rotate, center=kv.center,
         )  # fmt: skip
-        return Sequence(native, adapter, kv)
+        return Sequence(native, adapter, kv, self._center if kv.key_bits < 16 and kv.center else None)
 
     def center_keys(self, tokens: ListLike[int]) -> None:
-        """Take the mean key of these tokens off every quantized key (kv.py says why), in sequences that begin after this."""
+        """From now on, take the mean key of these tokens off every quantized key (kv.py says why).
+
+        The center is the whole model's: `forward` refuses sequences whose tokens had another one.
+        """
         sequence = self.sequence(kv=KvFormat())
         self.forward([(sequence, tokens)])
         for layer in range(self.config.n_layers):
             mean = self._native.keys(sequence._cache, layer).mean(axis=0, dtype=np.float64)
             self._native.set_vector(f"layers.{layer}.key_center", mean.astype(np.float32))
+        self._center += 1  # after them: what began in their midst is refused
 
     def adapter(self, parts: Mapping[str, LowRank]) -> Adapter:
         """An adapter of these parts, by the canonical name of the matrix ("layers.3.q"), rows in Hugging Face's order.
@@ -226,7 +232,8 @@ class Engine:
         """Append each sequence's tokens to it and return logits, float32 [rows, vocab].
 
         One row per sequence (for its last token), or with `all_logits` one per token, in the order of the batch. Raises `UsageError` for
-        an empty batch, a token outside the vocabulary, or more tokens than the context holds; then nothing is appended.
+        an empty batch, a token outside the vocabulary, more tokens than the context holds, or a sequence from before `center_keys`; then
+        nothing is appended.
         """
         if not batch:
             raise UsageError("forward: the batch is empty")
@@ -239,6 +246,10 @@ class Engine:
 
     def _checked(self, sequence: Sequence, tokens: ListLike[int]) -> NDArray[np.int32]:
         """`tokens` as int32 [tokens], sure to fit the vocabulary and the context."""
+        if sequence.center not in (None, self._center):
+            if len(sequence):
+                raise UsageError("forward: the sequence began before center_keys, which changed the keys; begin another")
+            sequence.center = self._center
         vocab, context = self.config.vocab_size, self.config.max_context
         if type(tokens) is list and len(tokens) == 1 and type(tokens[0]) is int and 0 <= tokens[0] < vocab and len(sequence) < context:
             return np.array(tokens, np.int32)  # decoding: at thousands of tokens a second the checks below would show

@@ -1,10 +1,10 @@
 """Keys and values of earlier requests, for the next one that begins with the same tokens.
 
-What was computed lies in pages of 256 tokens, and a page depends on the tokens up to its end, on the adapter and on the cache's format, and
-on nothing else: so a tree whose edges are pages of tokens finds the longest beginning that is there. A sequence shares its pages instead
-of copying them; one that must write into a page that others hold gets its own copy first (native/kv_cache.h), so a beginning may end
-anywhere in a page. Logits are the same bits as without. Beyond the budget the pages leave that were used least recently, the far end of a
-text first.
+What was computed lies in pages of 256 tokens, and a page depends on the tokens up to its end, on the adapter and on the cache's format and
+center, and on nothing else: so a tree whose edges are pages of tokens finds the longest beginning that is there. A sequence shares its
+pages instead of copying them; one that must write into a page that others hold gets its own copy first (native/kv_cache.h), so a beginning
+may end anywhere in a page. Logits are the same bits as without. Beyond the budget the pages leave that were used least recently, the far
+end of a text first.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from typing import Any
 from bitnet import _native
 from bitnet.engine import Adapter, Engine, Sequence
 from bitnet.errors import UsageError
-from bitnet.kv import KvFormat
 
 PAGE_TOKENS = _native.PAGE_TOKENS
 
@@ -70,7 +69,7 @@ class PrefixCache:
         """A sequence that holds as many of the first tokens as are known, all but the last one at most, for which logits are wanted."""
         sequence = self._engine.sequence(adapter)
         with self._alone() as alone:
-            node, at, pages = self._roots.get(self._way(adapter, sequence.kv)) if alone else None, 0, []
+            node, at, pages = self._roots.get(self._way(sequence)) if alone else None, 0, []
             while node is not None and at < len(tokens):
                 part = tuple(tokens[at : at + PAGE_TOKENS])
                 child = node.children.get(part)
@@ -102,7 +101,7 @@ class PrefixCache:
         with self._alone() as alone:
             if not alone:
                 return
-            way = self._way(sequence.adapter, sequence.kv)
+            way = self._way(sequence)
             node = self._roots.setdefault(way, _Node(None, (), way))
             for at, page in zip(range(0, n, PAGE_TOKENS), pages, strict=False):
                 part = tuple(tokens[at : min(at + PAGE_TOKENS, n)])
@@ -139,9 +138,9 @@ class PrefixCache:
             finally:
                 self._inside = was
 
-    def _way(self, adapter: Adapter | None, kv: KvFormat) -> tuple[Any, ...]:
+    def _way(self, sequence: Sequence) -> tuple[Any, ...]:
         """All that keys and values depend on besides the tokens."""
-        return adapter, kv, self._engine.activation_group
+        return sequence.adapter, sequence.kv, sequence.center, self._engine.activation_group
 
     def _use(self, node: _Node) -> None:
         while node.parent is not None:
