@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import threading
+import weakref
 from collections.abc import Iterator
 
 import numpy as np
@@ -165,6 +166,24 @@ def test_what_was_computed_in_another_way_is_not_shared(engine: Engine) -> None:
     sequence = prefixes.begin(prompt)
     assert len(sequence) == (299 if engine.kv.key_bits == 16 else 0)
     assert np.array_equal(read(engine, sequence, prompt), fresh(engine, prompt))
+
+
+def test_an_adapter_that_is_forgotten_leaves_no_page_and_no_weights(engine: Engine) -> None:
+    prefixes, prompt = PrefixCache(engine, 100 * page_bytes(engine)), tokens(600, 1)
+    adapters = [random_adapter(engine, 4, seed=seed) for seed in (1, 2)]
+    for adapter in (None, *adapters):
+        for text in (prompt, prompt[:300] + tokens(5, 2)):
+            sequence = prefixes.begin(text, adapter)
+            read(engine, sequence, text)
+            prefixes.keep(text, sequence)
+    del sequence
+    assert len(prefixes) == 3 * 4
+    prefixes.forget(adapters[0])
+    assert len(prefixes) == 2 * 4 and prefixes.nbytes == 8 * page_bytes(engine)
+    assert [len(prefixes.begin(prompt, adapter)) for adapter in (None, *adapters)] == [599, 0, 599]
+    weights = weakref.ref(adapters[1])
+    del adapter, adapters
+    assert weights() is None and len(prefixes) == 2 * 4
 
 
 def test_ten_thousand_requests_never_see_another_ones_tokens(engine: Engine) -> None:

@@ -39,6 +39,7 @@ class Adapter:
     def __init__(self, config: ModelConfig, native: Any) -> None:
         self.config = config
         self._native = native
+        self.key = object()  # by which others know it without holding its weights
         self.nbytes: int = native.nbytes  # read, beside the weights, to decode one token
 
 

@@ -128,6 +128,18 @@ class PrefixCache:
                 self._by_use.clear()
                 self.nbytes = 0
 
+    def forget(self, adapter: Adapter) -> None:
+        """Give back the pages of an adapter that is no longer used."""
+        with self._alone() as alone:
+            gone = [way for way in self._roots if way[0] is adapter.key] if alone else []
+            left = [self._roots.pop(way) for way in gone]
+            while left:
+                node = left.pop()
+                left += node.children.values()
+                if node.parent is not None:
+                    del self._by_use[node]
+                    self.nbytes -= node.page.nbytes
+
     @contextmanager
     def _alone(self) -> Iterator[bool]:
         """With the lock; False within another call of this thread, which is in the midst of its change."""
@@ -140,7 +152,8 @@ class PrefixCache:
 
     def _way(self, sequence: Sequence) -> tuple[Any, ...]:
         """All that keys and values depend on besides the tokens."""
-        return sequence.adapter, sequence.kv, sequence.center, self._engine.activation_group
+        adapter = None if sequence.adapter is None else sequence.adapter.key  # the cache must not hold the weights
+        return adapter, sequence.kv, sequence.center, self._engine.activation_group
 
     def _use(self, node: _Node) -> None:
         while node.parent is not None:

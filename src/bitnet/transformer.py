@@ -178,7 +178,10 @@ class TernaryTransformer:
         """One more adapter, or another one by this name; running generations keep theirs. Raises as `from_pretrained` does."""
         from bitnet.models.peft import read_adapter
 
-        self.adapters[name] = self.engine.adapter(read_adapter(path, self.engine.config).parts)
+        made, old = self.engine.adapter(read_adapter(path, self.engine.config).parts), self.adapters.get(name)
+        self.adapters[name] = made
+        if old is not None and self.prefixes is not None:
+            self.prefixes.forget(old)
 
     def generate(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,11 @@ def test_each_request_names_its_adapter(model_folder: Path, adapters: dict[str, 
     assert np.array_equal(model.logits([1, 2], adapter="two"), default.logits([1, 2]))
     model.load_adapter("three", adapters["one"])
     assert text(model, adapter="three") == text(model, adapter="one")
+    assert model.prefixes is not None
+    pages, weights = len(model.prefixes), weakref.ref(model.adapters["three"])
+    model.load_adapter("three", adapters["two"])
+    assert len(model.prefixes) == pages - 1 and weights() is None
+    assert text(model, adapter="three") == text(model, adapter="two")
     with pytest.raises(UsageError, match=r"^no adapter is called 'four'; there are: one, two, three$"):
         model.generate("Once", adapter="four")
     with pytest.raises(UsageError, match=r"^no adapter is called 'one'; there are: none, for from_pretrained was given none$"):
