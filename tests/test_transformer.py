@@ -221,6 +221,11 @@ def test_bad_arguments(call: Callable[[TernaryTransformer], Any], expected: str)
         ({"device": "gpu"}, "device is 'gpu'; expected 'cpu', 'cuda', 'cuda:N' or 'mps'"),
         ({"device": "cuda", "threads": 1}, "threads is for device='cpu'; leave it out with device='cuda'"),
         ({"device": "mps", "codec": "t2"}, "codec is for device='cpu'; leave it out with device='mps'"),
+        ({"device": "cuda", "prefix_cache_bytes": 1 << 30}, "prefix_cache_bytes is for device='cpu'; leave it out with device='cuda'"),
+        (
+            {"adapter": "a", "adapters": {"default": "b"}},
+            "adapters has 'default', and adapter='a' goes by that name too; leave one of them out",
+        ),
         ({"threads": 0}, "threads is 0; expected a whole number >= 1"),
         ({"threads": "2"}, "threads is '2'; expected a whole number >= 1"),
         ({"head": "int3"}, "head is 'int3'; expected one of stored, int8, int4"),

@@ -89,7 +89,7 @@ class TernaryTransformer:
         - kv_bits: bits per value of the KV cache: 16, 8 or 4 (kv_bits_k, kv_bits_v: of keys and values apart); kv_group_size: values of a
           head that share a scale in a quantized cache, a multiple of 16 that divides the head
         - prefix_cache_bytes: memory for keys and values of earlier calls, by which one that begins with the same tokens starts at once,
-          with the same results; 0: none; None: 512 MiB
+          with the same results, on the CPU; 0: none; None: 512 MiB
         - max_context: tokens that a sequence may hold, also more than the model was made for (docs/kv-cache.md); None: as many as that
         - device: "cpu", or "cuda", "cuda:N" or "mps" for torch (extra [train]) to compute the same in float32; logits agree, bits do not
         - threads: None for what `bitnet bench --tune` found fastest here, else one per core
@@ -124,8 +124,12 @@ class TernaryTransformer:
         check_codec(codec)
         if not isinstance(adapters, (Mapping, type(None))):
             raise UsageError(f"adapters is {adapters!r}; expected a name and a path for each: {{'style': 'adapters/style'}}")
+        if adapter is not None and DEFAULT_ADAPTER in (adapters or {}):
+            raise UsageError(f"adapters has {DEFAULT_ADAPTER!r}, and adapter={adapter!r} goes by that name too; leave one of them out")
         if device != "cpu" and (threads is not None or codec != "auto"):
             raise UsageError(f"{'threads' if threads is not None else 'codec'} is for device='cpu'; leave it out with device={device!r}")
+        if device != "cpu" and budget:
+            raise UsageError(f"prefix_cache_bytes is for device='cpu'; leave it out with device={device!r}")
         if device != "cpu" and kv.quantized:
             raise UsageError(f"kv_bits below 16 are for device='cpu'; leave them out with device={device!r}")
         elsewhere = None if device == "cpu" else model_on(device)
