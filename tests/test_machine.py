@@ -34,3 +34,12 @@ def test_unknown_where_nothing_can_be_read(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(machine, "Path", lambda path: real(f"/no/such/folder{path}"))
     assert machine.available_memory_bytes() is None and machine.total_memory_bytes() is None
     assert machine.cpu_model() == "unknown" and machine.cpu_flags() == set()
+
+
+def test_what_is_cached_of_files_does_not_fill_a_container(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After a download of 7 GB in a container of 8."""
+    numbers = {"/sys/fs/cgroup/memory.max": 8_000_000_000, "/sys/fs/cgroup/memory.current": 7_950_000_000}
+    stat = ["anon 800000000", "file 7000000000", "inactive_file 6000000000", "active_file 1000000000"]
+    monkeypatch.setattr(machine, "_number", numbers.get)
+    monkeypatch.setattr(machine, "_lines", lambda path: stat if path.endswith("memory.stat") else [])
+    assert machine.available_memory_bytes() == 7_050_000_000

@@ -21,7 +21,10 @@ def available_memory_bytes() -> int | None:
     found = [int(line.split()[1]) * 1024 for line in meminfo if line.startswith("MemAvailable:")]
     limit, used = (_number(f"/sys/fs/cgroup/memory.{name}") for name in ("max", "current"))
     if limit is not None and used is not None:
-        found.append(max(0, limit - used))
+        files = [
+            int(line.split()[1]) for line in _lines("/sys/fs/cgroup/memory.stat") if line.startswith(("inactive_file ", "active_file "))
+        ]
+        found.append(max(0, limit - used + sum(files)))  # what is cached of files is given up first
     return min(found, default=None)
 
 

@@ -277,6 +277,8 @@ def test_bench_at_a_depth_with_a_quantized_head(bitnet: Bitnet, model_folder: Pa
     assert found["head_cost"]["model"] == str(model_folder) and 0 < found["head_cost"]["top1_agreement"] < 1
     assert "(4 tokens each after 20 tokens, " in done.stdout and "\nwith KV    " in done.stdout
     assert "\nhead cost  int4 against stored: same top-1 " in done.stdout
+    other = bitnet("bench", model_folder, *QUICK, "--kv-bits", "4", "--max-context", "64", "--head", "int4", "--json")
+    assert json.loads(other.stdout.splitlines()[-1])["head_cost"] == found["head_cost"]  # the head's alone
 
 
 @pytest.mark.usefixtures("known_machine")
@@ -369,6 +371,10 @@ def test_bench_tune_keeps_heads_out_that_change_too_much(bitnet: Bitnet, model_f
         (("--tune", "--head", "int8", "--no-zero-skip"), "error: --tune takes no --head, --zero-skip; it goes with MODEL"),
         (("--tune", "--max-context", "100", "--kv-bits", "16"), "error: --tune takes no --kv-bits, --max-context; it goes with MODEL"),
         (("--compare", "fp16"), "error: --compare takes a --shape"),
+        (
+            ("--shape", "article-12x512", "--compare", "fp16", "--prompt-tokens", "0"),
+            "error: prompt-tokens is 0; expected a whole number >= 1",
+        ),
         (("--compare", "fp16", "M"), "error: --compare takes no MODEL; it goes with --shape, --head, --threads, "),
         (("--compare", "fp16", "--shape", "2b-4t", "--depth", "1"), "error: --compare takes no --depth; it goes with --shape, "),
         (("--compare", "fp16", "--shape", "2b-4t", "--gate-zeros", ".5"), "error: --compare takes no --gate-zeros; it goes with --shape, "),

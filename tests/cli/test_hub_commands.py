@@ -210,3 +210,13 @@ def test_only_names_from_the_hub_import_its_library(environment: dict[str, str])
     for args in (["--help"], ["run", EMBEDDED_MODEL, "-p", "Once", "-n", "2"], ["inspect"]):
         done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, env=environment, timeout=TIMEOUT_S)
         assert done.stdout.endswith("\n[]\n"), done.stdout + done.stderr
+
+
+def test_without_a_home_folder_the_cache_is_empty(monkeypatch: pytest.MonkeyPatch) -> None:
+    from bitnet.hub.cached import _scan
+
+    def none(*_: object, **__: object) -> None:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr("huggingface_hub.scan_cache_dir", none)
+    assert _scan() is None

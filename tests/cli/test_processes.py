@@ -117,3 +117,13 @@ def test_time_to_first_token_does_not_count_what_the_shell_did_before(model_fold
     done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, check=True)
     whole_s = time.perf_counter() - start
     assert json.loads(done.stdout.splitlines()[-1])["time_to_first_token_s"] <= whole_s - 3
+
+
+def test_stderr_and_stdin_may_be_closed(model_folder: Path, tmp_path: Path, process_environment: dict[str, str]) -> None:
+    """Also where a progress bar would begin."""
+    (tmp_path / "a.txt").write_text("Once upon a time there was a cat.")
+    program = "from bitnet.cli import main, progress; progress.PATIENCE_S = 0; main()"
+    words = ["eval", str(model_folder), "--data", str(tmp_path / "a.txt"), "--threads", "1"]
+    line = f'exec "{sys.executable}" -c "{program}" "$@" <&- 2>&-'
+    done = subprocess.run(["sh", "-c", line, "sh", *words], env=process_environment, stdout=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 0 and "bits per byte" in done.stdout

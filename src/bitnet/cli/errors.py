@@ -27,6 +27,10 @@ class Guarded(click.Command):
     def main(self, args: Sequence[str] | None = None, prog_name: str | None = None, **extra: Any) -> Any:  # type: ignore[override]
         if sys.stdout is None:  # closed by the caller (`>&-`): nothing to write to
             sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        if sys.stderr is None:
+            sys.stderr = open(os.devnull, "w")  # noqa: SIM115
+        if sys.stdin is None:
+            sys.stdin = open(os.devnull)  # noqa: SIM115
         words = list(sys.argv[1:] if args is None else args)
         extra |= {"standalone_mode": False, "obj": program_start()}  # `obj`: what the time to the first token counts from
         run: Callable[..., Any] = super().main

@@ -46,7 +46,6 @@ _engine = [
     threads_option,
     click.option("--device", default="cpu", show_default=True, metavar="DEVICE", help="cpu; or cuda, cuda:N or mps, with torch."),
     kv_options,
-    click.option("--prefix-cache-bytes", type=int, metavar="N", help="Memory to keep the beginnings of earlier prompts in; 0: none."),
     click.option(
         "--max-context", type=int, metavar="N", help="Tokens that a context may hold. Default: as many as the model was made for."
     ),
@@ -74,6 +73,7 @@ _engine = [
 ]
 
 _sampling = [
+    click.option("--prefix-cache-bytes", type=int, metavar="N", help="Memory to keep the beginnings of earlier prompts in; 0: none."),
     click.option("--max-new-tokens", "-n", type=int, default=200, show_default=True, metavar="N", help="Tokens to generate at most."),
     click.option("--temperature", type=float, default=0.8, show_default=True, metavar="T", help="0 is greedy."),
     click.option(

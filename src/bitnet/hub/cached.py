@@ -123,7 +123,7 @@ def _scan() -> HFCacheInfo | None:
 
     try:
         return scan_cache_dir(cache_folder())
-    except (CacheNotFound, ValueError):  # no cache yet; a file in its place
+    except (CacheNotFound, ValueError, RuntimeError):  # no cache yet; a file in its place; no home folder
         return None
 
 

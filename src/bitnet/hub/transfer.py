@@ -29,7 +29,8 @@ PATIENCE_S = 2.0
 
 def say(line: str) -> None:
     """To stderr, where progress belongs."""
-    print(line, file=sys.stderr, flush=True)
+    if sys.stderr is not None:  # closed by the caller
+        print(line, file=sys.stderr, flush=True)
 
 
 def download(found: Listing, files: Sequence[HubFile], repo: Path) -> None:
@@ -176,7 +177,7 @@ class Progress:
         done, elapsed_s = self.before_bytes + file_bytes, time.monotonic() - self._start
         if elapsed_s < PATIENCE_S:
             return
-        if not sys.stderr.isatty():
+        if sys.stderr is None or not sys.stderr.isatty():
             if (tenth := 10 * done // max(1, self._total)) > self._tenth:
                 self._tenth = tenth
                 say(f"  {self._title}: {size_text(done)} of {size_text(self._total)} after {elapsed_s:.0f} s")

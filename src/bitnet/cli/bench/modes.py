@@ -33,7 +33,14 @@ def compared(
     names = parse(schemes)
     with DelayedBar("compare") as bar:
         found = compare(
-            shape, names, head=head, threads=threads, prompt_tokens=prompt_tokens or 512, new_tokens=new_tokens, rounds=rounds, progress=bar
+            shape,
+            names,
+            head=head,
+            threads=threads,
+            prompt_tokens=512 if prompt_tokens is None else prompt_tokens,
+            new_tokens=new_tokens,
+            rounds=rounds,
+            progress=bar,
         )
     click.echo("\n".join(lines(found)))
     if picture is not None:

@@ -95,7 +95,9 @@ def benched(
     if beside is not None:
         result["adapter"] = printed_adapter_cost(engine, beside, adapter or f"random, rank {lora}", sizes, repetitions)
     if engine.head in MODEL_HEADS and engine.head != "stored":
-        result["head_cost"] = printed_head_cost(model, shape, engine)
+        result["head_cost"] = printed_head_cost(
+            model, shape, engine, plain=shape is None and weights in (None, "stored") and not kv.quantized and max_context is None
+        )
     return result
 
 
@@ -190,14 +192,17 @@ def printed_adapter_cost(engine: Engine, adapter: Adapter, name: str, sizes: dic
     return {"name": name, "bytes_per_token": adapter.nbytes, "decode_tok_s": adapted, "decode_tok_s_alone": alone, "share": adapted / alone}
 
 
-def printed_head_cost(model: str | None, shape: str | None, engine: Engine) -> dict[str, Any] | None:
-    """What the quantized head costs the model, or of a shape, whose random weights cannot tell, the embedded model; None if unknown."""
+def printed_head_cost(model: str | None, shape: str | None, engine: Engine, plain: bool) -> dict[str, Any] | None:
+    """What the quantized head costs the model, or of a shape, whose random weights cannot tell, the embedded model; None if unknown.
+
+    `plain`: whether only the head makes the engine another one than what is stored.
+    """
     from bitnet.errors import BitNetError
     from bitnet.source import resolve
 
     name = EMBEDDED_MODEL if model is None else model
     try:
-        cost = measured_head_cost(resolve(name), engine.head, engine if shape is None else None, engine.threads)
+        cost = measured_head_cost(resolve(name), engine.head, engine if plain else None, engine.threads)
     except BitNetError as error:
         warnings.warn(f"what head {engine.head} costs is not measured: {error}", stacklevel=1)
         return None
