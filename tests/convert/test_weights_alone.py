@@ -63,6 +63,9 @@ def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.
     source = folder / "A.safetensors"
     with pytest.raises(UsageError, match=r"A.safetensors: has no config.json, which gguf-tq2_0 needs; put it there"):
         convert(source, folder / "B.gguf", quantization="ternary")
+    for other in ("binary", "int8", "fp16"):
+        with pytest.raises(UsageError, match=r"A.safetensors: has no config.json, without which its weights become ternary only"):
+            convert(source, folder / "C.safetensors", quantization=other)
     with pytest.raises(UsageError, match="without it the model cannot run over calibration text"):
         convert(
             source,
@@ -83,9 +86,8 @@ def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.
             convert(folder / "bad.safetensors", folder / "B.bin", quantization="ternary")
     done = CliRunner().invoke(cli, ["convert", str(source), "-o", str(folder / "B.bin"), "--ternary", "--alpha", "auto"])
     assert done.exit_code == 2 and "without it the model cannot run over calibration text" in done.output
-    for other in ({}, {"quantization": "int8"}):
-        with pytest.raises(BitNetError, match="has no config; expected"):
-            convert(source, folder / "B.bin", **other)  # type: ignore[arg-type]
+    with pytest.raises(BitNetError, match="has no config; expected"):
+        convert(source, folder / "B.bin")
     packed_models.safetensors.write(folder / "D.safetensors", {"q_proj.weight": np.zeros((4, 4), np.float32)})
     with pytest.raises(BitNetError, match="has no config; expected"):  # no layer, so no name that is known
         convert(folder / "D.safetensors", folder / "B.bin", quantization="ternary")

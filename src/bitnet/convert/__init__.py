@@ -102,7 +102,11 @@ def convert(
     how = ternarization or Ternarization()
     if calibration is not None and quantization in (None, "fp16"):
         raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
-    alone = tensors_alone(source) if quantization == "ternary" and merge_adapter is None else None
+    alone = tensors_alone(source) if quantization is not None and merge_adapter is None else None
+    if alone is not None and quantization != "ternary":
+        raise UsageError(
+            f"{shown(source)}: has no config.json, without which its weights become ternary only; put it there, or choose ternary"
+        )
     if alone is not None:
         if tokenizer_json is not None:
             raise UsageError(
