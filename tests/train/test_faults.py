@@ -230,6 +230,7 @@ def test_what_cannot_be_exported_is_refused_before_it_is_trained(corpus: Path, t
     with pytest.raises(BitNetError, match=said):
         run(mini(**changes), corpus, tmp_path / "run")
     assert not {"log.csv", "recipe.yaml"} & set(os.listdir(tmp_path / "run"))  # so that another recipe may begin here
+    (tmp_path / "run" / "tokenizer.made_of.json").unlink()  # as if somebody had put tokenizer.json there
     with pytest.raises(UsageError, match=r"tokenizer\.json: has 300 tokens, vocab_size is 299; raise it, or remove the file"):
         run(mini(vocab_size=299), corpus, tmp_path / "run")
 
