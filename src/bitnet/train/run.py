@@ -1,6 +1,7 @@
 """One run of a recipe, from texts to a model that runs; started again with the same folder it goes on where it was.
 
-The run's folder holds recipe.yaml (as it was begun), tokenizer.json, tokens/, log.csv, tensorboard/, checkpoints, and model/ or adapter/.
+The run's folder holds recipe.yaml (as it was begun), tokenizer.json and what it was learned from, tokens/, log.csv, tensorboard/,
+checkpoints, and model/ or adapter/.
 """
 
 from __future__ import annotations
