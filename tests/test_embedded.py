@@ -1,4 +1,4 @@
-"""The model inside the package: what the issue of shipping one demands, and that every machine tells the same story."""
+"""The model inside the package: its size, its files and its scores, and that every machine tells the same story."""
 
 from __future__ import annotations
 
