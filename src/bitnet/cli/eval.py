@@ -38,7 +38,7 @@ def repeat_option(args: list[str], name: str) -> list[str]:
 @model_argument
 @click.option("--data", multiple=True, metavar="FILE...", help="UTF-8 text files.")
 @click.option(
-    "--kv-report", metavar="FILE", help="Instead: what KV caches of 16, 8, K8V4 and 4 bits cost the model on this text, centered and rotated or not."
+    "--kv-report", metavar="FILE", help="Instead: what KV caches of 16, 8, K8V4 and 4 bits cost on this text, centered and rotated or not."
 )
 @click.option("--max-bytes", type=int, metavar="N", help="Only the first N bytes of each file.")
 @hub_options
