@@ -241,9 +241,9 @@ nb::object run_forward(PyModel& m, const Batch& batch, bool all_logits) {
     rows += all_logits ? n : 1;
   }
   if (spans.empty()) throw std::invalid_argument("an empty batch");
+  const InPass held(batch);  // before anything that may let others run
   float* logits = nullptr;
   nb::object result = new_array<float>({rows, size_t(c.vocab_size)}, &logits);
-  const InPass held(batch);
   bool raised = false, finished;
   {
     nb::gil_scoped_release release;

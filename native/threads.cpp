@@ -1,6 +1,6 @@
 #include "threads.h"
 
-#include <system_error>
+#include <exception>
 
 namespace bitnet {
 namespace {
@@ -41,7 +41,7 @@ ThreadPool::ThreadPool(int n_threads) : shares_(n_threads) {
   workers_.reserve(n_threads - 1);
   try {
     for (int t = 1; t < n_threads; t++) workers_.emplace_back([this, t] { worker_loop(t); });
-  } catch (const std::system_error&) {  // the system gives no more: those that are here do the work
+  } catch (const std::exception&) {  // the system gives no more, or no memory for one: those that are here do the work
   }
 }
 
