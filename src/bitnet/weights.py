@@ -229,20 +229,13 @@ class _Loader:
         """One linear layer; returns the scheme that it runs in: one of `QUANTIZED`, or "dense"."""
         self.filling = name
         q = self.quantization
-        stays_dense = q is None or any(part in q.dense for part in (tensor.name, tensor.name.removesuffix(".weight")))
         if tensor.scheme in ("ternary", "binary"):
-            if q is None and self.layout == "hf" and tensor.codec == "hf":
-                raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
             if self.weights == "f16":
                 return self._set_f16(name, tensor, shape)
             return self._set_codes(name, tensor, shape, self.ternary_scheme)
         if tensor.scheme in _INTEGERS and self.weights != "f16":
             return self._set_integers(name, tensor, shape)
-        if not stays_dense and tensor.scheme in _FLOATS:
-            if q is None or not q.online:
-                raise FormatError(
-                    f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
-                )
+        if q is not None and not q.stays_dense(tensor.name) and tensor.scheme in _FLOATS:
             return self._set_ternarized(name, tensor, shape)
         scheme = _becomes(tensor, self.weights)
         if scheme == "ternary":

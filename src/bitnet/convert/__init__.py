@@ -34,7 +34,7 @@ from bitnet.files import PathLike, gguf_write, read_file, safetensors, shown
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.files.tensor import Tensor
-from bitnet.models import LINEARS, Checkpoint, open_checkpoint
+from bitnet.models import LINEARS, Checkpoint, latent_weights, open_checkpoint
 from bitnet.models.low_rank import LowRank
 from bitnet.packing import INTEGERS
 from bitnet.tokenizer import Tokenizer
@@ -121,6 +121,8 @@ def convert(
     checkpoint = open_checkpoint(source, i2_s)
     if quantization not in (None, "fp16"):
         checkpoint = with_latent_weights(checkpoint, notes)
+    elif latent := latent_weights(checkpoint):
+        notes.append(f"the latent weights of {len(latent)} layers are not written, only those that the checkpoint runs")
     model = read(checkpoint)
     parts: dict[str, LowRank] = {}
     plain = dequantized(model, quantization).weights

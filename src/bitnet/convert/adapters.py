@@ -271,7 +271,12 @@ def _merged(weight: Weight, low: LowRank) -> Weight:
         raise UnsupportedModelError(
             f"{weight.where}: is {weight.scheme}; an adapter is merged into ternary or plain weights only, and runs unmerged beside others"
         )
-    scales = weight.scales
+    scales, before = weight.scales, weight.codes
+    assert before is not None
+    if any((before(first, last) > 1).any() for first, last in weight.spans()):
+        raise UnsupportedModelError(
+            f"{weight.where}: holds codes of 3, which stand for +2 scales, and merging keeps -1, 0 and +1 only; run the adapter unmerged"
+        )
 
     def codes(first: int, last: int) -> I8:
         here = (scales if len(scales) == 1 else scales[first:last])[:, :, None]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -30,11 +29,10 @@ from bitnet.convert.quantize import (
 from bitnet.convert.source import F32, Model, Weight, from_codes
 from bitnet.errors import UsageError
 from bitnet.files import shown
-from bitnet.models import LINEARS, Checkpoint
+from bitnet.models import LINEARS, Checkpoint, latent_weights, quantization
 from bitnet.packing import INTEGERS
 
 _UNITS: tuple[str | int, ...] = ("tensor", "row", 128, 64)  # what may share a scale, each within those before it
-LATENT = ("latent_weight", "weight_latent", "weight_fp", "master_weight")  # beside X.weight, as X.latent_weight: what it was trained from
 
 
 @dataclass(frozen=True)
@@ -209,27 +207,27 @@ def _two_valued(weight: Weight) -> str | int | None:
 
 
 def with_latent_weights(checkpoint: Checkpoint, notes: list[str]) -> Checkpoint:
-    """`checkpoint` with the weights that it was binarized or ternarized from in the places of those, if it has them beside (LATENT)."""
-    tensors: dict[str, Any] = dict(checkpoint.tensors)
-    found, others = 0, list[str]()
-    for name in checkpoint.tensors:
-        module, _, last = name.rpartition(".")
-        if last in LATENT and f"{module}.weight" in tensors:
-            latent, run = tensors.pop(name), tensors[f"{module}.weight"]
-            padded = (-(-latent.shape[0] // 4) * 4, *latent.shape[1:]) if run.codec == "hf" and latent.shape else latent.shape
-            if run.shape in (latent.shape, padded):  # packed rows come in fours; read() compares with the model's own shape
-                tensors[f"{module}.weight"] = latent
-                found += 1
-            else:
-                others.append(f"{latent.where} has shape {list(latent.shape)}, its layer {list(run.shape)}")
+    """`checkpoint` with the weights that it was binarized or ternarized from in the places of those, if it has them beside."""
+    tensors, taken, others = dict(checkpoint.tensors), list[str](), list[str]()
+    for name, its in latent_weights(checkpoint).items():
+        latent, run = tensors.pop(its), tensors[name]
+        padded = (-(-latent.shape[0] // 4) * 4, *latent.shape[1:]) if run.codec == "hf" and latent.shape else latent.shape
+        if run.shape not in (latent.shape, padded):  # packed rows come in fours; read() compares with the model's own shape
+            others.append(f"{latent.where} has shape {list(latent.shape)}, its layer {list(run.shape)}")
+            continue
+        if run.scale is not None:
+            tensors.pop(run.scale.name, None)
+        tensors[name] = latent
+        taken.append(its)
     if others:
         notes.append(f"latent weights of {len(others)} layers are not taken, for they are of another shape (the first: {others[0]})")
-    if len(tensors) == len(checkpoint.tensors):
-        return checkpoint
     config = checkpoint.config
-    if found:
-        notes.append(f"took the latent weights of {found} layers, which the checkpoint has beside those that it runs")
-        config = {key: value for key, value in config.items() if key != "quantization_config"}
+    if taken:
+        notes.append(f"took the latent weights of {len(taken)} layers, which the checkpoint has beside those that it runs")
+        if (q := quantization(config, shown(checkpoint.path))) is not None:  # which goes on to hold for the other layers
+            mode = {"quantization_mode": "online" if q.online else "offline", "linear_class": "autobitlinear"}
+            said = {"quant_method": "bitnet", **mode, "modules_to_not_convert": [*q.dense, *taken]}
+            config = config | {"quantization_config": said}
     return replace(checkpoint, tensors=tensors, config=config)
 
 

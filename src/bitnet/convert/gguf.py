@@ -101,6 +101,8 @@ def _check(c: ModelConfig) -> None:
         raise UnsupportedModelError(
             f"{where} in GGUF: {sum(c.windowed)} layers see {c.sliding_window} tokens only, and llama.cpp computes them with full attention"
         )
+    if c.rope.kind == "dynamic":
+        raise UnsupportedModelError(f"{where} in GGUF: its rope is scaled dynamically, which no key says and llama.cpp does not compute")
     if c.rope.kind == "yarn" and not c.rope.truncate:
         raise UnsupportedModelError(f"{where} in GGUF: yarn without truncation, which no key says")
 

@@ -166,7 +166,7 @@ def _turns(kind: str) -> bool:
 def _online(tensor: Tensor, model: Canonical) -> bool:
     """Whether these are masters that are ternarized at load."""
     q = model.quantization
-    return q is not None and q.online and not {tensor.name, tensor.name.removesuffix(".weight")} & set(q.dense)
+    return q is not None and q.online and not q.stays_dense(tensor.name)
 
 
 def _ternarized(name: str, shape: tuple[int, ...], tensor: Tensor, values: Rows, layout: str) -> Weight:

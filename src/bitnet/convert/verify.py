@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import fields
+from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -123,5 +123,9 @@ def differences(one: ModelConfig, other: ModelConfig) -> list[str]:
 def _same_rope(one: Rope | None, other: Rope | None, head_dim: int) -> bool:
     if one is None or other is None:
         return one is other
-    close = np.allclose(one.frequencies(head_dim), other.frequencies(head_dim), rtol=1e-5, atol=0)
+    reach = 4 * max(one.original_context, other.original_context)  # where dynamic scaling shows
+    close = all(
+        np.allclose(replace(one, reach=to).frequencies(head_dim), replace(other, reach=to).frequencies(head_dim), rtol=1e-5, atol=0)
+        for to in (0, reach)
+    )
     return bool(close and np.isclose(one.attention_factor, other.attention_factor, rtol=1e-6))

@@ -7,7 +7,7 @@ forward pass exists once, in native/forward.cpp. GGUF files come in through the 
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,7 +18,10 @@ from bitnet.files.tensor import Tensor
 from bitnet.models import bitnet, gemma3_text, gguf, llama, qwen2, qwen3
 from bitnet.models.config import LINEARS, ModelConfig
 
-__all__ = ["LINEARS", "Canonical", "Checkpoint", "ModelConfig", "Quantization", "adapter_for", "canonical", "open_checkpoint"]
+__all__ = [
+    "LINEARS", "Canonical", "Checkpoint", "ModelConfig", "Quantization", "adapter_for", "canonical", "latent_weights", "open_checkpoint",
+    "quantization",
+]  # fmt: skip
 
 
 class Adapter(Protocol):
@@ -31,7 +34,9 @@ class Adapter(Protocol):
 _COMPARED = 1 << 22  # bytes at once
 _ADAPTERS: dict[str, Any] = {"bitnet": bitnet, "gemma3_text": gemma3_text, "llama": llama, "qwen2": qwen2, "qwen3": qwen3}
 # Tensors that a checkpoint may carry and that change nothing: rope's frequencies follow from the config, a tied head is the embedding.
-_REDUNDANT = ("rotary_emb.inv_freq", "rope_freqs.weight", "_scale", ".scale")
+_REDUNDANT = ("rotary_emb.inv_freq", "rope_freqs.weight")
+_FLOATS = ("f32", "f64", "f16", "bf16")
+LATENT = ("latent_weight", "weight_latent", "weight_fp", "master_weight")  # beside X.weight, as X.latent_weight: what it was trained from
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Quantization:
 
     online: bool  # dense master weights that are ternarized by absmean at load
     dense: tuple[str, ...] = ()  # modules that stay dense
+
+    def stays_dense(self, name: str) -> bool:
+        """Whether the weight of this name is of a module that stays dense."""
+        return name in self.dense or name.removesuffix(".weight") in self.dense
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,9 @@ def canonical(checkpoint: Checkpoint) -> Canonical:
             f"{where}: config.json says that the head is the embedding (tie_word_embeddings), and {head} is another matrix; "
             f"set that to false, or remove {head}"
         )
-    known = {*names.values(), head}
+    for name in (theirs for ours, theirs in names.items() if ours.rsplit(".", 1)[-1] in LINEARS):
+        _check_linear(tensors[name], quantized, checkpoint.layout)
+    known = {*names.values(), head, *_scales(checkpoint, names.values()), *latent_weights(checkpoint).values()}
     stray = [name for name in tensors if name not in known and not name.endswith(_REDUNDANT)]
     if stray:
         what = "biases" if stray[0].endswith(".bias") else "tensors that such a model does not have"
@@ -107,6 +118,42 @@ def canonical(checkpoint: Checkpoint) -> Canonical:
             f"{config.n_layers} layers; to run without them would be noise"
         )
     return Canonical(config, names, quantized)
+
+
+def latent_weights(checkpoint: Checkpoint) -> dict[str, str]:
+    """Names of weights -> names of those that they were binarized or ternarized from, where the checkpoint has them beside."""
+    parts = ((name.rpartition(".")[0], name) for name in checkpoint.tensors if name.rpartition(".")[2] in LATENT)
+    found = {f"{module}.weight": name for module, name in parts} if checkpoint.layout == "hf" else {}
+    return {weight: name for weight, name in found.items() if weight in checkpoint.tensors}
+
+
+def _scales(checkpoint: Checkpoint, names: Iterable[str]) -> Iterator[str]:
+    """The tensors that scale one of these: Hugging Face's of packed ternary, and those that llama.cpp may keep beside a weight.
+
+    Raises UnsupportedModelError for one beside a weight whose values are not scaled anywhere here: without it the model would be noise.
+    """
+    for name in names:
+        tensor, beside = checkpoint.tensors[name], f"{name.removesuffix('.weight')}.scale"
+        if tensor.scale is not None:
+            yield tensor.scale.name
+        elif checkpoint.layout == "gguf" and beside in checkpoint.tensors:
+            if tensor.scheme not in ("ternary", "binary"):
+                raise UnsupportedModelError(
+                    f"{checkpoint.tensors[beside].where}: scales a weight that is stored as {tensor.scheme}; this build multiplies only "
+                    "ternary and binary weights by such a scale"
+                )
+            yield beside
+
+
+def _check_linear(tensor: Tensor, quantized: Quantization | None, layout: str) -> None:
+    """Raises FormatError for a linear layer that is stored in another way than the configuration says."""
+    if quantized is None:
+        if layout == "hf" and tensor.codec == "hf":
+            raise FormatError(f"{tensor.where}: packed ternary, but config.json has no quantization_config that says so")
+    elif not quantized.online and tensor.scheme in _FLOATS and not quantized.stays_dense(tensor.name):
+        raise FormatError(
+            f"{tensor.where}: {tensor.dtype} without a weight_scale; quantization_mode offline needs packed ternary ones (uint8)"
+        )
 
 
 def _same(one: Tensor, other: Tensor) -> bool:
@@ -127,6 +174,10 @@ def quantization(hf: dict[str, Any], where: str) -> Quantization | None:
         first = "BitnetForCausalLM" in (hf.get("architectures") or ())
         return Quantization(online=True, dense=("lm_head",)) if first else None
     if isinstance(found, dict) and "quant_method" not in found and {"group_size", "bits"} <= found.keys():
+        if found["bits"] != 2:
+            raise UnsupportedModelError(
+                f"{where}: MLX's weights of {shown(repr(found['bits']))} bits; of MLX's formats this build reads 2 bits"
+            )
         return Quantization(online=False) if hf.get("model_type") == "bitnet" else None  # MLX's, which quantizes weights only
     method = found.get("quant_method") if isinstance(found, dict) else found
     if method == "bitnet-integer":  # ours: packed integers, which say in the file what they are
