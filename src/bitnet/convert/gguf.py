@@ -79,8 +79,9 @@ def metadata_of(model: Model, form: Format, tokenizer: dict[str, Any]) -> dict[s
     if c.rope.kind == "yarn":
         keys |= {"rope.scaling.original_context_length": c.rope.original_context}
         keys |= {"rope.scaling.yarn_beta_fast": c.rope.beta_fast, "rope.scaling.yarn_beta_slow": c.rope.beta_slow}
-        if not math.isclose(c.rope.attention_factor, 0.1 * math.log(c.rope.factor) + 1):
-            keys["rope.scaling.yarn_attn_factor"] = c.rope.attention_factor
+        own = c.rope.attention_factor / (0.1 * math.log(c.rope.factor) + 1 if c.rope.factor > 1 else 1.0)
+        if not math.isclose(own, 1):
+            keys["rope.scaling.attn_factor"] = own  # llama.cpp multiplies its own by it; of yarn_attn_factor it reads nothing here
     return general | {f"{name}.{key}": value for key, value in keys.items()} | tokenizer
 
 
