@@ -205,7 +205,7 @@ def test_what_no_gguf_key_says_is_refused(tmp_path: Path) -> None:
     windows = {"use_sliding_window": True, "sliding_window": 16, "max_window_layers": 0}
     cases = [
         ("qwen3", windows, "1 layers see 16 tokens only"),
-        ("gemma3_text", {"query_pre_attn_scalar": 30}, "llama.cpp scales queries by"),
+        ("gemma3_text", {"query_pre_attn_scalar": 30}, "llama.cpp scales its queries by"),
     ]
     cases += [("gemma3_text", {"sliding_window_pattern": 3}, "gives every 6th layer full attention")]
     for i, (family, changes, message) in enumerate(cases):

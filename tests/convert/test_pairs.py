@@ -113,7 +113,8 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     YARN | {"attention_factor": 1.3, "beta_fast": 16.0},
 ])  # fmt: skip
 def test_rope_scaling_survives(tmp_path: Path, rope: dict) -> None:
-    source = packed_models.write(tmp_path / "source", "qwen3", rope_parameters=rope)
+    family = "llama" if rope["rope_type"] == "llama3" else "qwen3"  # of others llama.cpp does not load llama3's
+    source = packed_models.write(tmp_path / "source", family, rope_parameters=rope)
     convert(source, tmp_path / "m.gguf")
     convert(tmp_path / "m.gguf", tmp_path / "back")
     for path in (tmp_path / "m.gguf", tmp_path / "back"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from bitnet.convert.verify import differences
 from bitnet.errors import BitNetError, FormatError, UnsupportedModelError
 from bitnet.evaluate.perplexity import score_text
 from bitnet.files import gguf, gguf_write, safetensors
-from bitnet.models import LINEARS, canonical, open_checkpoint
+from bitnet.models import LINEARS, ModelConfig, canonical, open_checkpoint
+from bitnet.models.rope import Rope
 from bitnet.ternary import ternarize
 from bitnet.transformer import TernaryTransformer
 
@@ -94,15 +96,46 @@ def test_mlx_of_other_bits_is_called_by_its_name(tmp_path: Path) -> None:
     refused(source, tmp_path / "out", UnsupportedModelError, "MLX's weights of 4 bits; of MLX's formats this build reads 2 bits")
 
 
-def test_dynamic_rope_scaling_is_not_lost_in_gguf(tmp_path: Path) -> None:
-    source = packed_models.write(tmp_path / "m", "llama", rope_scaling={"rope_type": "dynamic", "factor": 4.0})
-    with pytest.raises(UnsupportedModelError, match="a llama model in GGUF: its rope is scaled dynamically"):
-        convert(source, tmp_path / "m.gguf")
+def test_dynamic_rope_scaling_is_seen() -> None:
+    """It shows only beyond the context that the model was trained for."""
+    plain = ModelConfig("llama", 8, 64, 1, 1, 1, 64, 64, 32, 1e-5, Rope(1e4), "silu", True, 1.0)
+    dynamic = replace(plain, rope=Rope(1e4, "dynamic", 4.0, 32))
+    assert not differences(dynamic, dynamic) and len(differences(dynamic, plain)) == 1
+
+
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize(("family", "changes", "message"), [
+    ("llama", {"rope_scaling": {"rope_type": "dynamic", "factor": 4.0}}, "the rope is scaled dynamically"),
+    ("llama", {"rope_scaling": YARN | {"beta_slow": 2.0}}, "with beta_fast 32 and beta_slow 1, truncated, whatever the file says"),
+    ("llama", {"rope_scaling": YARN | {"truncate": False}}, "this model has 32 and 1 without truncation"),
+    ("qwen3", {"rope_scaling": LLAMA3}, "the model has rope scaled by llama3's rule, with which llama.cpp does not load it"),
+    ("qwen3", {"attention_bias": True}, "the model has biases of q, k, v, o, with which"),
+    ("qwen2", {"head_dim": 32}, "the model has 4 heads of 32, which is not its width of 256, with which"),
+    ("gemma3_text", {"attention_bias": True}, "the model has biases of q, k, v, o, with which"),
+    (
+        "gemma3_text",
+        {"rope_parameters": {"full_attention": YARN | {"attention_factor": 1.4}, "sliding_attention": {"rope_type": "default"}}},
+        "llama.cpp uses yarn's attention factor of 1.4 in the windowed layers as well",
+    ),
+])  # fmt: skip
+def test_what_llama_cpp_cannot_run_is_not_written_for_it(tmp_path: Path, family: str, changes: dict[str, Any], message: str) -> None:
+    """Each was seen in llama.cpp: it did not load the file, or answered something else. In Hugging Face's layout the model goes through."""
+    source = packed_models.write(tmp_path / "m", family, trits=False, **changes)
+    with pytest.raises(UnsupportedModelError) as raised:
+        convert(source, tmp_path / "m.gguf", format="gguf-f32")
+    assert message in str(raised.value) and str(source) in str(raised.value) and "choose a Hugging Face layout" in str(raised.value)
     assert not (tmp_path / "m.gguf").exists()
-    convert(source, tmp_path / "out")
-    one, other = (canonical(open_checkpoint(path)).config for path in (source, tmp_path / "out"))
-    plain = canonical(open_checkpoint(packed_models.write(tmp_path / "plain", "llama"))).config
-    assert not differences(one, other) and len(differences(one, plain)) == 1
+    convert(source, tmp_path / "out", format="hf-dense-f32")
+    assert np.array_equal(packed_models.logits(tmp_path / "out"), packed_models.logits(source))
+
+
+@pytest.mark.parametrize("changes", [{"attention_bias": True}, {"head_dim": 32}, {"tie_word_embeddings": False}])
+def test_bitnet_models_that_llama_cpp_does_not_load_say_so(tmp_path: Path, changes: dict[str, Any]) -> None:
+    report = convert(packed_models.write(tmp_path / "m", "bitnet", **changes), tmp_path / "m.gguf")
+    assert any(note.startswith("today's llama.cpp does not load this file, for the model has ") for note in report.notes)
 
 
 def test_merging_refuses_codes_of_two(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from bitnet.convert.hf import as_bits, trits
 from bitnet.convert.quantize import TABLES
 from bitnet.convert.source import F32, I8, Model, Weight, permuted
 from bitnet.errors import UnsupportedModelError
+from bitnet.files import shown
 from bitnet.files.ggml import I2_S_TAIL
 from bitnet.files.gguf_write import Item
 from bitnet.models import LINEARS, ModelConfig, gguf
@@ -23,6 +24,7 @@ from bitnet.packing import BLOCKS
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "bitnet": "bitnet"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "i2_s": 40}  # where programs agree on them
+BIASES = {"llama": LINEARS, "qwen2": ("q", "k", "v")}  # that llama.cpp loads
 WINDOW_PERIOD = 6  # of gemma 3 in llama.cpp: every sixth layer sees everything
 
 
@@ -49,16 +51,19 @@ def notes(config: ModelConfig, form: Format) -> list[str]:
             "this model's feed-forward is relu(gate)^2 * up; today's llama.cpp computes architecture bitnet with SiLU instead: it loads "
             "the file and answers something else. bitnet.cpp (gguf-i2_s) and this program run it as trained"
         )
+    if config.architecture == "bitnet" and (unknown := _not_loaded(config)):
+        found.append(f"today's llama.cpp does not load this file, for the model has {unknown}; this program does")
     if form.weights in ("pq2_0", "ptq1_0"):
         found.append(f"{form.weights.upper()} is the Bonsai models' format, and llama.cpp itself does not read it; q2_0 is exact as well")
     return found
 
 
 def metadata_of(model: Model, form: Format, tokenizer: dict[str, Any]) -> dict[str, Any]:
-    """The file's keys. Raises UnsupportedModelError for what llama.cpp computes otherwise, whatever the file says."""
+    """The file's keys. Raises UnsupportedModelError for what llama.cpp does not load, or computes otherwise whatever the file says."""
     c, name = model.config, architecture(model.config, form)
-    _check(c)
     path = model.checkpoint.path
+    if obstacle := _obstacle(c):
+        raise UnsupportedModelError(f"{shown(path)}: as GGUF {obstacle}; choose a Hugging Face layout (hf, safetensors)")
     kept = {key: value for key, value in model.checkpoint.gguf_metadata.items() if key.startswith("general.")}
     general: dict[str, Any] = {"general.name": path.name or path.absolute().name, **kept, "general.quantization_version": 2}
     general |= {"general.architecture": name, "general.file_type": FILE_TYPES.get(form.weights)}
@@ -79,33 +84,58 @@ def metadata_of(model: Model, form: Format, tokenizer: dict[str, Any]) -> dict[s
     if c.rope.kind == "yarn":
         keys |= {"rope.scaling.original_context_length": c.rope.original_context}
         keys |= {"rope.scaling.yarn_beta_fast": c.rope.beta_fast, "rope.scaling.yarn_beta_slow": c.rope.beta_slow}
-        own = c.rope.attention_factor / (0.1 * math.log(c.rope.factor) + 1 if c.rope.factor > 1 else 1.0)
-        if not math.isclose(own, 1):
-            keys["rope.scaling.attn_factor"] = own  # llama.cpp multiplies its own by it; of yarn_attn_factor it reads nothing here
+        if not math.isclose(own := _own_attention_factor(c), 1):
+            keys["rope.scaling.attn_factor"] = own  # llama.cpp multiplies its own by it, and does not read yarn_attn_factor of these models
     return general | {f"{name}.{key}": value for key, value in keys.items()} | tokenizer
 
 
-def _check(c: ModelConfig) -> None:
-    where = f"a {c.architecture} model"
+def _own_attention_factor(c: ModelConfig) -> float:
+    """By what yarn's attention factor differs from that which follows from its scaling."""
+    return c.rope.attention_factor / (0.1 * math.log(c.rope.factor) + 1 if c.rope.factor > 1 else 1.0)
+
+
+def _not_loaded(c: ModelConfig) -> str | None:
+    """What of this model llama.cpp's graph of its architecture has no place for: it does not load such a file (seen in that of 2026)."""
+    more = [part for part in c.biases if part not in BIASES.get(c.architecture, ())]
+    if more:
+        return f"biases of {', '.join(more)}"
+    if c.architecture in ("qwen2", "bitnet") and c.head_dim * c.n_heads != c.hidden_size:
+        return f"{c.n_heads} heads of {c.head_dim}, which is not its width of {c.hidden_size}"
+    if c.architecture == "bitnet" and not c.tied:
+        return "a head of its own"
+    if c.architecture != "llama" and (c.rope.kind == "llama3" or c.rope.divisors):
+        return "rope scaled by llama3's rule"
+    return None
+
+
+def _obstacle(c: ModelConfig) -> str | None:
+    """What keeps llama.cpp from loading a file of this model, or has it compute something else, whatever the file says."""
+    if c.architecture != "bitnet" and (unknown := _not_loaded(c)):
+        return f"the model has {unknown}, with which llama.cpp does not load it"
     if c.architecture == "gemma3_text":
         usual = all(windowed == ((i + 1) % WINDOW_PERIOD != 0) for i, windowed in enumerate(c.windowed))
         if c.windowed and not usual:
-            raise UnsupportedModelError(
-                f"{where} in GGUF: llama.cpp gives every {WINDOW_PERIOD}th layer full attention, this one has others"
-            )
+            return f"llama.cpp gives every {WINDOW_PERIOD}th layer full attention, and this model has others"
         scale = (c.hidden_size / c.n_heads if c.n_layers == 62 else c.head_dim) ** -0.5
         if not math.isclose(c.attention_scale, scale, rel_tol=1e-6):
-            raise UnsupportedModelError(f"{where} in GGUF: llama.cpp scales queries by {scale:g}, this one by {c.attention_scale:g}")
+            return f"llama.cpp scales its queries by {scale:g}, and this model by {c.attention_scale:g}"
         if c.rope_local is not None and c.rope_local.kind != "default":
-            raise UnsupportedModelError(f"{where} in GGUF: the rope of windowed layers is scaled ({c.rope_local.kind}), which no key says")
+            return f"the rope of windowed layers is scaled ({c.rope_local.kind}), which no key says"
+        if c.rope.kind == "yarn" and not math.isclose(_own_attention_factor(c), 1):
+            return f"llama.cpp uses yarn's attention factor of {c.rope.attention_factor:g} in the windowed layers as well"
     elif any(c.windowed) and c.sliding_window < c.max_context:
-        raise UnsupportedModelError(
-            f"{where} in GGUF: {sum(c.windowed)} layers see {c.sliding_window} tokens only, and llama.cpp computes them with full attention"
-        )
+        return f"{sum(c.windowed)} layers see {c.sliding_window} tokens only, and llama.cpp computes them with full attention"
     if c.rope.kind == "dynamic":
-        raise UnsupportedModelError(f"{where} in GGUF: its rope is scaled dynamically, which no key says and llama.cpp does not compute")
-    if c.rope.kind == "yarn" and not c.rope.truncate:
-        raise UnsupportedModelError(f"{where} in GGUF: yarn without truncation, which no key says")
+        return "the rope is scaled dynamically, which no key says and llama.cpp does not compute"
+    if c.rope.kind == "yarn":
+        plain = replace(c.rope, beta_fast=32.0, beta_slow=1.0, truncate=True)
+        if not np.allclose(c.rope.frequencies(c.head_dim), plain.frequencies(c.head_dim), rtol=1e-5, atol=0):
+            cut = "" if c.rope.truncate else " without truncation"
+            return (
+                f"llama.cpp computes yarn with beta_fast 32 and beta_slow 1, truncated, whatever the file says, and this model has "
+                f"{c.rope.beta_fast:g} and {c.rope.beta_slow:g}{cut}"
+            )
+    return None
 
 
 def items(model: Model, weights: Iterable[Weight], form: Format) -> Iterator[Item]:
