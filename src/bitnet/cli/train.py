@@ -116,9 +116,12 @@ def train(
 
         target = run(recipe, data, out or Path("runs") / config.stem, export, evaluation, card, device, spread, report)
     if os.environ.get("RANK", "0") == "0":  # under torchrun the first process speaks for all
-        click.echo(
-            f"{target}: {recipe.task}, {recipe.trained}" + (f", loss {last['loss']} after {last['step']} steps" if last else ", complete")
-        )
+        said = f"{target}: {recipe.task}, {recipe.trained}"
+        if not last:
+            click.echo(f"{said}, complete")
+        else:
+            share = f", {float(last['share_of_peak']):.1%} of the rate of a large matrix product here" if "share_of_peak" in last else ""
+            click.echo(f"{said}, loss {last['loss']} after {last['step']} steps; {int(last['tokens_per_second']):,} tokens/s{share}")
         if as_json:
             click.echo(json.dumps({"model": str(target), "task": recipe.task, "scheme": recipe.trained, **last}))
     if os.environ.get("WORLD_SIZE", "1") != "1":

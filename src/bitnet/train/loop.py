@@ -33,6 +33,7 @@ from bitnet.train.gate_l1 import weigh_gates
 from bitnet.train.layers import set_blend
 from bitnet.train.parallel import Processes, part_of, spread, whole
 from bitnet.train.schedule import Schedule
+from bitnet.train.speed import operations_per_token, peak_operations
 
 Batches = Callable[[int], tuple[NDArray[np.int64], NDArray[np.int64]]]  # step -> (tokens, targets), [rows, length]
 LOGGED = 10  # steps whose mean is one row of the log
@@ -144,9 +145,10 @@ def train(
 ) -> None:
     """Train `model` (a causal LM of transformers) in place; write `out/log.csv`, TensorBoard's log and checkpoints, resume from the newest.
 
-    `report`: called with every row of the log. `texts`: name -> SHA-256 of what `batches` draws from, `beside`: the same of models that
-    stay as they are, both kept with the checkpoints: a run goes on with no others. Raises `TrainingStopped` for NaN, infinity and
-    divergence, with step, layer and the last good checkpoint.
+    `report`: called with every row of the log and its tokens_per_second (of all processes, padding included); the last one, of LOGGED steps
+    and more, with the median of all and with share_of_peak (speed.py). `texts`: name -> SHA-256 of what `batches` draws from, `beside`: the
+    same of models that stay as they are, both kept with the checkpoints: a run goes on with no others. Raises `TrainingStopped` for NaN,
+    infinity and divergence, with step, layer and the last good checkpoint.
     """
     processes = processes or Processes()
     out.mkdir(parents=True, exist_ok=True)
@@ -165,8 +167,10 @@ def train(
     blend = torch.ones((), device=processes.device) if schedule.blend_steps > first else None
     set_blend(model, blend)
     started, cpu_started = time.perf_counter() - progress.seconds, time.process_time() - progress.cpu_seconds
+    speeds: list[float] = []  # tokens/s, step by step
     with _logs(out, first, processes.first) as log:
         for step in range(first, schedule.steps):
+            step_started = time.perf_counter()
             for group in (g for o in optims for g in o.param_groups):
                 group["lr"] = group["base_lr"] * schedule.rate(step)
                 if schedule.decay_weight_decay is not None and schedule.decaying(step) and group["decays"]:
@@ -205,6 +209,7 @@ def train(
             progress.losses.append(mean)
             progress.norms.append(norm_value)
             progress.tokens += count
+            speeds.append(tokens.numel() / (time.perf_counter() - step_started))
             if step == 0:
                 progress.best = mean  # so that the first window may have diverged, too
             done = progress.step = step + 1
@@ -216,9 +221,16 @@ def train(
                     "seconds": f"{time.perf_counter() - started:.1f}",
                     "cpu_seconds": f"{time.process_time() - cpu_started:.1f}",  # of all threads; a stopped process spends none
                 }  # fmt: skip
-                log(row)
+                speed = float(np.median(speeds[-LOGGED:]))
+                log(row, speed)
+                if done == schedule.steps and len(speeds) >= LOGGED:
+                    speed = float(np.median(speeds[1:]))  # the first one compiles
+                    peak = processes.sum(torch.tensor(peak_operations(processes.device, schedule.bf16), device=processes.device))
+                    operations = operations_per_token(model, tokens.shape[1])
+                    operations += 0 if teacher is None else operations_per_token(teacher.model, tokens.shape[1], trains=False)
+                    row |= {"share_of_peak": f"{speed * operations / float(peak):.4f}"}
                 if processes.first:
-                    report(row)
+                    report(row | {"tokens_per_second": f"{speed:.0f}"})
                 if done > schedule.warmup_steps and progress.diverged(schedule.divergence):
                     what = f"the loss is {average:.2f}, {average - progress.best:.2f} above its best; {_largest(model)}"
                     raise _stopped(out, done, what, before(out, progress.good_step))
@@ -374,10 +386,10 @@ def _whole_row(row: dict[str, str]) -> bool:
 
 
 @contextmanager
-def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, Any]], None]]:
-    """Writes rows to log.csv, without what came after the step `first`, and to TensorBoard, where it is installed."""
+def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, Any], float], None]]:
+    """Writes rows to log.csv, without what came after the step `first`, and with their tokens/s to TensorBoard, where it is installed."""
     if not writes:
-        yield lambda row: None
+        yield lambda row, speed: None
         return
     path, kept = out / "log.csv", io.StringIO(newline="")
     whole_rows = csv.DictWriter(kept, COLUMNS, extrasaction="ignore")
@@ -394,10 +406,11 @@ def _logs(out: Path, first: int, writes: bool) -> Iterator[Callable[[dict[str, A
     with path.open("a", newline="") as file:
         log = csv.DictWriter(file, COLUMNS)
 
-        def write(row: dict[str, Any]) -> None:
+        def write(row: dict[str, Any], speed: float) -> None:
             log.writerow(row)
             file.flush()
             if board is not None:
+                board.add_scalar("tokens_per_second", speed, row["step"])
                 for key in ("loss", "rate", "gradient_norm"):
                     board.add_scalar(key, float(row[key]), row["step"])
 
