@@ -136,6 +136,30 @@ def test_a_report_never_becomes_the_model_nor_a_part_of_it(tmp_path: Path, bitne
     assert done.exit_code == 0 and "a\\nb: hf" in done.stdout and (tmp_path / "a\nb" / "r.json").exists()
 
 
+def test_a_target_by_no_name_of_its_own(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the command runs nothing is replaced; elsewhere the report's name is that of the folder."""
+    source = packed_models.write(tmp_path / "source", "llama", trits=False)
+    (tmp_path / "e1" / "adapters").mkdir(parents=True)
+    shutil.copy(source / "config.json", tmp_path / "e1" / "config.json")
+    (tmp_path / "link").symlink_to("e1")
+    before = sorted(tmp_path.rglob("*"))
+    for here, target in (("e1", "."), ("e1", "./"), ("e1", "../e1"), ("e1/adapters", ".."), ("e1/adapters", "../../e1/.")):
+        monkeypatch.chdir(tmp_path / here)
+        done = bitnet("convert", source, "-o", target, "--ternary")
+        assert done.exit_code == 2 and "is the folder that this runs in, or holds it, and would be replaced; name another" in done.stderr
+        assert done.stderr.count("\n") == 1 and sorted(tmp_path.rglob("*")) == before
+    monkeypatch.chdir(tmp_path)
+    done = bitnet("convert", source, "-o", "link/.", "--ternary")
+    assert done.exit_code == 2 and "link: is a symbolic link to e1" in done.stderr
+    done = bitnet("convert", source, "-o", "e1", "--ternary", "--report", "e1/..")
+    assert done.exit_code == 2 and "is a folder; the report is a file of JSON" in done.stderr and sorted(tmp_path.rglob("*")) == before
+    for target in ("./e1/.", "e1/adapters/..", "link/adapters/../."):
+        done = bitnet("convert", source, "-o", target, "--ternary")
+        assert done.exit_code == 0 and (tmp_path / "e1" / "model.safetensors").exists(), done.output
+        assert {path.name for path in tmp_path.iterdir()} - {"e1.report.png"} == {"e1", "e1.report.json", "link", "source"}
+        (tmp_path / "e1.report.json").unlink()
+
+
 def test_nothing_is_measured_before_a_refusal(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     source = packed_models.write(tmp_path / "source", "llama", trits=False)
     (tmp_path / "text.txt").write_text("the abacus " * 20)

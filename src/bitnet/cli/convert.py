@@ -51,7 +51,7 @@ def command(model: str, target: str, **options: Any) -> None:
 
 
 def convert_model(
-    source: str, target: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: str | None, alpha_config: str | None,
+    source: str, output: str, *, form: str | None, quantization: str | None, ternary: bool, alpha: str | None, alpha_config: str | None,
     keep: tuple[str, ...], method: str, scale: str, calibration: str | None, sequences: int | None, sequence_length: int | None,
     evaluate: str | None, evaluate_bytes: int | None, report_file: str | None, tokenizer: str | None, allow_requantize: bool, verify: bool,
     i2_s: str, merge_adapter: str | None, as_json: bool, revision: str | None = None, file: str | None = None,
@@ -61,6 +61,7 @@ def convert_model(
     from bitnet.convert import convert
     from bitnet.convert.formats import choose
     from bitnet.convert.report import check_place, table
+    from bitnet.convert.target import named
     from bitnet.convert.weights_alone import tensors_alone
     from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text
@@ -77,9 +78,10 @@ def convert_model(
     if evaluate_bytes is not None and evaluate_bytes < 1:
         raise click.UsageError(f"--evaluate-bytes is {evaluate_bytes}; expected at least 1")
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
-    report_path = report_file or f"{str(target).rstrip('/')}.report.json"
+    target = named(output)
+    report_path = report_file or f"{target}.report.json"
     if quantization is not None:
-        check_place(Path(report_path), Path(target), choose(form, target, quantization, 0).folder)
+        check_place(Path(report_path), target, choose(form, target, quantization, 0).folder)
     path = resolve(source, revision, file)
     held_out = read_text(Path(evaluate), evaluate_bytes, "--evaluate") if evaluate is not None else None
     calibrated = calibration is not None or (how is not None and how.calibrated)
@@ -132,7 +134,7 @@ def convert_model(
     if calibrated and calibration is None:
         say("note: calibrated on a built-in sample of some 600 tokens; give a longer text with --calibration FILE")
     say(*lines(report, seconds, peak), *table(report.layers))
-    after = _perplexity(Path(target), held_out, "x86", None, "after") if held_out is not None else None
+    after = _perplexity(target, held_out, "x86", None, "after") if held_out is not None else None
     scores = {"evaluation": {"before": before, "after": after}} if after is not None else {}
     if report.layers:
         found |= quality(report, before, after) | scores

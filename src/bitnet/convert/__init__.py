@@ -26,7 +26,7 @@ from bitnet.convert.formats import FORMATS, Format, choose
 from bitnet.convert.quantize import SCHEMES, Ternarization
 from bitnet.convert.report import LAYER_BYTES, REPORT_BYTES, Layer, measure
 from bitnet.convert.source import Model, Weight, read
-from bitnet.convert.target import check_target, keep_others, require_disk
+from bitnet.convert.target import check_target, keep_others, named, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
 from bitnet.convert.weights_alone import tensors_alone
 from bitnet.errors import FormatError, UsageError
@@ -93,7 +93,7 @@ def convert(
     Raises InexactError for a conversion that would change the model, UsageError for arguments and targets, NotTheSameError where what was
     written is not what was meant, and what the readers raise.
     """
-    target = Path(target)
+    target = named(target)
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
     only_keeps = ternarization is not None and ternarization == Ternarization(alphas=ternarization.alphas) and quantization is not None

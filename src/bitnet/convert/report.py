@@ -180,7 +180,7 @@ def check_place(path: Path, target: Path, in_folder: bool) -> None:
         raise UsageError(
             f"{shown(path.name)}: is a name of {len(os.fsencode(path.name))} bytes; expected at most 255: name another --report"
         )
-    if not path.name:
+    if path.name in ("", ".."):
         raise UsageError(f"{shown(path)}: is a folder; the report is a file of JSON, name one (TARGET.report.json is the default)")
     picture = path.with_suffix(".png")
     if path.suffix.lower() == ".png" or place_of(path) == model:

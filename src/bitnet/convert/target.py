@@ -11,7 +11,7 @@ from pathlib import Path
 from bitnet.convert.adapters import NESTED, is_adapter_alone
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
-from bitnet.files import is_gguf, shown, system_errors
+from bitnet.files import PathLike, is_gguf, place_of, shown, system_errors
 from bitnet.models.lora_gguf import is_lora
 from bitnet.models.peft import WEIGHTS_FILE
 
@@ -22,9 +22,15 @@ MODEL_FILES = re.compile(
 )
 
 
+def named(target: PathLike) -> Path:
+    """`target` by a name of its own, beside which other things can be named after it: "." and "..", and "/", have none."""
+    path = Path(target)
+    return place_of(path) if path.name in ("", "..") else path
+
+
 def check_target(target: Path, sources: list[Path], form: Format) -> None:
-    """Raises UsageError for a target that is the source, a link, of another kind than the format's, a file that is no model, or a folder of
-    other things.
+    """Raises UsageError for a target that is the source, a link, of another kind than the format's, a file that is no model, a folder of
+    other things, or one in which this runs.
 
     sources: the model's path first, and its files.
     """
@@ -56,6 +62,8 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
             if not _may_be_replaced(target):
                 raise UsageError(f"{where}: is no model (GGUF or safetensors) that a new one may replace; name another target, or move it")
             return
+        if target.resolve() in _here():
+            raise UsageError(f"{where}: is the folder that this runs in, or holds it, and would be replaced; name another target")
         if any(target.resolve() in source.resolve().parents for source in sources):
             raise UsageError(f"{where}: holds the source, and would be replaced; name another target")
         entries = list(os.scandir(target))
@@ -64,6 +72,13 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter_alone(e.path) or e.name == NESTED)), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
+
+
+def _here() -> list[Path]:
+    """The working directory and what holds it; nothing where it has been removed."""
+    with suppress(FileNotFoundError):
+        return [Path.cwd(), *Path.cwd().parents]
+    return []
 
 
 def _may_be_replaced(target: Path) -> bool:

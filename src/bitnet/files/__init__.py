@@ -42,7 +42,7 @@ def shown(text: object) -> str:
 def place_of(path: PathLike) -> Path:
     """Where a file lies or would, the same by whichever way it is named; a link is itself, not what it leads to."""
     absolute = Path(path).absolute()
-    return absolute.parent.resolve() / absolute.name
+    return absolute.resolve() if absolute.name == ".." else absolute.parent.resolve() / absolute.name
 
 
 @contextmanager
