@@ -136,6 +136,17 @@ def test_a_report_never_becomes_the_model_nor_a_part_of_it(tmp_path: Path, bitne
     assert done.exit_code == 0 and "a\\nb: hf" in done.stdout and (tmp_path / "a\nb" / "r.json").exists()
 
 
+def test_no_report_of_what_is_ternary_already(tmp_path: Path, bitnet: Run) -> None:
+    source = packed_models.write(tmp_path / "source", "llama")
+    words = ["convert", source, "-o", tmp_path / "out", "--ternary", "--keep", "embedding", "--keep", "head"]
+    for more in ([], ["--report", tmp_path / "r.json"]):
+        path = more[-1] if more else tmp_path / "out.report.json"
+        note = f"nothing was quantized, so there is nothing to report: no {path}"
+        done = bitnet(*words, *more)
+        assert done.exit_code == 0 and f"note: {note}\n" in done.stdout and not path.exists()
+        assert note in json.loads(bitnet(*words, *more, "--json").stdout)["notes"]
+
+
 def test_a_target_by_no_name_of_its_own(tmp_path: Path, bitnet: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the command runs nothing is replaced; elsewhere the report's name is that of the folder."""
     source = packed_models.write(tmp_path / "source", "llama", trits=False)

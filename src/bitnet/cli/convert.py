@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -125,6 +126,8 @@ def convert_model(
             ready=ready,
         )
     seconds, peak = time.perf_counter() - start, peak_rss_bytes()
+    if quantization is not None and not report.layers:
+        report = replace(report, notes=[*report.notes, f"nothing was quantized, so there is nothing to report: no {shown(report_path)}"])
 
     def say(*said: str) -> None:
         for line in said:
