@@ -59,6 +59,13 @@ def test_the_same_as_with_its_configuration(folder: Path, form: str) -> None:
     assert np.array_equal(logits(folder / "B.safetensors"), logits(folder / "C.safetensors"))
 
 
+def test_patterns_that_fit_no_layer_are_noted(folder: Path) -> None:
+    how = Ternarization(alphas=(("layers.7.q", 0.9), ("layers.9.*", "keep"), ("q", (0.1, 0.2, 0.3, 0.4))))
+    report = convert(folder / "A.safetensors", folder / "B.safetensors", quantization="ternary", ternarization=how)
+    assert report.notes[:2] == [f"pattern {p!r} fits no layer of this model" for p in ("layers.7.q", "layers.9.*")]
+    assert not any("fits no layer" in note for note in report.notes[2:])
+
+
 def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = folder / "A.safetensors"
     with pytest.raises(UsageError, match=r"A.safetensors: has no config.json, which gguf-tq2_0 needs; put it there"):
@@ -66,14 +73,13 @@ def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.
     for other in ("binary", "int8", "fp16"):
         with pytest.raises(UsageError, match=r"A.safetensors: has no config.json, without which its weights become ternary only"):
             convert(source, folder / "C.safetensors", quantization=other)
-    with pytest.raises(UsageError, match="without it the model cannot run over calibration text"):
-        convert(
-            source,
-            folder / "B.bin",
-            quantization="ternary",
-            ternarization=Ternarization(alpha="auto"),
-            calibration=np.zeros((1, 2), np.int32),
-        )
+    for how in (Ternarization(alpha="auto"), None):
+        with pytest.raises(UsageError, match="without it the model cannot run over calibration text"):
+            convert(source, folder / "B.bin", quantization="ternary", ternarization=how, calibration=np.zeros((1, 2), np.int32))
+    with pytest.raises(UsageError, match=r"A.safetensors: has no I2_S tensors; i2_s='arm' is for files"):
+        convert(source, folder / "B.bin", quantization="ternary", i2_s="arm")
+    with pytest.raises(UsageError, match=r"alpha of layers.0.o: is a list of 2; expected one number, for it has no heads"):
+        convert(source, folder / "B.bin", quantization="ternary", ternarization=Ternarization(alphas=(("o", (0.1, 0.2)),)))
     with pytest.raises(UsageError, match="is the source itself"):
         convert(source, source, quantization="ternary")
     tensors = {name: tensor.raw() for name, tensor in safetensors.read(source).tensors.items()}
@@ -84,8 +90,13 @@ def test_what_needs_the_configuration_says_so(folder: Path, monkeypatch: pytest.
         safetensors.write(folder / "bad.safetensors", {**tensors, **changed}, {})
         with pytest.raises(FormatError, match=said):
             convert(folder / "bad.safetensors", folder / "B.bin", quantization="ternary")
-    done = CliRunner().invoke(cli, ["convert", str(source), "-o", str(folder / "B.bin"), "--ternary", "--alpha", "auto"])
-    assert done.exit_code == 2 and "without it the model cannot run over calibration text" in done.output
+    for words, said in (
+        (["--ternary", "--alpha", "auto"], "without it the model cannot run over calibration text"),
+        (["--ternary", "--calibration", "none.txt"], "without it the model cannot run over calibration text"),
+        (["--quantization", "int8", "--calibration", "none.txt"], "without which its weights become ternary only"),
+    ):
+        done = CliRunner().invoke(cli, ["convert", str(source), "-o", str(folder / "B.bin"), *words])
+        assert done.exit_code == 2 and f"{source}: has no config.json" in done.output and said in done.output, done.output
     with pytest.raises(BitNetError, match="has no config; expected"):
         convert(source, folder / "B.bin")
     packed_models.safetensors.write(folder / "D.safetensors", {"q_proj.weight": np.zeros((4, 4), np.float32)})

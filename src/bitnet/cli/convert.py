@@ -59,11 +59,10 @@ def convert_model(
 ) -> None:  # fmt: skip
     """Converts, and shows what was done."""
     from bitnet.cli.progress import DelayedBar
-    from bitnet.convert import convert
+    from bitnet.convert import convert, weights_alone
     from bitnet.convert.formats import choose
     from bitnet.convert.report import check_place, table
     from bitnet.convert.target import named
-    from bitnet.convert.weights_alone import tensors_alone
     from bitnet.errors import naming
     from bitnet.evaluate.perplexity import read_text
     from bitnet.machine import peak_rss_bytes
@@ -91,9 +90,9 @@ def convert_model(
         raise click.UsageError(
             f"{name} is of the calibration text, which nothing here reads; add --alpha auto, --method gptq or --calibration"
         )
-    alone = how is not None and how.calibrated and merge_adapter is None and tensors_alone(path) is not None  # which convert() refuses
-    reads = calibrated and not alone
-    text = _calibration(path, i2_s, tokenizer, calibration, _or(sequences, 128), _or(sequence_length, 512)) if reads else None
+    if quantization is not None and merge_adapter is None and (alone := weights_alone.tensors_alone(path)) is not None:
+        weights_alone.check(path, alone, quantization, calibrated, tokenizer, i2_s)
+    text = _calibration(path, i2_s, tokenizer, calibration, _or(sequences, 128), _or(sequence_length, 512)) if calibrated else None
     before: dict[str, Any] | None = None
     start = time.perf_counter()
 

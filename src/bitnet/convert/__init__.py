@@ -103,15 +103,8 @@ def convert(
     if calibration is not None and quantization in (None, "fp16"):
         raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
     alone = tensors_alone(source) if quantization is not None and merge_adapter is None else None
-    if alone is not None and quantization != "ternary":
-        raise UsageError(
-            f"{shown(source)}: has no config.json, without which its weights become ternary only; put it there, or choose ternary"
-        )
     if alone is not None:
-        if tokenizer_json is not None:
-            raise UsageError(
-                f"{shown(source)}: has no config.json, so no tokenizer is written; put config.json there, or leave --tokenizer out"
-            )
+        weights_alone.check(source, alone, str(quantization), how.calibrated or calibration is not None, tokenizer_json, i2_s)
         form = choose(format, target, quantization, 0)
         return _convert_alone(alone, Path(source), target, form, how, allow_requantize, verify_written, progress, ready)
     if how.calibrated and calibration is None:
@@ -227,7 +220,8 @@ def _convert_alone(
 ) -> Report:
     """Of a file without a configuration (weights_alone.py)."""
     check_target(target, [source], form)
-    before, weights, choices, losses = weights_alone.made_ternary(tensors, form, how, requantize, str(source))
+    notes: list[str] = []
+    before, weights, choices, losses = weights_alone.made_ternary(tensors, form, how, requantize, str(source), notes)
     head, order = weights_alone.items(tensors, weights, form)
     nbytes = len(head) + sum(item.nbytes for item in order)
     require_disk(target, nbytes + REPORT_BYTES + len(choices) * LAYER_BYTES)
@@ -236,7 +230,8 @@ def _convert_alone(
         _write(file, head, ((item.chunks(), 0) for item in order), nbytes, progress)
         if check:
             weights_alone.verify(Path(file.name), tensors, weights, progress)
-    layers, notes = measure(before, weights, choices, form), [weights_alone.note(str(source), target)]
+    layers = measure(before, weights, choices, form)
+    notes.append(weights_alone.note(str(source), target))
     if (found := adapters.beside(source)) and target.absolute().parent.resolve() != source.absolute().parent.resolve():
         names = ", ".join(map(shown, found.values()))
         notes.append(f"adapters beside the source are not copied, for without its config.json nobody knows what they fit: {names}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -123,19 +123,30 @@ def stand_ins(model: Model, form: Format, scheme: str | None, how: Ternarization
 def check(model: Model, form: Format, scheme: str | None, how: Ternarization, notes: list[str]) -> None:
     """Raises UsageError for what `scheme` and `how` cannot mean for this model; a pattern that fits no layer of it is noted."""
     c, layers = model.config, {name: weight for name, weight in model.weights.items() if is_quantized(weight)}
-    notes += [f"pattern {shown(repr(p))} fits no layer of this model" for p, _ in how.alphas if not any(fits(p, name) for name in layers)]
     if scheme == "ternary" and form.weights == "q1_0" and any(_changes(weight, how) for weight in layers.values()):
         raise UsageError(f"{form.name} is binary and holds no zeros; choose another format, such as gguf-tq2_0, or --quantization binary")
     refuse_keeping_all(layers.values(), form, scheme, how)
+    heads = {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}
+    check_alphas(how, {name: heads.get(weight.kind, 0) for name, weight in layers.items()}, notes)
     for name, weight in layers.items():
-        alpha, heads = how.alpha_of(name), {"q": c.n_heads, "k": c.n_kv_heads, "v": c.n_kv_heads}.get(weight.kind, 0)
-        if isinstance(alpha, tuple) and len(alpha) != heads:
-            wanted = f"{heads}, one for each head" if heads else "one number, for it has no heads"
-            raise UsageError(f"alpha of {name}: is a list of {len(alpha)}; expected {wanted}")
-        if scheme == "binary" and weight.scheme == "ternary" and weight.kind in LINEARS and alpha != "keep" and _has_zeros(weight):
+        kept = how.alpha_of(name) == "keep"
+        if scheme == "binary" and weight.scheme == "ternary" and weight.kind in LINEARS and not kept and _has_zeros(weight):
             raise UsageError(
                 f"{weight.where}: is ternary already, and binary has no place for its zeros; leave --quantization out to keep it as it is"
             )
+
+
+def check_alphas(how: Ternarization, heads: Mapping[str, int | None], notes: list[str]) -> None:
+    """Raises UsageError for a list of alphas that are not one for each head; a pattern that fits no layer is noted.
+
+    heads: of every layer, 0 where it has none, None where their number is not known.
+    """
+    notes += [f"pattern {shown(repr(p))} fits no layer of this model" for p, _ in how.alphas if not any(fits(p, name) for name in heads)]
+    for name, n in heads.items():
+        alpha = how.alpha_of(name)
+        if isinstance(alpha, tuple) and n is not None and len(alpha) != n:
+            wanted = f"{n}, one for each head" if n else "one number, for it has no heads"
+            raise UsageError(f"alpha of {name}: is a list of {len(alpha)}; expected {wanted}")
 
 
 def refuse_keeping_all(layers: Iterable[Weight], form: Format, scheme: str | None, how: Ternarization) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from bitnet.convert import hf
 from bitnet.convert.calibrated import best_rows
-from bitnet.convert.choice import Choice, refuse_keeping_all, scale_dtype
+from bitnet.convert.choice import Choice, check_alphas, refuse_keeping_all, scale_dtype
 from bitnet.convert.fit import Loss, fit
 from bitnet.convert.formats import Format
 from bitnet.convert.quantize import MODULES, TABLES, Ternarization, ternarized
@@ -26,6 +26,8 @@ from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.files import PathLike, is_gguf, safetensors, shown
 from bitnet.files.safetensors import Item
 from bitnet.files.tensor import Tensor
+from bitnet.models import Checkpoint
+from bitnet.models.gguf import as_written_on_arm
 
 _KINDS = {module.rsplit(".", 1)[-1]: kind for kind, module in MODULES.items()}  # "q_proj" -> "q"
 
@@ -57,16 +59,30 @@ def _our_name(name: str) -> str:
     return kind if kind in TABLES else f"layers.{layer}.{kind}" if kind and layer.isdecimal() else name
 
 
+def check(
+    source: PathLike, tensors: Mapping[str, Tensor], quantization: str, calibrated: bool, tokenizer_json: PathLike | None, i2_s: str
+) -> None:
+    """Raises UsageError for what cannot be done, or would mean nothing, without a configuration."""
+    where = f"{shown(source)}: has no config.json"
+    if quantization != "ternary":
+        raise UsageError(f"{where}, without which its weights become ternary only; put it there, or choose ternary")
+    if tokenizer_json is not None:
+        raise UsageError(f"{where}, so no tokenizer is written; put config.json there, or leave --tokenizer out")
+    if calibrated:
+        raise UsageError(f"{where}, and without it the model cannot run over calibration text; put it there")
+    if i2_s != "x86":
+        as_written_on_arm(Checkpoint(Path(source), {}, dict(tensors), None, {}))
+
+
 def made_ternary(
-    tensors: Mapping[str, Tensor], form: Format, how: Ternarization, requantize: bool, source: str
+    tensors: Mapping[str, Tensor], form: Format, how: Ternarization, requantize: bool, source: str, notes: list[str]
 ) -> tuple[dict[str, Weight], dict[str, Weight], dict[str, Choice], list[Loss]]:
     """(the weights as they are, as they shall be written, how those that changed were chosen, what requantizing has cost)."""
     if form.container != "safetensors" or form.dense or form.integer:
         raise UsageError(f"{source}: has no config.json, which {form.name} needs; put it there, or write a .safetensors")
-    if how.calibrated:
-        raise UsageError(f"{source}: has no config.json, and without it the model cannot run over calibration text; put it there")
     kinds = [Weight(n, t.shape, t.scheme, t.where, t.dense_rows) for n, t in tensors.items() if n != t.name]
     refuse_keeping_all(kinds, form, "ternary", how)
+    check_alphas(how, {weight.name: None if weight.kind in "qkv" else 0 for weight in kinds}, notes)
     before, after, choices, losses = {}, {}, {}, []
     for name, tensor in tensors.items():
         if tensor.scheme not in ("f32", "f16", "bf16") or not tensor.shape:
