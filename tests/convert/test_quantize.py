@@ -165,9 +165,17 @@ def test_a_binary_source_yields_no_zeros_and_says_so(tmp_path: Path) -> None:
     assert not (trits == 0).any()
 
 
-def test_alpha_without_ternary_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="alpha, method and scale belong to quantization 'ternary'"):
-        convert(write(tmp_path / "source"), tmp_path / "out", ternarization=Ternarization(alpha=0.1))
+def test_what_belongs_to_a_quantization_is_refused_by_its_name(tmp_path: Path) -> None:
+    kept = (("q", "keep"),)
+    for how, scheme, message in (
+        (Ternarization(alpha=0.1), None, "alpha: of quantization 'ternary' only; add it"),
+        (Ternarization(alphas=(*kept, ("k", 0.1))), "int8", "alpha: of quantization 'ternary' only"),
+        (Ternarization("gptq", scale="row", alphas=kept), None, "method and scale: of quantization 'ternary' only"),
+        (Ternarization(alphas=kept), None, "keep: of a quantization only, and none was asked for; add one"),
+        (Ternarization(), None, "ternarization: of a quantization only, and none was asked for"),
+    ):
+        with pytest.raises(UsageError, match=f"^{message}"):
+            convert(write(tmp_path / "source"), tmp_path / "out", quantization=scheme, ternarization=how)
     with pytest.raises(UsageError, match="quantization is 'nf4'; expected one of ternary, binary, int8, int4, fp4, fp16"):
         convert(write(tmp_path / "source"), tmp_path / "out", quantization="nf4")
 

@@ -96,10 +96,13 @@ def convert(
     target = named(target)
     if quantization is not None and quantization not in SCHEMES:
         raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
-    only_keeps = ternarization is not None and ternarization == Ternarization(alphas=ternarization.alphas) and quantization is not None
-    if ternarization is not None and quantization != "ternary" and not (only_keeps and all(a == "keep" for _, a in ternarization.alphas)):
-        raise UsageError("alpha, method and scale belong to quantization 'ternary'; add it (--ternary), or leave them out")
     how = ternarization or Ternarization()
+    of_ternary = [name for name in how.given if name != "keep"]
+    if of_ternary and quantization != "ternary":
+        raise UsageError(f"{' and '.join(of_ternary)}: of quantization 'ternary' only; add it (--ternary), or leave that out")
+    if ternarization is not None and quantization is None:
+        what = "keep" if how.given else "ternarization"
+        raise UsageError(f"{what}: of a quantization only, and none was asked for; add one (--ternary, --quantization), or leave that out")
     if calibration is not None and quantization in (None, "fp16"):
         raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
     alone = tensors_alone(source) if quantization is not None and merge_adapter is None else None

@@ -76,6 +76,16 @@ class Ternarization:
         return ALPHAS[name.rsplit(".", 1)[-1]] if self.alpha is None else self.alpha
 
     @property
+    def given(self) -> list[str]:
+        """What of it differs from the defaults."""
+        alphas = [alpha for _, alpha in self.alphas]
+        found = {
+            "alpha": self.alpha is not None or any(alpha != "keep" for alpha in alphas), "keep": "keep" in alphas,
+            "method": self.method != "threshold", "scale": self.scale != "tensor",
+        }  # fmt: skip
+        return [name for name, given in found.items() if given]
+
+    @property
     def calibrated(self) -> bool:
         """Whether it needs to know the layers' inputs."""
         listed = any(alpha == "auto" and pattern != "embedding" for pattern, alpha in self.alphas)  # of which the rows are what counts
