@@ -144,6 +144,32 @@ def test_folders_without_the_exchange(tmp_path: Path, two: tuple[Path, Path], mo
     assert content(tmp_path / "out") != first and not leftovers(tmp_path)
 
 
+def test_permissions_of_what_is_replaced_stay(tmp_path: Path, two: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file's, a folder's, and those of the files in it; what is new follows the umask. Meanwhile the new one is its owner's alone."""
+    seen, real = list[int](), os.replace
+
+    def watched(old: str, new: str) -> None:
+        seen.append(Path(old).parent.stat().st_mode & 0o777)
+        real(old, new)
+
+    def modes() -> list[int]:
+        return [path.stat().st_mode & 0o7777 for path in (one, folder, folder / "config.json", folder / "model.safetensors")]
+
+    one, folder = tmp_path / "m.gguf", tmp_path / "folder"
+    for place in (one, folder):
+        convert(two[0], place)
+    umask = os.umask(0)
+    os.umask(umask)
+    assert modes() == [0o666 & ~umask, 0o777 & ~umask, 0o666 & ~umask, 0o666 & ~umask]
+    for file, inside, directory in ((0o600, 0o640, 0o700), (0o664, 0o666, 0o2775)):
+        for path, mode in ((one, file), (folder / "model.safetensors", inside), (folder, directory)):
+            path.chmod(mode)
+        monkeypatch.setattr(os, "replace", watched)
+        for place in (one, folder):
+            convert(two[1], place)
+        assert modes() == [file, directory, 0o666 & ~umask, inside] and set(seen) == {0o700}
+
+
 @pytest.mark.parametrize("name", ["m.gguf", "folder"])
 def test_a_full_disk_seen_beforehand(tmp_path: Path, two: tuple[Path, Path], name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     convert(two[0], tmp_path / name)

@@ -3,7 +3,8 @@
 What is being written lies in a folder of its own beside the target, `.NAME.<12 hex digits>.bitnet-tmp`, as `new`, next to a file `name`
 with the target's whole name; its writer keeps the folder locked. So the target, at whatever moment its writer is killed, is what it was or
 what it shall be. The folder of a dead writer is known by its name, by holding nothing but `name`, `new` and `old`, and by a lock that
-nobody holds: the next writer beside it removes it.
+nobody holds: the next writer beside it removes it. That folder is its owner's alone (0700), and what replaces something takes over its
+permissions in there, so nobody can read of the new what the old one was closed for.
 
 A folder cannot be renamed over another one; the two exchange their names in one step, where the system can do that (Linux, macOS).
 Elsewhere the old one steps aside as `old` first, and if its writer dies right then, the next writer puts it back.
@@ -47,6 +48,7 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
             with open(folder / "new", "xb") as file:
                 yield file
                 file.flush()
+                _keep_mode(target, folder / "new")
                 os.fsync(file.fileno())
             os.replace(folder / "new", target)
             _sync_folder(target.parent)
@@ -60,6 +62,9 @@ def new_folder(path: PathLike) -> Iterator[Path]:
         with _beside(target) as folder:
             os.mkdir(folder / "new")
             yield folder / "new"
+            for entry in (folder / "new").iterdir():
+                _keep_mode(target / entry.name, entry)
+            _keep_mode(target, folder / "new")
             _sync_folder(folder / "new")
             if not target.exists():
                 os.rename(folder / "new", target)
@@ -138,6 +143,14 @@ def _remove_if_dead(folder: Path) -> None:
         shutil.rmtree(folder)
     finally:
         os.close(descriptor)
+
+
+def _keep_mode(old: Path, new: Path) -> None:
+    """Gives `new` the permissions of the file or folder in whose place it comes, where there is one of its kind."""
+    with suppress(FileNotFoundError, NotADirectoryError):
+        was, is_ = os.lstat(old).st_mode, os.lstat(new).st_mode
+        if was != is_ and stat.S_IFMT(was) == stat.S_IFMT(is_):
+            os.chmod(new, stat.S_IMODE(was))
 
 
 def _exchange(one: Path, other: Path) -> bool:
