@@ -13,7 +13,7 @@ from bitnet.files import shown
 from bitnet.hub import fetch, is_hub_name
 from bitnet.hub.remote import HubError
 from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer.gguf import tokenizer_from_gguf
+from bitnet.tokenizer.gguf import ends_of_gguf, tokenizer_from_gguf
 
 if TYPE_CHECKING:
     from bitnet.files.hf import Checkpoint
@@ -74,7 +74,9 @@ def load_tokenizer(checkpoint: Checkpoint, vocab_size: int, override: str | os.P
         whole = checkpoint.gguf_metadata.get("tokenizer.huggingface.json")  # where GGUF's own keys say less
         return Tokenizer.from_json(whole.encode(), vocab_size, found.eos_ids) if isinstance(whole, str) else found
     if data is None:
-        raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one")
+        raise FormatError(f"{checkpoint.path}: no tokenizer.json, neither beside the weights nor in their metadata; name one (--tokenizer)")
+    if checkpoint.gguf_metadata:
+        return Tokenizer.from_json(data, vocab_size, ends_of_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path)), where)
     return Tokenizer.from_json(data, vocab_size, eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size), where)
 
 

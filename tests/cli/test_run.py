@@ -124,7 +124,7 @@ def test_damaged_models_are_one_line(bitnet: Bitnet, model_folder: Path, tmp_pat
     assert done.exit_code == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1 and "tokenizer.json" in done.stderr
     (copy / "tokenizer.json").unlink()
     done = bitnet("run", copy, "-p", "a")
-    assert done.stderr == f"error: {copy}: no tokenizer.json, neither beside the weights nor in their metadata; add it, or name one\n"
+    assert done.stderr == f"error: {copy}: no tokenizer.json, neither beside the weights nor in their metadata; name one (--tokenizer)\n"
     done = bitnet("run", tmp_path / "missing", "-p", "a")
     assert done.exit_code == 2 and done.stderr.startswith(f"error: no folder or file named '{tmp_path}/missing'; the embedded models are: ")
     done = bitnet("run", "", "-p", "a")

@@ -218,11 +218,13 @@ def quality(report: Report, before: dict[str, Any] | None, after: dict[str, Any]
 def _write_report(report: Report, found: dict[str, Any], path: str) -> list[str]:
     """Writes both files of the report; where they are, for people."""
     from bitnet.convert.report import draw, refuse_others, write_json
+    from bitnet.tokenizer import replace_surrogates
 
     refuse_others(Path(path))
     write_json(path, {key: value for key, value in found.items() if key in REPORTED})
     picture = str(Path(path).with_suffix(".png"))
-    missing = draw(report.layers, Path(picture), f"{Path(report.source).name} as {report.quantization}, {report.format}")
+    title = replace_surrogates(f"{Path(report.source).name} as {report.quantization}, {report.format}")
+    missing = draw(report.layers, Path(picture), title)
     return [f"report: {shown(path)}" + (f", {shown(picture)}" if missing is None else ""), *([f"note: {missing}"] if missing else [])]
 
 

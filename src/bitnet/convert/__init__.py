@@ -1,13 +1,12 @@
 """Any model in, any ternary format out: exactly, or refused in one line with the numbers, or with an error that was asked for.
 
-read (source.py) -> quantize (quantize.py) -> fit to the format (fit.py) -> write (hf.py, gguf.py, tokenizer.py) -> read back (verify.py).
+read (source.py) -> quantize (quantize.py) -> fit to the format (fit.py) -> write (hf.py, gguf.py, beside.py) -> read back (verify.py).
 A weight is read, changed and written in runs of rows, so memory does not grow with the model. Nothing is written before every weight fits.
 The new file or folder takes the place of the target in one step, after it has been read back (files/replacing.py).
 """
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -17,8 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet.chat import find_template
-from bitnet.convert import adapters, gguf, hf, tokenizer, weights_alone
+from bitnet.convert import adapters, beside, gguf, hf, weights_alone
 from bitnet.convert.choice import check, dequantized, stand_ins, with_latent_weights
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased, shared
@@ -29,19 +27,17 @@ from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, named, require_disk
 from bitnet.convert.verify import NotTheSameError, Progress, verify
 from bitnet.convert.weights_alone import tensors_alone
-from bitnet.errors import FormatError, UsageError
-from bitnet.files import PathLike, gguf_write, read_file, safetensors, shown
-from bitnet.files.hf import MAX_TOKENIZER_BYTES
+from bitnet.errors import UsageError
+from bitnet.files import PathLike, gguf_write, safetensors, shown
+from bitnet.files.hf import TEXTS
 from bitnet.files.replacing import new_file, new_folder, write_synced
 from bitnet.files.tensor import Tensor
-from bitnet.models import LINEARS, Checkpoint, latent_weights, open_checkpoint
+from bitnet.models import LINEARS, latent_weights, open_checkpoint
 from bitnet.models.low_rank import LowRank
 from bitnet.packing import INTEGERS
-from bitnet.tokenizer import Tokenizer
 
 __all__ = ["FORMATS", "InexactError", "NotTheSameError", "Report", "Ternarization", "convert"]
 
-_TEXT_FILES = {"chat_template": "chat_template.jinja"}  # the others are KEY.json
 _Chunks = Iterable[tuple[Iterable[NDArray[Any]], int]]  # (a tensor's bytes in pieces, zero bytes after it)
 
 
@@ -142,10 +138,12 @@ def convert(
     later = stand_ins(model, form, quantization, how)
     requantize, some_kept = allow_requantize or quantization == "fp16", any(a == "keep" for _, a in how.alphas)
     fitted = _fitted(model, model.weights | later, model.weights, form, requantize, some_kept)
-    texts = _texts(checkpoint, model, form, tokenizer_json, notes)
+    texts = beside.texts_of(checkpoint, model.config, form, tokenizer_json, notes)
+    copied = beside.copies(checkpoint, form, tokenizer_json)
     nbytes = _parts(model, {name: weight for name, (weight, _) in fitted.items()}, form, texts)[2]
     report_bytes = REPORT_BYTES + len(later) * LAYER_BYTES if quantization is not None else 0
-    require_disk(target, nbytes + adapters.file_bytes(kept, for_llama_cpp) + report_bytes)
+    others = adapters.file_bytes(kept, for_llama_cpp) + sum(map(len, copied.values()))
+    require_disk(target, nbytes + others + report_bytes)
     ready()
 
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
@@ -166,7 +164,7 @@ def convert(
 
     def checked(path: Path) -> None:
         if verify_written:
-            verify(path, model, weights, progress, texts)
+            verify(path, model, weights, progress, texts, copied)
 
     def keep_adapters(root: Path) -> None:
         name = str(target) if form.container == "hf" else None
@@ -178,7 +176,9 @@ def convert(
     if form.folder:
         with new_folder(target) as folder:
             for key, text in texts.items():
-                write_synced(folder / _TEXT_FILES.get(key, f"{key}.json"), text.encode())
+                write_synced(folder / beside.FILES.get(key, f"{key}.json"), text.encode())
+            for name, content in copied.items():
+                write_synced(folder / name, content)
             keep_others(target, folder)
             with open(folder / "model.safetensors", "xb") as weights_file:
                 _write(weights_file, head, chunks, nbytes, progress)
@@ -255,56 +255,6 @@ def _fitted(
     return {name: fit(weight, form, requantize, dtypes, beside, plain) for name, weight in based.items()}
 
 
-def _texts(checkpoint: Checkpoint, model: Model, form: Format, tokenizer_json: PathLike | None, notes: list[str]) -> dict[str, Any]:
-    """What stands beside the weights: of GGUF the keys of the tokenizer, else the JSON texts by name."""
-    where, vocab_size, stored = str(checkpoint.path), model.config.vocab_size, checkpoint.gguf_metadata
-    template = find_template(checkpoint.tokenizer_config, checkpoint.chat_template, stored)
-    raw = read_file(tokenizer_json, MAX_TOKENIZER_BYTES) if tokenizer_json is not None else checkpoint.tokenizer_json
-    from_gguf = raw is None and stored.get("tokenizer.ggml.model", "no_vocab") != "no_vocab"
-    if tokenizer_json is not None and raw is not None:
-        Tokenizer.from_json(raw, vocab_size, where=shown(tokenizer_json))
-    elif raw is not None and form.container != "gguf":
-        try:
-            Tokenizer.from_json(raw, vocab_size)
-        except FormatError as error:
-            notes.append(f"the tokenizer is copied as it is, though this program cannot use it ({error})")
-    if raw is None and not from_gguf:
-        notes.append("the source has no tokenizer, so the target has none; --tokenizer names one")
-    if form.container == "gguf":
-        chat = {} if template is None else {"tokenizer.chat_template": template}
-        if from_gguf:
-            return {key: value for key, value in stored.items() if key.startswith("tokenizer.")} | chat
-        if raw is None:
-            return {"tokenizer.ggml.model": "no_vocab"} | chat
-        source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
-        ends = tokenizer.ends_of(checkpoint, vocab_size) if stored else ends
-        keys, note = tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where)
-        notes += [note] if note is not None else []
-        return keys | chat
-    texts: dict[str, Any] = {}
-    if from_gguf:
-        raw, _ = tokenizer.to_json(stored, vocab_size, where)
-    if stored and raw is not None:
-        tokens, ends = stored.get("tokenizer.ggml.tokens", []), tokenizer.ends_of(checkpoint, vocab_size)
-        named = {name: stored.get(f"tokenizer.ggml.{name}_token_id") for name in ("bos", "eos", "padding")}
-        special = {
-            f"{name}_token": tokens[i]
-            for name, i in (("bos", named["bos"]), ("eos", named["eos"]), ("pad", named["padding"]))
-            if i is not None
-        }
-        texts["tokenizer_config"] = json.dumps({"tokenizer_class": "PreTrainedTokenizerFast", **special}, indent=2) + "\n"
-        texts["generation_config"] = json.dumps({"bos_token_id": named["bos"], "eos_token_id": ends or None}) + "\n"
-    if checkpoint.generation_config:
-        texts["generation_config"] = json.dumps(checkpoint.generation_config, indent=2) + "\n"
-    if checkpoint.tokenizer_config:
-        texts["tokenizer_config"] = json.dumps(checkpoint.tokenizer_config, indent=2, ensure_ascii=False) + "\n"
-    if template is not None and not (checkpoint.tokenizer_config.get("chat_template") and checkpoint.chat_template is None):
-        texts["chat_template"] = template
-    if raw is not None:
-        texts["tokenizer"] = raw.decode()
-    return texts
-
-
 def _parts(
     model: Model, weights: Mapping[str, Weight], form: Format, texts: dict[str, Any]
 ) -> tuple[bytes, _Chunks, int, int, dict[str, Any]]:
@@ -316,7 +266,7 @@ def _parts(
         config = hf.config_of(model, form, weights)
         names = hf.names_of(model, config, str(model.checkpoint.path))
         texts = hf.documents(config, texts)
-        metadata = {"format": "mlx" if form.container == "mlx" else "pt"} | ({} if form.folder else texts)
+        metadata = {"format": "mlx" if form.container == "mlx" else "pt"} | ({} if form.folder else dict.fromkeys(TEXTS, "") | texts)
         start, items = safetensors.layout(hf.items(weights.values(), names, form), metadata, str(model.checkpoint.path))
         filled = [(item, 0) for item in items]
     nbytes = len(start) + sum(item.nbytes + fill for item, fill in filled)

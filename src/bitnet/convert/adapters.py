@@ -34,6 +34,7 @@ from bitnet.models import ModelConfig, lora_gguf
 from bitnet.models.gguf import names as gguf_names
 from bitnet.models.low_rank import LowRank
 from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter
+from bitnet.tokenizer import replace_surrogates
 
 _DENSE = ("f32", "f64", "f16", "bf16")
 
@@ -187,7 +188,8 @@ def _as_gguf(path: Path, architecture: str, config: ModelConfig) -> tuple[bytes,
         for side, values in (("lora_a", low.a), ("lora_b", b)):
             chunks = [np.ascontiguousarray(values)]
             items.append(gguf_write.Item(f"{names[ours]}.{side}", low.scheme, values.shape, lambda chunks=chunks: chunks))  # type: ignore[misc]
-    keys = {lora_gguf.TYPE: "adapter", "general.architecture": architecture, "general.name": path.absolute().name, lora_gguf.KIND: "lora"}
+    name = replace_surrogates(path.absolute().name)
+    keys = {lora_gguf.TYPE: "adapter", "general.architecture": architecture, "general.name": name, lora_gguf.KIND: "lora"}
     head, order = gguf_write.layout(items, keys | {lora_gguf.ALPHA: float(alpha)})
     content = b"".join([head, *(part for item, fill in order for part in (*(chunk.tobytes() for chunk in item.chunks()), bytes(fill)))])
     return content, parts, not alpha

@@ -21,6 +21,7 @@ from bitnet.files.ggml import I2_S_TAIL
 from bitnet.files.gguf_write import Item
 from bitnet.models import LINEARS, ModelConfig, gguf
 from bitnet.packing import BLOCKS
+from bitnet.tokenizer import replace_surrogates
 
 ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "gemma3_text": "gemma3", "bitnet": "bitnet"}
 FILE_TYPES = {"f32": 0, "f16": 1, "q4_0": 2, "q8_0": 7, "bf16": 32, "tq1_0": 36, "tq2_0": 37, "i2_s": 40}  # where programs agree on them
@@ -65,7 +66,11 @@ def metadata_of(model: Model, form: Format, tokenizer: dict[str, Any]) -> dict[s
     if obstacle := _obstacle(c):
         raise UnsupportedModelError(f"{shown(path)}: as GGUF {obstacle}; choose a Hugging Face layout (hf, safetensors)")
     kept = {key: value for key, value in model.checkpoint.gguf_metadata.items() if key.startswith("general.")}
-    general: dict[str, Any] = {"general.name": path.name or path.absolute().name, **kept, "general.quantization_version": 2}
+    general: dict[str, Any] = {
+        "general.name": replace_surrogates(path.name or path.absolute().name),
+        **kept,
+        "general.quantization_version": 2,
+    }
     general |= {"general.architecture": name, "general.file_type": FILE_TYPES.get(form.weights)}
     general = {key: value for key, value in general.items() if value is not None and key != "general.alignment"}
     keys: dict[str, Any] = {

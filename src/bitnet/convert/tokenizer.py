@@ -24,7 +24,7 @@ from bitnet.errors import UnsupportedModelError
 from bitnet.files import shown
 from bitnet.models import Checkpoint
 from bitnet.tokenizer import Tokenizer, eos_token_ids
-from bitnet.tokenizer.gguf import PRE_TOKENIZERS, tokenizer_from_gguf
+from bitnet.tokenizer.gguf import PRE_TOKENIZERS, ends_of_gguf, tokenizer_from_gguf
 from bitnet.tokenizer.gguf_vocabulary import BYTE, CONTROL, CONTROL_TEXTS, KEY, NORMAL, UNKNOWN, UNUSED, USER_DEFINED
 from bitnet.tokenizer.scored_merges import SPACE
 
@@ -56,8 +56,9 @@ def to_gguf(source: Tokenizer, raw: bytes, settings: Mapping[str, Any], ends: li
     """
     described = json.loads(raw)
     model = described.get("model", {})
-    if model.get("type") != "BPE":
-        raise UnsupportedModelError(f"{where}: the tokenizer is {shown(model.get('type'))}; to GGUF this build converts BPE only")
+    kind = model.get("type", "BPE" if "merges" in model else None)  # which older files leave out
+    if kind != "BPE":
+        raise UnsupportedModelError(f"{where}: the tokenizer is {shown(kind)}; to GGUF this build converts BPE only")
     added = {token["id"]: token for token in described.get("added_tokens", [])}
     texts = {number: text for text, number in model["vocab"].items()} | {number: token["content"] for number, token in added.items()}
     tokens = [texts.get(i, f"[PAD{i}]") for i in range(source.vocab_size)]
@@ -222,10 +223,6 @@ def read(data: bytes, vocab_size: int, config: dict[str, Any], generation: dict[
 
 def ends_of(checkpoint: Checkpoint, vocab_size: int) -> list[int]:
     """The ids that end a text, the one called eos first where a GGUF names it."""
-    stored = checkpoint.gguf_metadata
-    if checkpoint.layout != "gguf":
-        return sorted(eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))
-    if stored.get(f"{KEY}model", "no_vocab") == "no_vocab":
-        return []
-    first = stored.get(f"{KEY}eos_token_id")
-    return sorted(tokenizer_from_gguf(stored, vocab_size, str(checkpoint.path)).eos_ids, key=lambda token: (token != first, token))
+    if checkpoint.gguf_metadata:
+        return ends_of_gguf(checkpoint.gguf_metadata, vocab_size, str(checkpoint.path))
+    return sorted(eos_token_ids(checkpoint.config, checkpoint.generation_config, vocab_size))

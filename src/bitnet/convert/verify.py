@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import fields, replace
 from math import prod
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -31,11 +32,17 @@ class NotTheSameError(BitNetError):
     """What was written is not what was to be written: a bug here, or a disk that lies."""
 
 
-def verify(path: Path, model: Model, weights: Mapping[str, Weight], progress: Progress, texts: Mapping[str, Any] | None = None) -> None:
+def verify(
+    path: Path, model: Model, weights: Mapping[str, Weight], progress: Progress, texts: Mapping[str, Any] | None = None,
+    copied: Mapping[str, bytes] = MappingProxyType({}),
+) -> None:  # fmt: skip
     """That the file or folder holds these weights of this model, and these texts beside them. Raises NotTheSameError.
 
-    texts: the keys of GGUF's tokenizer, else the JSON texts and the template by name.
+    texts: the keys of GGUF's tokenizer, else the JSON texts and the template by name; copied: files of the folder.
     """
+    for name, content in copied.items():
+        if (path / name).read_bytes() != content:
+            raise NotTheSameError(f"{path / name}: differs from what was to be written")
     found = read(open_checkpoint(path))
     if different := differences(model.config, found.config):
         raise NotTheSameError(f"{path}: would be read as another model ({'; '.join(different)}); choose another format")

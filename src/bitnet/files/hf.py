@@ -1,7 +1,7 @@
 """Checkpoints as Hugging Face lays them out: a folder of config.json, tokenizer.json and safetensors (sharded or not), or one file.
 
-A single .safetensors can be complete by itself, with the same JSON texts in its metadata under "config", "tokenizer" and
-"generation_config"; what is not there is taken from the files beside it. What a file is is read from its bytes, never from its name.
+A single .safetensors can be complete by itself, with the same texts in its metadata under the keys of TEXTS, an empty one for what the
+model has not; what is not there at all is taken from the files beside it. What a file is is read from its bytes, never from its name.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from bitnet.files.tensor import MAX_CONFIG_BYTES, Tensor, pair_ternary
 MAX_TOKENIZER_BYTES = 64 << 20
 MAX_TEMPLATE_BYTES = 1 << 20
 MAX_SHARDS = 1000
+TEXTS = ("config", "generation_config", "tokenizer", "tokenizer_config", "chat_template")
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
     tokenizer, tokenizer_where = _find_json("tokenizer", metadata, path, folder, MAX_TOKENIZER_BYTES)
     if tokenizer is not None:
         check_json_object(tokenizer, tokenizer_where)
-    settings, settings_where = _find_json("tokenizer_config", metadata, path, folder, MAX_CONFIG_BYTES)
+    settings = _tokenizer_config(metadata, path, folder)
     said = json_object(config, where)
     if "quantization_config" in metadata and "config" not in metadata:  # of weights that were written without the rest
         said["quantization_config"] = json_object(
@@ -81,7 +82,7 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
         tensors,
         tokenizer,
         json_object(generation, generation_where) if generation is not None else {},
-        tokenizer_config=json_object(settings, settings_where) if settings is not None else {},
+        tokenizer_config=settings,
         chat_template=_chat_template(metadata, folder),
     )
 
@@ -89,11 +90,22 @@ def open_checkpoint(path: PathLike) -> Checkpoint:
 def _chat_template(metadata: Mapping[str, str], folder: Path) -> str | None:
     beside = folder / "chat_template.jinja"
     if "chat_template" in metadata or not os.path.lexists(beside):
-        return metadata.get("chat_template")
+        return metadata.get("chat_template") or None
     try:
         return read_file(beside, MAX_TEMPLATE_BYTES).decode()
     except UnicodeDecodeError as error:
         raise FormatError(f"{shown(beside)}: is not UTF-8 (byte {error.start}); expected a Jinja template as text") from None
+
+
+def _tokenizer_config(metadata: Mapping[str, str], path: Path, folder: Path) -> dict[str, Any]:
+    """tokenizer_config.json; tokens that it does not name as special_tokens_map.json does, where older folders have them."""
+    found, where = _find_json("tokenizer_config", metadata, path, folder, MAX_CONFIG_BYTES)
+    settings = json_object(found, where) if found is not None else {}
+    if "tokenizer_config" in metadata:
+        return settings
+    found, where = _find_json("special_tokens_map", metadata, path, folder, MAX_CONFIG_BYTES)
+    tokens = json_object(found, where) if found is not None else {}
+    return settings | {key: token for key, token in tokens.items() if settings.get(key) is None}
 
 
 def _find_json(key: str, metadata: Mapping[str, str], path: Path, folder: Path, limit_bytes: int) -> tuple[bytes | None, str]:
@@ -104,7 +116,7 @@ def _find_json(key: str, metadata: Mapping[str, str], path: Path, folder: Path, 
     raw, where = metadata[key].encode(), f'{shown(path)}: metadata "{key}"'
     if len(raw) > limit_bytes:
         raise FormatError(f"{where}: holds {len(raw):,} bytes; expected at most {limit_bytes:,}")
-    return raw, where
+    return raw or None, where
 
 
 def _read_shards(index: Path) -> dict[str, Tensor]:

@@ -84,17 +84,22 @@ def _header_text(data: mmap.mmap, where: str) -> str:
         if length > MAX_HEADER_BYTES:
             raise FormatError(f"{where}: header of {length:,} bytes (offset 0); expected at most {MAX_HEADER_BYTES:,}; {AGAIN}")
         raise FormatError(f"{where}: header begins with {data[8 : 8 + min(8, length)]!r} (offset 8); expected {{; {AGAIN}")
-    if 9 * length > MEMORY_BYTES:
-        largest = np.frombuffer(data, np.uint8, length, 8).max()  # the first byte of the widest character
-        astral = largest >= 0xF0 or _ASTRAL.search(data, 8, 8 + length)
-        width = 4 if astral else 2 if largest >= 0x80 or data.find(b"\\u", 8, 8 + length) >= 0 else 1
-        most = (MEMORY_BYTES + len(data)) // (1 + 2 * width)
-        if length > most:
-            raise FormatError(f"{where}: header of {length:,} bytes; expected at most {most:,} in a file of {len(data):,}; {AGAIN}")
+    if length > (most := _most_header_bytes(data, 8, length, len(data))):
+        raise FormatError(f"{where}: header of {length:,} bytes; expected at most {most:,} in a file of {len(data):,}; {AGAIN}")
     try:
         return str(memoryview(data)[8 : 8 + length], "utf-8")
     except UnicodeDecodeError as error:
         raise FormatError(f"{where}: header is not UTF-8 (offset {8 + error.start}); {AGAIN}") from None
+
+
+def _most_header_bytes(data: mmap.mmap | bytes, begin: int, length: int, file_bytes: int) -> int:
+    """How long the header that begins there may be for its text to cost no more memory than is allowed beside a file of so many bytes."""
+    if 9 * length <= MEMORY_BYTES:
+        return MAX_HEADER_BYTES
+    largest = np.frombuffer(data, np.uint8, length, begin).max()  # the first byte of the widest character
+    astral = largest >= 0xF0 or _ASTRAL.search(data, begin, begin + length)
+    width = 4 if astral else 2 if largest >= 0x80 or data.find(b"\\u", begin, begin + length) >= 0 else 1
+    return min(MAX_HEADER_BYTES, (MEMORY_BYTES + file_bytes) // (1 + 2 * width))
 
 
 class _Header:
@@ -250,6 +255,11 @@ def layout(items: Iterable[Item], metadata: Mapping[str, str] | None, where: str
         begin += item.nbytes
     header = json.dumps(description, ensure_ascii=False, separators=(",", ":")).encode()
     header += b" " * (-len(header) % 8)
+    if len(header) > (most := _most_header_bytes(header, 0, len(header), 8 + len(header) + begin)):
+        raise UsageError(
+            f"{where}: names and texts take {len(header):,} bytes, and one safetensors of {begin:,} bytes of weights is read with {most:,} "
+            "at most; write a folder, where tokenizer and configuration are files of their own"
+        )
     return len(header).to_bytes(8, "little") + header, order
 
 

@@ -75,6 +75,10 @@ class Tokenizer:
         with _one_line("the tokenizer cannot encode this text"):
             return self._encode(replace_surrogates(text), False, False)
 
+    def token(self, token: int) -> str | None:
+        """The text by which the vocabulary has a token; None where there is no such id."""
+        return self._library.id_to_token(token) if 0 <= token < self.vocab_size else None
+
     @property
     def special_tokens(self) -> list[str]:
         """The texts that `encode(parse_special=True)` reads as special tokens."""

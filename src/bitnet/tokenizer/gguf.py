@@ -26,7 +26,7 @@ import numpy as np
 import tokenizers
 from tokenizers import AddedToken, Regex, models, pre_tokenizers
 
-from bitnet.errors import FormatError, UnsupportedModelError
+from bitnet.errors import BitNetError, FormatError, UnsupportedModelError
 from bitnet.tokenizer import Tokenizer, checked, guarded
 from bitnet.tokenizer.gguf_vocabulary import KEY, Fields, Vocabulary
 from bitnet.tokenizer.scored_merges import SPACE, Encoded, ScoredMerges
@@ -97,6 +97,20 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str
         return GgufTokenizer(checked(library, vocab_size, where), vocab_size, {*eos_ids, *vocabulary.ends}, prefix, vocabulary, kind)
 
     return guarded(build, f"{where}: the tokenizer cannot be used", f"tokens, types and merges that belong together ({KEY}*)")
+
+
+def ends_of_gguf(metadata: Mapping[str, Any], vocab_size: int, where: str) -> list[int]:
+    """The ids that end a text, the one called eos first; of a file without a vocabulary, or with one of a kind that is not read here, those
+    that it names: they hold with another tokenizer, too."""
+    ids = [metadata.get(f"{KEY}{name}_token_id") for name in ("eos", "eot", "eom")]
+    named = list(dict.fromkeys(token for token in ids if isinstance(token, int) and 0 <= token < vocab_size))
+    if metadata.get(f"{KEY}model", "no_vocab") == "no_vocab":
+        return named
+    try:
+        found = tokenizer_from_gguf(metadata, vocab_size, where).eos_ids
+    except BitNetError:
+        return named
+    return sorted(found, key=lambda token: (token != ids[0], token))
 
 
 class GgufTokenizer(Tokenizer):
