@@ -3,6 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +20,7 @@ from packed_models import IDS
 
 from bitnet.cli import cli
 from bitnet.convert import Ternarization, convert
-from bitnet.convert.adapters import delta, lines, record, together
+from bitnet.convert.merging import delta, lines, record, together
 from bitnet.convert.source import read
 from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
 from bitnet.models import canonical, open_checkpoint
@@ -312,3 +317,81 @@ def test_perplexity_before_a_merge_is_that_of_base_and_adapter(tmp_path: Path) -
     alone = json.loads(CliRunner().invoke(cli, words).output.splitlines()[-1])["evaluation"]["before"]["perplexity"]
     # sums of at most 512 products in another order: 512 * 2^-24 = 3e-5 of logits that are below 10
     assert abs(before / after - 1) < 3e-4 < abs(alone / after - 1)
+
+
+def test_files_in_folders_of_an_adapter_go_along_and_models_below_it_do_not(tmp_path: Path) -> None:
+    base = source(tmp_path)
+    (base / "style" / "checkpoint-5" / "rng").mkdir(parents=True)
+    (base / "style" / "checkpoint-5" / "rng" / "state.pth").write_bytes(b"state")
+    packed_models.write(base / "style" / "merged")
+    for to in ("out", "out.safetensors"):
+        convert(base, tmp_path / to)
+    for folder in (tmp_path / "out" / "style", tmp_path / "style"):
+        assert (folder / "checkpoint-5" / "rng" / "state.pth").read_bytes() == b"state" and not (folder / "merged").exists()
+
+
+@pytest.mark.parametrize("to", ["out", "out.safetensors", "out.gguf"])
+@pytest.mark.parametrize("name", ["several/sql", "adapters/several/sql"])
+def test_adapters_under_names_of_their_own(tmp_path: Path, name: str, to: str) -> None:
+    """As PEFT saves a model that has several: in folders of a folder that has a card and no adapter itself."""
+    base = source(tmp_path, name=name)
+    (base / name).parent.joinpath("README.md").write_text("card")
+    for _ in range(2):  # and over itself
+        report = convert(base, tmp_path / to, format="gguf-i2_s" if to == "out.gguf" else None)
+        kept = (tmp_path / to if to == "out" else tmp_path) / name
+        assert any("kept, 7 matrices of rank 8, read back and compared" in note for note in report.notes)
+        assert np.array_equal(adapted(base, base / name), adapted(tmp_path / to, kept))
+    assert (tmp_path / f"out-{name.replace('/', '-')}-LoRA.gguf").exists() == (to == "out.gguf")
+
+
+def test_folders_beside_one_file_are_not_searched(tmp_path: Path) -> None:
+    """They may be anybody's."""
+    convert(packed_models.write(tmp_path / "model"), tmp_path / "m.bin")
+    source(tmp_path / "runs", name="several/sql")
+    shutil.move(tmp_path / "runs" / "source" / "several", tmp_path / "several")
+    report = convert(tmp_path / "m.bin", tmp_path / "out")
+    assert not report.notes and not (tmp_path / "out" / "several").exists()
+
+
+@pytest.mark.parametrize("to", ["out", "out.safetensors"])
+@pytest.mark.parametrize("blocked", ["adapters", "adapters/sql"])
+def test_a_file_where_an_adapter_would_go_is_seen_beforehand(tmp_path: Path, to: str, blocked: str) -> None:
+    base = source(tmp_path, name="adapters/sql")
+    convert(base, tmp_path / to)
+    root = tmp_path / to if to == "out" else tmp_path
+    shutil.rmtree(root / "adapters")
+    (root / blocked).parent.mkdir(exist_ok=True)
+    (root / blocked).write_text("mine")
+    with pytest.raises(UsageError, match=rf"{blocked}: is no folder, and in the way of the source's adapter"):
+        convert(base, tmp_path / to, ready=lambda: pytest.fail("it was ready"))
+    assert (root / blocked).read_text() == "mine"
+
+
+KILLED = """
+import os, shutil, signal, sys
+from bitnet.convert import convert
+
+def half(found, file, length, real=shutil.copyfileobj):
+    if "adapter_model" in found.name:
+        file.write(found.read(100))
+        file.flush()
+        os.kill(os.getpid(), signal.SIGKILL)
+    real(found, file, length)
+
+shutil.copyfileobj = half
+convert(sys.argv[1], sys.argv[2])
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.parametrize("name", ["style", "adapters/style"])
+def test_killed_while_an_adapter_is_copied(tmp_path: Path, name: str) -> None:
+    """Nothing of it is there, and the next run takes away what was left and goes through."""
+    base, target = source(tmp_path, name=name), tmp_path / "out.safetensors"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([sys.executable, "-c", KILLED, base, target], env=environment, capture_output=True, timeout=120)
+    assert done.returncode == -signal.SIGKILL and not target.exists() and not (tmp_path / name).exists()
+    assert [*(tmp_path / name).parent.glob(".*.bitnet-tmp")]
+    convert(base, target)
+    assert np.array_equal(adapted(base, base / name), adapted(target, tmp_path / name))
+    assert not [*tmp_path.rglob(".*.bitnet-tmp")]

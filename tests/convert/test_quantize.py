@@ -206,6 +206,28 @@ def test_scales_beyond_f16(tmp_path: Path, scheme: str, form: str) -> None:
     assert not (tmp_path / "out").exists() and convert(source, tmp_path / "out", quantization="ternary").verified
 
 
+@pytest.mark.parametrize(("scheme", "form"), [("ternary", "gguf-tq2_0"), ("binary", "gguf-q1_0"), ("int8", "gguf-q8_0")])
+def test_scales_below_f16(tmp_path: Path, scheme: str, form: str) -> None:
+    """A layer of which nothing would remain is refused; a part of it that is so small, and one of zeros, go through."""
+    source = write(tmp_path / "source", "qwen3", trits=False)
+    stored = safetensors.read(source / "model.safetensors").tensors
+    name = "model.layers.0.mlp.up_proj.weight"
+    values = stored[name].dense()
+    for changed, passes in (
+        (values * np.float32(1e-9), False),
+        (np.concatenate([values[:8] * 1e-9, values[8:]]), True),
+        (0 * values, True),
+    ):
+        raw = {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: changed.astype(np.float32)}
+        safetensors.write(source / "model.safetensors", raw)
+        if passes:
+            assert convert(source, tmp_path / "out", format=form, quantization=scheme).verified
+            continue
+        with pytest.raises(UnsupportedModelError, match=rf"{name}': has weights so small that f16 does not hold their scale as {scheme}"):
+            convert(source, tmp_path / "out", format=form, quantization=scheme)
+        assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "value",
     [

@@ -230,18 +230,18 @@ def _write_report(report: Report, found: dict[str, Any], path: str) -> list[str]
 
 def record(report: Report, seconds: float, peak_bytes: int | None) -> dict[str, Any]:
     """The report as plain values."""
-    from bitnet.convert import adapters
+    from bitnet.convert import merging
 
     losses = [{"weight": loss.name, "relative_error": loss.relative} for loss in report.losses]
     plain = {key: getattr(report, key) for key in ("source", "target", "format", "bytes", "tensors", "verified", "notes")}
-    return {**plain, "requantized": losses, "merged": adapters.record(report.merged), "seconds": seconds, "peak_rss_bytes": peak_bytes}
+    return {**plain, "requantized": losses, "merged": merging.record(report.merged), "seconds": seconds, "peak_rss_bytes": peak_bytes}
 
 
 def lines(report: Report, seconds: float, peak_bytes: int | None) -> list[str]:
     """The report for people."""
-    from bitnet.convert import adapters
+    from bitnet.convert import merging
 
-    found = [f"note: {note}" for note in report.notes] + (adapters.lines(report.merged) if report.merged else [])
+    found = [f"note: {note}" for note in report.notes] + (merging.lines(report.merged) if report.merged else [])
     if report.losses:
         total = sum(loss.total for loss in report.losses)
         error = (sum(loss.error for loss in report.losses) / total) ** 0.5 if total else 0.0

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from bitnet.convert import adapters, beside, gguf, hf, weights_alone
+from bitnet.convert import adapters, beside, gguf, hf, merging, weights_alone
 from bitnet.convert.choice import check, dequantized, stand_ins, with_latent_weights
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased, shared
@@ -53,7 +53,7 @@ class Report:
     verified: bool
     losses: list[Loss] = field(default_factory=list)  # of weights that were requantized
     notes: list[str] = field(default_factory=list)
-    merged: list[adapters.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
+    merged: list[merging.Merged] = field(default_factory=list)  # what survived of an adapter, matrix by matrix
     quantization: str | None = None
     layers: list[Layer] = field(default_factory=list)  # what quantizing did to every weight
     vocab_size: int = 0  # of the model, 0 where no configuration says it
@@ -119,7 +119,7 @@ def convert(
     parts: dict[str, LowRank] = {}
     plain = dequantized(model, quantization).weights
     if merge_adapter is not None:
-        model, parts = adapters.merged(model, Path(merge_adapter))
+        model, parts = merging.merged(model, Path(merge_adapter))
     model = dequantized(model, quantization)
     form = _format(format, target, quantization, model, how)
     check_target(target, [checkpoint.path, *{Path(tensor.path) for tensor in checkpoint.tensors.values()}], form)
@@ -149,10 +149,10 @@ def convert(
     wanted, choices = choose_weights(model, form, quantization, how, calibration, notes, progress)
     fitted |= _fitted(model, wanted, later, form, requantize, some_kept)
     weights, losses = {name: weight for name, (weight, _) in fitted.items()}, [loss for _, loss in fitted.values() if loss is not None]
-    survived: list[adapters.Merged] = []
+    survived: list[merging.Merged] = []
     if parts:
         before, _ = choose_weights(replace(model, weights=plain), form, quantization, how, calibration, [], progress)
-        survived = adapters.survival(before, wanted, parts)
+        survived = merging.survival(before, wanted, parts)
         if adapters.beside(checkpoint.path):
             notes.append("adapters beside the source are not copied: they were not trained beside the merged weights")
     elif (kept or for_llama_cpp) and any(wanted[name] is not weight for name, weight in model.weights.items()):

@@ -1,13 +1,9 @@
-"""Low-rank adapters at a conversion: those beside the source are kept, one may be merged.
+"""Low-rank adapters beside the source of a conversion are kept.
 
 An adapter names the modules and keeps the row order of Hugging Face, whatever its base is stored in (models/peft.py), so its tensors
 stay what they are byte by byte; base_model_name_or_path follows the base into a folder that `transformers` loads. What was copied is
 read back for the written model and compared: the same A, B and scale beside weights that were verified are the same function.
 Beside a GGUF llama.cpp's own file of the adapter is written, too: names, and rows of llama's queries and keys, as the base has them there.
-
-Merging adds scale * B A to the weights. A ternary matrix returns to its own grid: T = clip(round(W / s), -1, 1) with the scales s that it
-has. So a change of less than s / 2 leaves no trace there, which is why it is measured: of the delta D and the change R that remains,
-<R, D> / |D|^2 is what survived (1: all, 0: nothing), |R - D| / |D| the error.
 """
 
 from __future__ import annotations
@@ -17,55 +13,22 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from bitnet.convert.quantize import rounded
-from bitnet.convert.source import F32, I8, Model, Weight, from_codes
 from bitnet.convert.verify import NotTheSameError
-from bitnet.errors import BitNetError, UnsupportedModelError, UsageError
+from bitnet.errors import BitNetError, UsageError
 from bitnet.files import PathLike, gguf_write, json_object, place_of, read_file, shown, system_errors
-from bitnet.files.replacing import new_file
+from bitnet.files.replacing import new_file, new_folder
 from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import ModelConfig, lora_gguf
 from bitnet.models.gguf import names as gguf_names
 from bitnet.models.low_rank import LowRank
 from bitnet.models.peft import CONFIG_FILE, WEIGHTS_FILE, is_adapter, read_adapter
 from bitnet.tokenizer import replace_surrogates
-
-_DENSE = ("f32", "f64", "f16", "bf16")
-
-
-@dataclass(frozen=True)
-class Merged:
-    """What of a delta D = scale * B A has remained in one matrix, as the change R."""
-
-    name: str
-    delta: float  # |D|^2
-    along: float  # <R, D>
-    error: float  # |R - D|^2
-    changed: int  # trits that are others
-    trits: int  # weights that are ternary before and after
-
-    @property
-    def survived(self) -> float:
-        return self.along / self.delta if self.delta else 1.0
-
-    @property
-    def trits_changed(self) -> float | None:
-        return self.changed / self.trits if self.trits else None
-
-
-def together(parts: list[Merged], name: str) -> Merged:
-    """The sum over several matrices."""
-    sums = {key: sum(getattr(part, key) for part in parts) for key in ("delta", "along", "error", "changed", "trits")}
-    return Merged(name, **sums)
-
-
-# ---- keeping
 
 NESTED = "adapters"  # a folder of adapters beside a model
 _MODELS = ("model.safetensors", "model.safetensors.index.json")
@@ -79,43 +42,94 @@ class Kept:
     to: Path  # absolute beside one file, else relative to the new folder
     own: bool  # it lies among the model's own files
 
-    def files(self) -> list[Path]:
-        """All that it consists of; among a model's files those that are named after it."""
-        with system_errors(self.path, "read"):
-            return sorted(f for f in self.path.iterdir() if f.is_file() and (f.name.startswith("adapter_") or not self.own))
+    def files(self) -> list[str]:
+        """All that it consists of, relative to its folder, models below apart; among a model's files those that are named after it."""
+        if self.own:
+            with system_errors(self.path, "read"):
+                return sorted(f.name for f in self.path.iterdir() if f.is_file() and f.name.startswith("adapter_"))
+        found: list[str] = []
+        for parent, folders, names in os.walk(self.path, onerror=_refuse_unreadable):
+            folders[:] = [name for name in folders if not _is_hidden(name) and not _holds_model(os.path.join(parent, name))]
+            found += (
+                os.path.relpath(os.path.join(parent, name), self.path) for name in names if os.path.isfile(os.path.join(parent, name))
+            )
+        return sorted(found)
+
+
+def _refuse_unreadable(error: OSError) -> None:
+    with system_errors(error.filename, "read"):
+        raise error
 
 
 def beside(source: Path) -> dict[str, Path]:
-    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else "style" or "adapters/style"."""
+    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else "style" or "adapters/style", or one folder
+    deeper, as PEFT saves several under names of their own; but the folders beside one file may be anybody's, and there no deeper."""
     folder = source if source.is_dir() else source.parent
     found = {"": folder} if is_adapter(folder) else {}
     for prefix, parent in (("", folder), (f"{NESTED}/", folder / NESTED)):
-        with system_errors(parent, "read"):
-            names = sorted(os.listdir(parent)) if parent.is_dir() else []
-        found |= {prefix + name: parent / name for name in names if is_adapter_alone(parent / name)}
+        for name in _folders(parent):
+            if is_adapter_alone(parent / name):
+                found[prefix + name] = parent / name
+            elif name != NESTED and (prefix or source.is_dir()) and not _holds_model(parent / name):
+                inner = (below for below in _folders(parent / name) if is_adapter_alone(parent / name / below))
+                found |= {f"{prefix}{name}/{below}": parent / name / below for below in inner}
     return found
+
+
+def _folders(parent: Path) -> list[str]:
+    """Names of the folders in `parent`, in order; without hidden ones, such as those in which others are being written."""
+    if not parent.is_dir():
+        return []
+    with system_errors(parent, "read"):
+        return sorted(name for name in os.listdir(parent) if not _is_hidden(name) and (parent / name).is_dir())
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _holds_model(folder: PathLike) -> bool:
+    return any(os.path.exists(os.path.join(folder, name)) for name in _MODELS)
+
+
+def is_group(folder: Path) -> bool:
+    """Whether a folder is one of adapters, each in a folder of its own name."""
+    return not is_adapter(folder) and not _holds_model(folder) and any(is_adapter_alone(folder / name) for name in _folders(folder))
 
 
 def is_adapter_alone(path: PathLike) -> bool:
     """Whether a folder is an adapter's, and not that of another model, beside which one lies."""
-    return is_adapter(path) and not any(map(os.path.exists, (os.path.join(path, name) for name in _MODELS)))
+    return is_adapter(path) and not _holds_model(path)
 
 
 def places(source: Path, target: Path, folder: bool) -> list[Kept]:
-    """Where each adapter goes: in a folder to its own place, for one file beside it. Raises UsageError where another one lies already."""
+    """Where each adapter goes: in a folder to its own place, for one file beside it. Raises UsageError where something lies already."""
     ours = beside(source)
     if folder:
         refuse_others(target, ours)
+        for name, path in ours.items():
+            _refuse_file_in_the_way(target, name, path)
         return [Kept(path, Path(name), not name) for name, path in ours.items()]
     found = []
     for name, path in ours.items():
         to = target.absolute().parent / (name or f"{target.stem}-adapter")
         if to.resolve() == path.resolve() or (not name and target.absolute().parent.resolve() == path.resolve()):
             continue  # the target comes to lie beside it as the source does
+        _refuse_file_in_the_way(target.absolute().parent, name, path)
         if os.path.lexists(to) and not (is_adapter(to) and _same(path, to)):
             raise UsageError(f"{shown(to)}: is in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere")
         found.append(Kept(path, to, not name))
     return found
+
+
+def _refuse_file_in_the_way(root: Path, name: str, path: Path) -> None:
+    """Raises UsageError where the folder of an adapter, or one above it, is another thing already."""
+    parts = [*reversed(Path(name).parents), Path(name)] if name else []
+    for place in (root / part for part in parts):
+        if os.path.lexists(place) and not place.is_dir():
+            raise UsageError(
+                f"{shown(place)}: is no folder, and in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere"
+            )
 
 
 def refuse_others(target: Path, ours: Mapping[str, Path]) -> None:
@@ -198,23 +212,18 @@ def _as_gguf(path: Path, architecture: str, config: ModelConfig) -> tuple[bytes,
 def file_bytes(kept: Iterable[Kept], for_llama_cpp: Iterable[Path]) -> int:
     """About what copies of these adapters take."""
     weights = (path / WEIGHTS_FILE for path in for_llama_cpp)
-    return sum(file.stat().st_size for file in (*(f for one in kept for f in one.files()), *(f for f in weights if f.is_file())))
+    return sum(f.stat().st_size for f in (*(one.path / name for one in kept for name in one.files()), *(f for f in weights if f.is_file())))
 
 
 def keep(one: Kept, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
     """Copies an adapter, reads it back, and says so. `base`: the name that its configuration shall have of the model, None for as it is."""
-    with system_errors(to, "written"):
-        to.mkdir(parents=True, exist_ok=True)
-    named = None if base is None else _config(one.path)
-    for path in one.files():
-        place = to / path.name
-        if place.exists() and not path.name.startswith("adapter_"):
-            continue  # beside the same adapter: a card that was changed there
-        with system_errors(path, "read"), open(path, "rb") as found, new_file(place) as file:
-            if path.name == CONFIG_FILE and named is not None:
-                file.write((json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n").encode())
-            else:
-                shutil.copyfileobj(found, file, 1 << 22)
+    if os.path.lexists(to):
+        _copy(one, to, base)
+    else:  # what is killed leaves nothing of it
+        with system_errors(to, "written"):
+            to.parent.mkdir(parents=True, exist_ok=True)
+        with new_folder(to) as folder:
+            _copy(one, folder, base)
     try:
         parts = read_adapter(one.path, config).parts
     except BitNetError as error:
@@ -226,6 +235,22 @@ def keep(one: Kept, to: Path, base: str | None, config: ModelConfig, check: bool
     ranks = sorted({low.rank for low in parts.values()})
     verified = ", read back and compared" if check else ""
     return f"adapter {shown(one.path)}: kept, {len(parts)} matrices of rank {', '.join(map(str, ranks))}{verified}"
+
+
+def _copy(one: Kept, to: Path, base: str | None) -> None:
+    """Writes an adapter's files into a folder, over those of the same adapter."""
+    named = None if base is None else _config(one.path)
+    for name in one.files():
+        path, place = one.path / name, to / name
+        if place.exists() and not name.startswith("adapter_"):
+            continue  # beside the same adapter: a card that was changed there
+        with system_errors(place.parent, "written"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors(path, "read"), open(path, "rb") as found, new_file(place) as file:
+            if name == CONFIG_FILE and named is not None:
+                file.write((json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n").encode())
+            else:
+                shutil.copyfileobj(found, file, 1 << 22)
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:
@@ -251,88 +276,3 @@ def _config(path: Path) -> dict[str, Any] | None:
         return json_object(read_file(path / CONFIG_FILE, MAX_CONFIG_BYTES), f"{shown(path)}/{CONFIG_FILE}")
     except BitNetError:
         return None
-
-
-# ---- merging
-
-
-def merged(model: Model, path: Path) -> tuple[Model, dict[str, LowRank]]:
-    """The model with the adapter's deltas in its weights, each matrix stored as it was; and the deltas."""
-    parts = read_adapter(path, model.config).parts
-    return replace(model, weights={name: _merged(w, parts[name]) if name in parts else w for name, w in model.weights.items()}), parts
-
-
-def _merged(weight: Weight, low: LowRank) -> Weight:
-    def values(first: int, last: int) -> F32:
-        return np.asarray(weight.values(first, last) + delta(low, first, last), np.float32)
-
-    if weight.codes is None and weight.scheme in _DENSE:
-        stored = weight.scheme if weight.scheme in ("f16", "bf16") else "f32"
-        return replace(weight, scheme=stored, values=lambda a, b: rounded(values(a, b), stored), stored=None)
-    if weight.scheme != "ternary" or weight.scales is None:
-        raise UnsupportedModelError(
-            f"{weight.where}: is {weight.scheme}; an adapter is merged into ternary or plain weights only, and runs unmerged beside others"
-        )
-    scales, before = weight.scales, weight.codes
-    assert before is not None
-    if any((before(first, last) > 1).any() for first, last in weight.spans()):
-        raise UnsupportedModelError(
-            f"{weight.where}: holds codes of 3, which stand for +2 scales, and merging keeps -1, 0 and +1 only; run the adapter unmerged"
-        )
-
-    def codes(first: int, last: int) -> I8:
-        here = (scales if len(scales) == 1 else scales[first:last])[:, :, None]
-        grouped = values(first, last).reshape(last - first, scales.shape[1], -1)
-        steps = np.divide(grouped, here, out=np.zeros_like(grouped), where=here != 0)
-        return np.asarray(np.clip(np.rint(steps), -1, 1).astype(np.int8).reshape(last - first, -1))
-
-    return from_codes(weight.name, weight.shape, "ternary", weight.where, codes, scales)
-
-
-def delta(low: LowRank, first: int, last: int) -> F32:
-    """scale * B A of these rows, summed in the order of the rank: the same bits however the rows are cut."""
-    a, b = low.dense()
-    total = np.zeros((last - first, a.shape[1]), np.float32)
-    for r in range(low.rank):
-        total += b[first:last, r, None] * a[r]
-    return total * np.float32(low.scale)
-
-
-def survival(before: Mapping[str, Weight], after: Mapping[str, Weight], parts: Mapping[str, LowRank]) -> list[Merged]:
-    """Matrix by matrix. `before`: the weights as they would be written without the adapter."""
-    found = []
-    for name, low in parts.items():
-        one, other = before[name], after[name]
-        sums, changed, trits = np.zeros(3), 0, 0
-        for first, last in one.spans():
-            d = delta(low, first, last).astype(np.float64)
-            r = other.values(first, last).astype(np.float64) - one.values(first, last)
-            sums += np.array([(d * d).sum(), (r * d).sum(), ((r - d) ** 2).sum()])
-            if one.codes is not None and other.codes is not None and one.scheme == other.scheme == "ternary":
-                different = one.codes(first, last) != other.codes(first, last)
-                changed, trits = changed + int(different.sum()), trits + different.size
-        found.append(Merged(name, float(sums[0]), float(sums[1]), float(sums[2]), changed, trits))
-    return found
-
-
-def lines(parts: list[Merged]) -> list[str]:
-    """A table for people: layer by layer, and in all."""
-    layers: dict[str, list[Merged]] = {}
-    for part in parts:
-        layers.setdefault(part.name.rsplit(".", 1)[0], []).append(part)
-    rows = [together(found, name) for name, found in layers.items()] + [together(parts, "in all")]
-    head = f"{'merged':<12} {'delta kept':>10} {'error':>8} {'trits changed':>14}"
-    return [head] + [f"{row.name:<12} {row.survived:>10.1%} {_error(row):>8.1%} {_share(row.trits_changed):>14}" for row in rows]
-
-
-def record(parts: list[Merged]) -> list[dict[str, Any]]:
-    """The same as plain values, matrix by matrix."""
-    return [{"weight": p.name, "delta_kept": p.survived, "error": _error(p), "trits_changed": p.trits_changed} for p in parts]
-
-
-def _share(of: float | None) -> str:
-    return "-" if of is None else f"{of:.3%}"
-
-
-def _error(part: Merged) -> float:
-    return float(np.sqrt(part.error / part.delta)) if part.delta else 0.0

@@ -328,14 +328,18 @@ def rounded(scales: F32, stored: str) -> F32:
     return scales
 
 
-def representable(weight: Weight) -> Weight:
-    """`weight`. Raises UnsupportedModelError where its scales are beyond what stores them."""
-    if weight.scales is not None and not np.isfinite(weight.scales).all():
+def representable(made: Weight, source: Weight) -> Weight:
+    """`made`. Raises UnsupportedModelError where its scales are beyond what stores them, so that nothing of the source would remain."""
+    if made.scales is None:
+        return made
+    lost = not made.scales.any() and any(source.values(first, last).any() for first, last in source.spans())
+    if lost or not np.isfinite(made.scales).all():
+        size, limit = ("small", "6e-8 at least") if lost else ("large", "65,504 at most")
         raise UnsupportedModelError(
-            f"{weight.where}: has weights so large that f16 does not hold their scale as {weight.scheme} (65,504 at most); leave them as "
-            "they are (--keep), or make them ternary in a format of float32 scales, such as hf, safetensors or gguf-i2_s"
+            f"{made.where}: has weights so {size} that f16 does not hold their scale as {made.scheme} ({limit}); leave them as they are "
+            "(--keep), or make them ternary in a format of float32 scales, such as hf, safetensors or gguf-i2_s"
         )
-    return weight
+    return made
 
 
 def divisor(scales: F32) -> F32:

@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from bitnet.convert.adapters import NESTED, is_adapter_alone
+from bitnet.convert.adapters import NESTED, is_adapter_alone, is_group
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import PathLike, is_gguf, place_of, shown, system_errors
@@ -69,7 +69,14 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
             raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
-        other = next((e.name for e in entries if e.is_symlink() or not (e.is_file() or is_adapter_alone(e.path) or e.name == NESTED)), None)
+        other = next(
+            (
+                e.name
+                for e in entries
+                if e.is_symlink() or not (e.is_file() or e.name == NESTED or is_adapter_alone(e.path) or is_group(Path(e.path)))
+            ),
+            None,
+        )
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
 

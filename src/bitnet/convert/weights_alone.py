@@ -19,7 +19,7 @@ from bitnet.convert.calibrated import best_rows
 from bitnet.convert.choice import Choice, check_alphas, refuse_keeping_all, scale_dtype
 from bitnet.convert.fit import Loss, fit
 from bitnet.convert.formats import Format
-from bitnet.convert.quantize import MODULES, TABLES, Ternarization, ternarized
+from bitnet.convert.quantize import MODULES, TABLES, Ternarization, representable, ternarized
 from bitnet.convert.source import Weight
 from bitnet.convert.verify import NotTheSameError, Progress, refuse_not_finite
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
@@ -94,9 +94,10 @@ def made_ternary(
             choices[name] = Choice(how.method, alpha if how.method == "threshold" else None)
             stored = scale_dtype(weight, form)
             if alpha == "auto":  # of the embedding: Ternarization.calibrated
-                choices[name], weight = Choice("least error", alpha), best_rows(weight, how.unit(weight.kind), stored)
+                choices[name], made = Choice("least error", alpha), best_rows(weight, how.unit(weight.kind), stored)
             else:
-                weight = ternarized(weight, how, stored)
+                made = ternarized(weight, how, stored)
+            weight = representable(made, weight)
         after[name], loss = fit(weight, form, requantize, [tensor.scheme, "bf16", "f16", "f32"], beside=False, plain=True)
         losses += [loss] if loss is not None else []
     return before, after, choices, losses
