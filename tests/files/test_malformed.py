@@ -132,10 +132,13 @@ FILES: dict[str, tuple[bytes, list[str]]] = {
 
 def refusal(read: Callable[[], object], kind: type[BitNetError] = FormatError) -> str:
     """The one line with which `read` fails, in time."""
-    started = time.process_time()
-    with pytest.raises(BitNetError) as caught:
-        read()
-    assert time.process_time() - started < 1  # of this process: a busy machine is no fault of the reader
+    for _ in range(3):  # the fastest of three, and of this process: a busy machine is no fault of the reader
+        started = time.process_time()
+        with pytest.raises(BitNetError) as caught:
+            read()
+        if (seconds := time.process_time() - started) < 1:
+            break
+    assert seconds < 1
     line = str(caught.value)
     assert type(caught.value) is kind
     assert line.isprintable() and len(line) < 1000
