@@ -26,10 +26,11 @@ def engine() -> Engine:
 
 @pytest.mark.parametrize(("prompt_tokens", "depth"), [(3, 0), (3, 2), (3, 7)])
 def test_decoding_goes_on_after_the_first_tokens_up_to_the_depth(engine: Engine, prompt_tokens: int, depth: int) -> None:
-    seen: list[tuple[int, int]] = []
+    seen: list[tuple[int, ...]] = []
     speed = measure(
-        engine, prompt_tokens=prompt_tokens, new_tokens=5, depth=depth, batch=2, repetitions=2, progress=lambda *done: seen.append(done)
-    )
+        engine, prompt_tokens=prompt_tokens, new_tokens=5, depth=depth, batch=2, repetitions=2, progress=lambda *done: seen.append(done),
+        around=lambda: seen.append(()),
+    )  # fmt: skip
     ids = np.random.default_rng(TOKEN_SEED).integers(engine.config.vocab_size, size=(2, max(prompt_tokens, depth) + 1))[0]
     sequence, expected = engine.sequence(), []
     token = int(engine.forward([(sequence, ids[: depth + 1])])[0].argmax())
@@ -37,7 +38,8 @@ def test_decoding_goes_on_after_the_first_tokens_up_to_the_depth(engine: Engine,
         expected.append(token)
         token = int(engine.forward([(sequence, [token])])[0].argmax())
     assert speed.token_ids == expected
-    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+    assert seen == [(1, 4), (2, 4), (), (3, 4), (4, 4), ()]
+    assert 0 < speed.outside_matmul_share < 1 and speed.attention_ms > 0
 
 
 @pytest.mark.parametrize(("kv", "one"), [(KvFormat(), 2 * 2 * 16), (KvFormat(4, 4), 2 * (8 + 2)), (KvFormat(8, 4), 16 + 2 + 8 + 2)])

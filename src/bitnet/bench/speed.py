@@ -41,11 +41,12 @@ class Speed:
 
 def measure(
     engine: Engine, *, prompt_tokens: int, new_tokens: int, depth: int = 0, batch: int = 1, repetitions: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, around: Callable[[], object] = lambda: None,
 ) -> Speed:  # fmt: skip
     """Times `repetitions` prompts of `prompt_tokens` for each of `batch` sequences, then as often `new_tokens` steps after `depth` tokens.
 
-    Raises `UsageError` for counts below 1 (`depth`: 0) and for more tokens than the context holds.
+    `around` is called right before the decodings and right after them. Raises `UsageError` for counts below 1 (`depth`: 0) and for more
+    tokens than the context holds.
     """
     for name, value in (("prompt-tokens", prompt_tokens), ("new-tokens", new_tokens), ("batch", batch), ("repetitions", repetitions)):
         if value < 1:
@@ -69,6 +70,8 @@ def measure(
             progress(done + 1, 2 * repetitions)
     if depth > prompt_tokens:
         prefill(engine, sequences, ids[:, :depth])
+    around()
+    decode(engine, sequences, ids[:, depth], depth, new_tokens)  # not counted: what was in the caches comes back
     engine.reset_profile()
     for done in range(repetitions):
         seconds, decoded = decode(engine, sequences, ids[:, depth], depth, new_tokens)
@@ -76,6 +79,7 @@ def measure(
         if progress:
             progress(repetitions + done + 1, 2 * repetitions)
     profile = engine.profile()
+    around()
     outside, attention_ms = 1 - profile["matmul_s"] / sum(decode_s), 1000 * profile["attention_s"] / (repetitions * new_tokens)
     return Speed(
         batch * prompt_tokens / median(prefill_s), batch * new_tokens / median(decode_s), median(prefill_s), outside, attention_ms, decoded

@@ -51,9 +51,10 @@ def benched(
     with DelayedBar("bench") as bar:
         measure(engine, **sizes, repetitions=1)  # not counted: memory is touched for the first time
         peak_rss_bytes = machine.peak_rss_bytes()  # without the memory that the bandwidth is measured over
-        before = read_bandwidths(engine.threads)
-        speed = measure(engine, **sizes, repetitions=repetitions, progress=bar)
-        roofline_gb_s = median([*before, *read_bandwidths(engine.threads)])
+        limits: list[float] = []  # a machine's memory is not the same in every minute
+        speed = measure(
+            engine, **sizes, repetitions=repetitions, progress=bar, around=lambda: limits.extend(read_bandwidths(engine.threads))
+        )
     steps_per_s = speed.decode_tok_s / batch
     read_bytes = engine.weight_bytes_per_token - unread_bytes(engine)
     result: dict[str, Any] = {
@@ -77,7 +78,7 @@ def benched(
         "weights": weights or ("ternary" if shape else "stored"),
         "head": engine.head,
         "batch": batch,
-        "roofline_gb_s": roofline_gb_s,
+        "roofline_gb_s": median(limits),
         "depth": depth,
         "kv_bytes_per_token": kv_bytes_per_token(engine, depth, new_tokens),
         "kv_cache": kv.name,
