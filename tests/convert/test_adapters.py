@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +65,8 @@ def test_base_and_adapter_give_the_same_bits_before_and_after(tmp_path: Path, fo
     [
         ("", "t-adapter", "t.safetensors", r"t-adapter: is where both the source's adapter .* would go"),
         ("adapters-style", "adapters/style", "t.gguf", r"t-adapters-style-LoRA\.gguf: is where both"),
+        ("both-a", "both/a", "t.gguf", r"t-both-a-LoRA\.gguf: is where both"),
+        ("adapters/both-a", "adapters/both/a", "t.gguf", r"t-adapters-both-a-LoRA\.gguf: is where both"),
         ("style", "adapters/style", "style", r"style: is where both the model and the source's adapter .*style would go"),
     ],
 )
@@ -81,6 +78,22 @@ def test_two_things_in_one_place_are_refused_beforehand(tmp_path: Path, first: s
     with pytest.raises(UsageError, match=said):
         convert(base, tmp_path / "new" / to, format="gguf-tq2_0" if to.endswith(".gguf") else "safetensors")
     assert not list((tmp_path / "new").iterdir())
+
+
+@pytest.mark.parametrize(("to", "file"), [("out.bin", "adapters"), ("out", "adapters"), ("out", "adapters/style"), ("adapters", "")])
+def test_a_file_in_the_place_of_a_folder_is_refused_beforehand(tmp_path: Path, to: str, file: str) -> None:
+    base = source(tmp_path, name="adapters/style")
+    if to == "out":
+        convert(base, tmp_path / "out", merge_adapter=base / "adapters" / "style")
+    way = (tmp_path / to if to == "out" else tmp_path) / file
+    if file:
+        way.parent.mkdir(exist_ok=True)
+        way.write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    said = rf"{file}: is in the way of the source's adapter .*adapters/style; move it" if file else "adapters: is where both the model and"
+    with pytest.raises(UsageError, match=said):
+        convert(base, tmp_path / to, format="hf" if to == "out" else "safetensors", ready=lambda: pytest.fail("it was ready"))
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
 def test_llama_in_gguf_agrees_to_float_noise(tmp_path: Path) -> None:
@@ -131,7 +144,7 @@ def test_what_lies_in_the_way_and_what_is_not_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("to", ["out", "out.safetensors", "out.gguf"])
 def test_all_files_of_an_adapter_and_one_level_deeper(tmp_path: Path, to: str) -> None:
-    """adapters/sql, as docs/lora.md has it; a pickle and a card go along, and what lies deeper does not."""
+    """adapters/sql, as docs/lora.md has it; a pickle and a card go along."""
     base = source(tmp_path, name="adapters/sql")
     (base / "adapters" / "sql" / "README.md").write_text("card")
     made.write(base / "pickle", made.config_of(8), {})
@@ -145,6 +158,61 @@ def test_all_files_of_an_adapter_and_one_level_deeper(tmp_path: Path, to: str) -
         assert any("adapters/sql: kept, 7 matrices" in note for note in report.notes)
         assert any("pickle: copied as it is, though this build would not run it" in note for note in report.notes)
     assert (tmp_path / "out-adapters-sql-LoRA.gguf").exists() == (to == "out.gguf")
+
+
+@pytest.mark.parametrize("to", ["out", "out.safetensors"])
+def test_folders_in_an_adapter_s_folder(tmp_path: Path, to: str) -> None:
+    """They go along, but for links and other models, which are named, and what a dead writer left."""
+    base = source(tmp_path)
+    style = base / "style"
+    (style / "logs" / "deep").mkdir(parents=True)
+    (style / "logs" / "deep" / "loss.txt").write_text("0.5")
+    (style / "adapter_logs").mkdir()
+    (style / "adapter_logs" / "card.txt").symlink_to("../logs/deep/loss.txt")
+    packed_models.write(style / "logs" / "merged")
+    for name in ("a.gguf", "pytorch_model.bin"):
+        (style / name.replace(".", "-")).mkdir()
+        (style / name.replace(".", "-") / name).write_text("weights")
+    (style / "round").symlink_to(".")
+    (style / ".README.md.0123456789ab.bitnet-tmp").mkdir()
+    (style / ".README.md.0123456789ab.bitnet-tmp" / "new").write_text("half")
+    for _ in range(2):  # and over itself
+        report = convert(base, tmp_path / to)
+        kept = (tmp_path / to if to == "out" else tmp_path) / "style"
+        below = ["adapter_logs/card.txt", "logs/deep/loss.txt"]
+        assert sorted(str(p.relative_to(kept)) for p in kept.rglob("*") if p.is_file() and p.parent != kept) == below
+        assert all((kept / name).read_text() in ("0.5", "mine") and not (kept / name).is_symlink() for name in below)
+        said = "a-gguf (another model), pytorch_model-bin (another model), round (a link or device), logs/merged (another model)"
+        assert any(note.endswith(f"read back and compared; without {said}") for note in report.notes), report.notes
+        (kept / below[0]).write_text("mine")
+    assert (kept / below[0]).read_text() == "mine"
+
+
+@pytest.mark.parametrize("to", ["out", "out.safetensors", "out.gguf"])
+def test_several_adapters_in_one_folder(tmp_path: Path, to: str) -> None:
+    """As PEFT saves those of one model that have names: each in a folder of its name, the default one beside them."""
+    base = source(tmp_path)  # style
+    config, names = canonical(open_checkpoint(base)).config, ["style/other", "both/a", "both/b", "adapters/both/a", "adapters/both"]
+    for i, name in enumerate([*names, "style/deep/deeper", "model/its", ".hidden/one", "adapters/model/its"]):
+        made.write(base / name, made.config_of(2), made.matrices(config, 2, seed=i))
+    for name in ("model", "adapters/model"):
+        (base / name / "config.json").write_text("{}")
+    (base / "both" / "README.md").write_text("card")
+    (base / "round").symlink_to(".")
+    for _ in range(2):  # and over itself
+        report = convert(base, tmp_path / to, format="gguf-i2_s" if to == "out.gguf" else None)
+        root = tmp_path / to if to == "out" else tmp_path
+        found = {str(path.parent.relative_to(root)) for path in root.rglob("adapter_config.json") if base not in path.parents}
+        assert found == {"style", "style/deep/deeper", *names}, "what lies deeper is a part of it"
+        for name in ("style", *names):
+            assert (root / name / "adapter_model.safetensors").read_bytes() == (base / name / "adapter_model.safetensors").read_bytes()
+            assert any(f"adapter {base / name}: kept, 7 matrices" in note and "without" not in note for note in report.notes)
+        made_of = {path.name for path in tmp_path.glob("*LoRA.gguf")}
+        assert made_of == {f"out-{name.replace('/', '-')}-LoRA.gguf" for name in ("style", *names) if to == "out.gguf"}
+    if to == "out":
+        (tmp_path / "out" / "both" / "other").mkdir()
+        with pytest.raises(UsageError, match="out: holds both, a folder or a link, which would be lost"):
+            convert(base, tmp_path / "out")
 
 
 def test_an_adapter_among_the_model_s_files(tmp_path: Path) -> None:
@@ -319,79 +387,11 @@ def test_perplexity_before_a_merge_is_that_of_base_and_adapter(tmp_path: Path) -
     assert abs(before / after - 1) < 3e-4 < abs(alone / after - 1)
 
 
-def test_files_in_folders_of_an_adapter_go_along_and_models_below_it_do_not(tmp_path: Path) -> None:
-    base = source(tmp_path)
-    (base / "style" / "checkpoint-5" / "rng").mkdir(parents=True)
-    (base / "style" / "checkpoint-5" / "rng" / "state.pth").write_bytes(b"state")
-    packed_models.write(base / "style" / "merged")
-    for to in ("out", "out.safetensors"):
-        convert(base, tmp_path / to)
-    for folder in (tmp_path / "out" / "style", tmp_path / "style"):
-        assert (folder / "checkpoint-5" / "rng" / "state.pth").read_bytes() == b"state" and not (folder / "merged").exists()
-
-
-@pytest.mark.parametrize("to", ["out", "out.safetensors", "out.gguf"])
-@pytest.mark.parametrize("name", ["several/sql", "adapters/several/sql"])
-def test_adapters_under_names_of_their_own(tmp_path: Path, name: str, to: str) -> None:
-    """As PEFT saves a model that has several: in folders of a folder that has a card and no adapter itself."""
-    base = source(tmp_path, name=name)
-    (base / name).parent.joinpath("README.md").write_text("card")
-    for _ in range(2):  # and over itself
-        report = convert(base, tmp_path / to, format="gguf-i2_s" if to == "out.gguf" else None)
-        kept = (tmp_path / to if to == "out" else tmp_path) / name
-        assert any("kept, 7 matrices of rank 8, read back and compared" in note for note in report.notes)
-        assert np.array_equal(adapted(base, base / name), adapted(tmp_path / to, kept))
-    assert (tmp_path / f"out-{name.replace('/', '-')}-LoRA.gguf").exists() == (to == "out.gguf")
-
-
-def test_folders_beside_one_file_are_not_searched(tmp_path: Path) -> None:
-    """They may be anybody's."""
+def test_folders_of_others_beside_one_file_are_not_looked_into(tmp_path: Path) -> None:
+    """What holds adapters and nothing else is taken for this model's; a project with an adapter in it is somebody's work."""
     convert(packed_models.write(tmp_path / "model"), tmp_path / "m.bin")
-    source(tmp_path / "runs", name="several/sql")
-    shutil.move(tmp_path / "runs" / "source" / "several", tmp_path / "several")
-    report = convert(tmp_path / "m.bin", tmp_path / "out")
-    assert not report.notes and not (tmp_path / "out" / "several").exists()
-
-
-@pytest.mark.parametrize("to", ["out", "out.safetensors"])
-@pytest.mark.parametrize("blocked", ["adapters", "adapters/sql"])
-def test_a_file_where_an_adapter_would_go_is_seen_beforehand(tmp_path: Path, to: str, blocked: str) -> None:
-    base = source(tmp_path, name="adapters/sql")
-    convert(base, tmp_path / to)
-    root = tmp_path / to if to == "out" else tmp_path
-    shutil.rmtree(root / "adapters")
-    (root / blocked).parent.mkdir(exist_ok=True)
-    (root / blocked).write_text("mine")
-    with pytest.raises(UsageError, match=rf"{blocked}: is no folder, and in the way of the source's adapter"):
-        convert(base, tmp_path / to, ready=lambda: pytest.fail("it was ready"))
-    assert (root / blocked).read_text() == "mine"
-
-
-KILLED = """
-import os, shutil, signal, sys
-from bitnet.convert import convert
-
-def half(found, file, length, real=shutil.copyfileobj):
-    if "adapter_model" in found.name:
-        file.write(found.read(100))
-        file.flush()
-        os.kill(os.getpid(), signal.SIGKILL)
-    real(found, file, length)
-
-shutil.copyfileobj = half
-convert(sys.argv[1], sys.argv[2])
-"""
-
-
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
-@pytest.mark.parametrize("name", ["style", "adapters/style"])
-def test_killed_while_an_adapter_is_copied(tmp_path: Path, name: str) -> None:
-    """Nothing of it is there, and the next run takes away what was left and goes through."""
-    base, target = source(tmp_path, name=name), tmp_path / "out.safetensors"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([sys.executable, "-c", KILLED, base, target], env=environment, capture_output=True, timeout=120)
-    assert done.returncode == -signal.SIGKILL and not target.exists() and not (tmp_path / name).exists()
-    assert [*(tmp_path / name).parent.glob(".*.bitnet-tmp")]
-    convert(base, target)
-    assert np.array_equal(adapted(base, base / name), adapted(target, tmp_path / name))
-    assert not [*tmp_path.rglob(".*.bitnet-tmp")]
+    base = source(tmp_path / "runs", name="project/adapter")
+    (base / "project").rename(tmp_path / "project")
+    assert any("kept, 7 matrices" in note for note in convert(tmp_path / "m.bin", tmp_path / "one").notes)
+    (tmp_path / "project" / "src").mkdir()
+    assert not convert(tmp_path / "m.bin", tmp_path / "two").notes and not (tmp_path / "two" / "project").exists()

@@ -10,7 +10,7 @@ from packed_models import logits, safetensors, write
 
 from bitnet import ternary
 from bitnet.convert import Ternarization, convert
-from bitnet.convert.quantize import ALPHAS, binary, integer, read_alphas, rounded, ternarized
+from bitnet.convert.quantize import ALPHAS, binary, integer, read_alphas, representable, rounded, ternarized
 from bitnet.convert.source import Weight, read
 from bitnet.errors import FormatError, UnsupportedModelError, UsageError
 from bitnet.models import LINEARS, open_checkpoint
@@ -206,26 +206,43 @@ def test_scales_beyond_f16(tmp_path: Path, scheme: str, form: str) -> None:
     assert not (tmp_path / "out").exists() and convert(source, tmp_path / "out", quantization="ternary").verified
 
 
-@pytest.mark.parametrize(("scheme", "form"), [("ternary", "gguf-tq2_0"), ("binary", "gguf-q1_0"), ("int8", "gguf-q8_0")])
+@pytest.mark.parametrize(
+    ("scheme", "form"),
+    [("ternary", "gguf-tq2_0"), ("ternary", "mlx"), ("ternary", "hf-dense-f16"), ("binary", "gguf-q1_0"), ("int8", "hf-int8"),
+     ("int4", "gguf-q4_0"), ("fp4", "hf-fp4")],
+)  # fmt: skip
 def test_scales_below_f16(tmp_path: Path, scheme: str, form: str) -> None:
-    """A layer of which nothing would remain is refused; a part of it that is so small, and one of zeros, go through."""
+    """A layer does not vanish; nothing but zeros, and a row far below the others, may."""
     source = write(tmp_path / "source", "qwen3", trits=False)
     stored = safetensors.read(source / "model.safetensors").tensors
-    name = "model.layers.0.mlp.up_proj.weight"
-    values = stored[name].dense()
-    for changed, passes in (
-        (values * np.float32(1e-9), False),
-        (np.concatenate([values[:8] * 1e-9, values[8:]]), True),
-        (0 * values, True),
-    ):
-        raw = {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: changed.astype(np.float32)}
-        safetensors.write(source / "model.safetensors", raw)
-        if passes:
-            assert convert(source, tmp_path / "out", format=form, quantization=scheme).verified
-            continue
-        with pytest.raises(UnsupportedModelError, match=rf"{name}': has weights so small that f16 does not hold their scale as {scheme}"):
-            convert(source, tmp_path / "out", format=form, quantization=scheme)
-        assert not (tmp_path / "out").exists()
+    name, table = "model.layers.0.mlp.up_proj.weight", "model.embed_tokens.weight"
+    values, rows = stored[name].dense(), stored[table].dense().copy()
+
+    def changed(up: np.ndarray, **more: np.ndarray) -> None:
+        tensors = {key: ("BF16", t.raw()) for key, t in stored.items()} | {name: up.astype(np.float32)}
+        safetensors.write(source / "model.safetensors", tensors | ({table: rows} if more else {}))
+
+    small = 3e-9 / np.abs(values).max() * values
+    changed(small)
+    with pytest.raises(UnsupportedModelError, match=rf"{name}.* so small \(3.0e-09 at most\) that f16 rounds .* as {scheme} to 0"):
+        convert(source, tmp_path / "out", format=form, quantization=scheme)
+    assert not (tmp_path / "out").exists() and convert(source, tmp_path / "out", quantization="ternary").verified
+    rows[3] *= np.float32(1e-23)
+    changed(0 * values, rows=rows)
+    report = convert(source, tmp_path / "zeros", format=form, quantization=scheme)
+    assert report.verified and next(layer for layer in report.layers if layer.name == "layers.0.up").weight_error == 0
+
+
+@pytest.mark.parametrize(("beside", "refused"), [(1e-7, True), (2e-5, True), (5e-5, False), (1.0, False)])
+def test_a_row_whose_scale_is_below_f16(beside: float, refused: bool) -> None:
+    """It vanishes only beside what is 2^11 times as large, whose own rounding is more."""
+    found = weight(values=np.repeat(np.float32([[2e-8], [beside]]), 64, axis=1))
+    made = ternarized(found, Ternarization(scale="row"), "f16")
+    if refused:
+        with pytest.raises(UnsupportedModelError, match="has weights so small"):
+            representable(found, made)
+    else:
+        assert representable(found, made) is made and made.scales is not None and made.scales[0] == 0
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import packed_models
@@ -34,7 +35,7 @@ def content(path: Path) -> dict[str, bytes]:
 
 
 def leftovers(folder: Path) -> list[Path]:
-    return [p for p in folder.iterdir() if p.name.endswith(".bitnet-tmp")]
+    return [p for p in (folder.iterdir() if folder.is_dir() else ()) if p.name.endswith(".bitnet-tmp")]
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +53,16 @@ def forked(action: Callable[[], object]) -> int:
         finally:
             os._exit(0)
     return child
+
+
+def in_process(action: str, killed: bool = False) -> str:
+    """What a process of its own prints that does this; `t` is this module."""
+    paths = [str(Path(__file__).parent), str(Path(packed_models.__file__).parent), *sys.path]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+    script = f"import test_robustness as t; {action}"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
+    assert done.returncode == (-signal.SIGKILL if killed else 0), done.stderr
+    return done.stdout
 
 
 def run_kills(first: str, second: str, target_name: str, seed: int) -> None:
@@ -101,12 +112,47 @@ def run_kills(first: str, second: str, target_name: str, seed: int) -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork and SIGKILL")
 @pytest.mark.parametrize("name", ["model.gguf", "folder"])
 def test_killed_at_random_moments(tmp_path: Path, two: tuple[Path, Path], name: str) -> None:
-    paths = [str(Path(__file__).parent), str(Path(packed_models.__file__).parent), *sys.path]
-    script = f"import test_robustness as t; t.run_kills({str(two[0])!r}, {str(two[1])!r}, {str(tmp_path / name)!r}, 7)"
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
-    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment, timeout=120)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout.split()[-1]) >= KILLS // 5, f"too few kills fell into the writing: {done.stdout}"
+    said = in_process(f"t.run_kills({str(two[0])!r}, {str(two[1])!r}, {str(tmp_path / name)!r}, 7)")
+    assert int(said.split()[-1]) >= KILLS // 5, f"too few kills fell into the writing: {said}"
+
+
+def kill_at_copy(source: str, target: str, number: int) -> None:
+    """In a process of its own: a conversion that is killed when an adapter's files are copied, in the middle of this one of them."""
+    copied = 0
+
+    def copy(found: BinaryIO, file: BinaryIO, length: int = 0) -> None:
+        nonlocal copied
+        copied += 1
+        content = found.read()
+        file.write(content if copied < number else content[: len(content) // 2])
+        file.flush()
+        if copied == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    shutil.copyfileobj = copy  # type: ignore[assignment]
+    convert(source, target, format="gguf-i2_s" if target.endswith(".gguf") else None)
+
+
+@pytest.mark.parametrize(("name", "number"), [("m.gguf", 1), ("m.bin", 2), ("m.bin", 3), ("m.bin", 5), ("folder", 2)])
+def test_killed_while_adapters_are_copied(tmp_path: Path, two: tuple[Path, Path], name: str, number: int) -> None:
+    """An adapter's folder beside a file is there whole or not at all: no next run is stopped, and each removes what was left."""
+    source, place = Path(shutil.copytree(two[0], tmp_path / "source")), tmp_path / "place"
+    for adapter in ("adapters/one", "style"):
+        written = peft_adapters.write(
+            source / adapter, peft_adapters.config_of(4), peft_adapters.matrices(canonical(open_checkpoint(source)).config, 4)
+        )
+        (written / "README.md").write_text("card")
+    for last in (two[1], source):
+        shutil.rmtree(place, ignore_errors=True)
+        place.mkdir()
+        in_process(f"t.kill_at_copy({str(source)!r}, {str(place / name)!r}, {number})", killed=True)
+        assert not (place / name).exists() and {*leftovers(place), *leftovers(place / "adapters")}
+        whole = [path for path in (place / "adapters" / "one", place / "style") if path.exists()]
+        assert all(len(content(path)) == 3 for path in whole) and len(whole) == (number - 1) // 3 * (name != "folder")
+        convert(last, place / name, format="gguf-i2_s" if name == "m.gguf" else None)
+        assert not leftovers(place) and not leftovers(place / "adapters") and (place / name).exists()
+    root = place / name if name == "folder" else place
+    assert all(len(content(root / adapter)) == 3 for adapter in ("adapters/one", "style"))
 
 
 def test_a_user_s_files_are_no_leftovers(tmp_path: Path, two: tuple[Path, Path]) -> None:

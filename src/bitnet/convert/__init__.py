@@ -186,6 +186,7 @@ def convert(
             checked(folder)
             keep_adapters(folder)
     else:
+        adapters.tidy(target, kept)
         with new_file(target) as file:
             _write(file, head, chunks, nbytes, progress)
             file.flush()
@@ -229,6 +230,7 @@ def _convert_alone(
     nbytes = len(head) + sum(item.nbytes for item in order)
     require_disk(target, nbytes + REPORT_BYTES + len(choices) * LAYER_BYTES)
     ready()
+    adapters.tidy(target)
     with new_file(target) as file:
         _write(file, head, ((item.chunks(), 0) for item in order), nbytes, progress)
         if check:

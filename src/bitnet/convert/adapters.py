@@ -1,4 +1,4 @@
-"""Low-rank adapters beside the source of a conversion are kept.
+"""Low-rank adapters beside a model that is converted: they are kept. One may be merged instead (merging.py).
 
 An adapter names the modules and keeps the row order of Hugging Face, whatever its base is stored in (models/peft.py), so its tensors
 stay what they are byte by byte; base_model_name_or_path follows the base into a folder that `transformers` loads. What was copied is
@@ -11,8 +11,10 @@ from __future__ import annotations
 import filecmp
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ import numpy as np
 from bitnet.convert.verify import NotTheSameError
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import PathLike, gguf_write, json_object, place_of, read_file, shown, system_errors
-from bitnet.files.replacing import new_file, new_folder
+from bitnet.files.replacing import is_leftover, new_file, new_folder, remove_leftovers, sync_folder
 from bitnet.files.tensor import MAX_CONFIG_BYTES
 from bitnet.models import ModelConfig, lora_gguf
 from bitnet.models.gguf import names as gguf_names
@@ -32,6 +34,7 @@ from bitnet.tokenizer import replace_surrogates
 
 NESTED = "adapters"  # a folder of adapters beside a model
 _MODELS = ("model.safetensors", "model.safetensors.index.json")
+_OF_A_MODEL = re.compile(r"config\.json|((pytorch_)?model|consolidated).*\.(safetensors|bin|pth)(\.index\.json)?")
 
 
 @dataclass(frozen=True)
@@ -41,95 +44,108 @@ class Kept:
     path: Path
     to: Path  # absolute beside one file, else relative to the new folder
     own: bool  # it lies among the model's own files
+    below: tuple[str, ...] = ()  # adapters in its folder, which are kept for themselves
 
-    def files(self) -> list[str]:
-        """All that it consists of, relative to its folder, models below apart; among a model's files those that are named after it."""
-        if self.own:
-            with system_errors(self.path, "read"):
-                return sorted(f.name for f in self.path.iterdir() if f.is_file() and f.name.startswith("adapter_"))
-        found: list[str] = []
-        for parent, folders, names in os.walk(self.path, onerror=_refuse_unreadable):
-            folders[:] = [name for name in folders if not _is_hidden(name) and not _holds_model(os.path.join(parent, name))]
-            found += (
-                os.path.relpath(os.path.join(parent, name), self.path) for name in names if os.path.isfile(os.path.join(parent, name))
-            )
-        return sorted(found)
+    def files(self) -> tuple[list[Path], list[str]]:
+        """(all files that it consists of, relative to its folder; what below it does not go along, and why).
 
-
-def _refuse_unreadable(error: OSError) -> None:
-    with system_errors(error.filename, "read"):
-        raise error
+        Among a model's files those that are named after it, else all there and in folders below. Of links only those to files are followed.
+        """
+        found, left = list[Path](), list[str]()
+        folders = [Path()]
+        with system_errors(self.path, "read"):
+            while folders:
+                at = folders.pop()
+                for path in sorted((self.path / at).iterdir()):
+                    name = at / path.name
+                    if path.is_file():
+                        found += [name] if path.name.startswith("adapter_") or not self.own else []
+                    elif self.own or is_leftover(path.name) or str(name) in self.below:
+                        continue
+                    elif path.is_symlink() or not path.is_dir():
+                        left.append(f"{shown(name)} (a link or device)")
+                    elif _is_model(path):
+                        left.append(f"{shown(name)} (another model)")
+                    else:
+                        folders.append(name)
+        return found, left
 
 
 def beside(source: Path) -> dict[str, Path]:
-    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else "style" or "adapters/style", or one folder
-    deeper, as PEFT saves several under names of their own; but the folders beside one file may be anybody's, and there no deeper."""
+    """The adapters beside a model, by where they lie relative to it: "" for its own folder, else "style" or "adapters/style", and with one
+    folder more where several lie in it, "both/style": as PEFT saves those of one model. A folder comes before what lies in it.
+
+    The folders beside one file may be anybody's: there only those are looked into that hold nothing but adapters.
+    """
     folder = source if source.is_dir() else source.parent
     found = {"": folder} if is_adapter(folder) else {}
     for prefix, parent in (("", folder), (f"{NESTED}/", folder / NESTED)):
-        for name in _folders(parent):
-            if is_adapter_alone(parent / name):
-                found[prefix + name] = parent / name
-            elif name != NESTED and (prefix or source.is_dir()) and not _holds_model(parent / name):
-                inner = (below for below in _folders(parent / name) if is_adapter_alone(parent / name / below))
-                found |= {f"{prefix}{name}/{below}": parent / name / below for below in inner}
+        with system_errors(parent, "read"):
+            names = sorted(os.listdir(parent)) if parent.is_dir() else []
+        for name in names:
+            found |= {prefix + name: parent / name} if is_adapter_alone(parent / name) else {}
+            if prefix or (name != NESTED and (source.is_dir() or is_of_adapters(parent / name))):
+                found |= {f"{prefix}{name}/{one}": parent / name / one for one in named(parent / name)}
     return found
 
 
-def _folders(parent: Path) -> list[str]:
-    """Names of the folders in `parent`, in order; without hidden ones, such as those in which others are being written."""
-    if not parent.is_dir():
+def named(folder: Path) -> list[str]:
+    """The adapters in a folder that is no other model's, nor hidden, nor closed; links are not followed here."""
+    if folder.name.startswith(".") or folder.is_symlink() or not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
-    with system_errors(parent, "read"):
-        return sorted(name for name in os.listdir(parent) if not _is_hidden(name) and (parent / name).is_dir())
+    there = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_symlink())
+    names = sorted(path.name for path in there if is_adapter_alone(path))
+    return names if names and not _is_model(folder) else []
 
 
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".")
-
-
-def _holds_model(folder: PathLike) -> bool:
-    return any(os.path.exists(os.path.join(folder, name)) for name in _MODELS)
-
-
-def is_group(folder: Path) -> bool:
-    """Whether a folder is one of adapters, each in a folder of its own name."""
-    return not is_adapter(folder) and not _holds_model(folder) and any(is_adapter_alone(folder / name) for name in _folders(folder))
+def is_of_adapters(folder: Path) -> bool:
+    """Whether a folder holds an adapter or more, each in its own, and no other folders."""
+    names = named(folder)
+    return bool(names) and all(path.name in names or path.is_file() for path in folder.iterdir())
 
 
 def is_adapter_alone(path: PathLike) -> bool:
     """Whether a folder is an adapter's, and not that of another model, beside which one lies."""
-    return is_adapter(path) and not _holds_model(path)
+    return is_adapter(path) and not any(map(os.path.exists, (os.path.join(path, name) for name in _MODELS)))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a folder is a model's, and no adapter's."""
+    return not is_adapter_alone(path) and any(
+        _OF_A_MODEL.fullmatch(file.name) or (file.suffix == ".gguf" and not lora_gguf.is_lora(file)) for file in path.iterdir()
+    )
 
 
 def places(source: Path, target: Path, folder: bool) -> list[Kept]:
-    """Where each adapter goes: in a folder to its own place, for one file beside it. Raises UsageError where something lies already."""
+    """Where each adapter goes: in a folder to its own place, for one file beside it. Raises UsageError where another one lies already."""
     ours = beside(source)
+    root = target.absolute() if folder else target.absolute().parent
     if folder:
         refuse_others(target, ours)
         for name, path in ours.items():
-            _refuse_file_in_the_way(target, name, path)
-        return [Kept(path, Path(name), not name) for name, path in ours.items()]
+            _refuse_a_file(root / name, root, path)
+        return [Kept(path, Path(name), not name, _below(name, ours)) for name, path in ours.items()]
     found = []
     for name, path in ours.items():
-        to = target.absolute().parent / (name or f"{target.stem}-adapter")
-        if to.resolve() == path.resolve() or (not name and target.absolute().parent.resolve() == path.resolve()):
+        to = root / (name or f"{target.stem}-adapter")
+        _refuse_a_file(to, root, path)
+        if to.resolve() == path.resolve() or (not name and root.resolve() == path.resolve()):
             continue  # the target comes to lie beside it as the source does
-        _refuse_file_in_the_way(target.absolute().parent, name, path)
         if os.path.lexists(to) and not (is_adapter(to) and _same(path, to)):
             raise UsageError(f"{shown(to)}: is in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere")
-        found.append(Kept(path, to, not name))
+        found.append(Kept(path, to, not name, _below(name, ours)))
     return found
 
 
-def _refuse_file_in_the_way(root: Path, name: str, path: Path) -> None:
-    """Raises UsageError where the folder of an adapter, or one above it, is another thing already."""
-    parts = [*reversed(Path(name).parents), Path(name)] if name else []
-    for place in (root / part for part in parts):
-        if os.path.lexists(place) and not place.is_dir():
-            raise UsageError(
-                f"{shown(place)}: is no folder, and in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere"
-            )
+def _below(name: str, ours: Iterable[str]) -> tuple[str, ...]:
+    return tuple(other.removeprefix(f"{name}/") for other in ours if other.startswith(f"{name}/"))
+
+
+def _refuse_a_file(to: Path, root: Path, path: Path) -> None:
+    """Raises UsageError where a folder is needed below `root`, that the adapter at `path` can go to `to`, and something else lies there."""
+    for place in (to, *to.parents):
+        if root in place.parents and os.path.lexists(place) and not place.is_dir():
+            raise UsageError(f"{shown(place)}: is in the way of the source's adapter {shown(path)}; move it, or write the model elsewhere")
 
 
 def refuse_others(target: Path, ours: Mapping[str, Path]) -> None:
@@ -158,11 +174,13 @@ def gguf_places(source: Path, target: Path, architecture: str, config: ModelConf
 
 def refuse_collisions(target: Path, kept: Iterable[Kept], for_llama_cpp: Mapping[Path, Path]) -> None:
     """Raises UsageError where two things would be written in one place: the model in one file, and what goes beside it."""
-    taken = {place_of(target): "the model"}
+    model = place_of(target)
+    taken = {model: "the model"}
     for path, to in [*((one.path, one.to) for one in kept), *for_llama_cpp.items()]:
         here, what = place_of(to), f"the source's adapter {shown(path)}"
-        if here in taken:
-            raise UsageError(f"{shown(to)}: is where both {taken[here]} and {what} would go; rename the adapter's folder, or the target")
+        at = model if model in here.parents else here
+        if at in taken:
+            raise UsageError(f"{shown(at)}: is where both {taken[at]} and {what} would go; rename the adapter's folder, or the target")
         taken[here] = what
 
 
@@ -212,45 +230,58 @@ def _as_gguf(path: Path, architecture: str, config: ModelConfig) -> tuple[bytes,
 def file_bytes(kept: Iterable[Kept], for_llama_cpp: Iterable[Path]) -> int:
     """About what copies of these adapters take."""
     weights = (path / WEIGHTS_FILE for path in for_llama_cpp)
-    return sum(f.stat().st_size for f in (*(one.path / name for one in kept for name in one.files()), *(f for f in weights if f.is_file())))
+    copied = (one.path / name for one in kept for name in one.files()[0])
+    return sum(file.stat().st_size for file in (*copied, *(f for f in weights if f.is_file())))
+
+
+def tidy(target: Path, kept: Iterable[Kept] = ()) -> None:
+    """Removes what dead writers have left in the folders of adapters beside a file that is to be written."""
+    nested = target.absolute().parent / NESTED
+    for folder in {nested, *nested.glob("*/"), *(one.to.parent for one in kept)}:
+        remove_leftovers(folder)
 
 
 def keep(one: Kept, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
-    """Copies an adapter, reads it back, and says so. `base`: the name that its configuration shall have of the model, None for as it is."""
-    if os.path.lexists(to):
-        _copy(one, to, base)
-    else:  # what is killed leaves nothing of it
-        with system_errors(to, "written"):
-            to.parent.mkdir(parents=True, exist_ok=True)
-        with new_folder(to) as folder:
-            _copy(one, folder, base)
+    """Copies an adapter, reads it back, and says so. `base`: the name that its configuration shall have of the model, None for as it is.
+
+    Its folder appears whole; where the same adapter lies already its files are replaced one by one.
+    """
+    with system_errors(to, "written"):
+        to.parent.mkdir(parents=True, exist_ok=True)
+    place: AbstractContextManager[Path] = nullcontext(to) if to.is_dir() else new_folder(to)
+    with place as folder:
+        return _copied(one, folder, to, base, config, check)
+
+
+def _copied(one: Kept, folder: Path, to: Path, base: str | None, config: ModelConfig, check: bool) -> str:
+    """`keep`, into `folder`, which becomes `to`."""
+    named = None if base is None else _config(one.path)
+    files, left = one.files()
+    for name in files:
+        path, place = one.path / name, folder / name
+        if place.exists() and (len(name.parts) > 1 or not name.name.startswith("adapter_")):
+            continue  # beside the same adapter: a card that was changed there
+        with system_errors(place, "written"):
+            place.parent.mkdir(parents=True, exist_ok=True)
+        with system_errors(path, "read"), open(path, "rb") as found, new_file(place) as file:
+            if str(name) == CONFIG_FILE and named is not None:
+                file.write((json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n").encode())
+            else:
+                shutil.copyfileobj(found, file, 1 << 22)
+    for below in {parent for name in files for parent in name.parents}:
+        sync_folder(folder / below)
+    without = f"; without {', '.join(left)}" if left else ""
     try:
         parts = read_adapter(one.path, config).parts
     except BitNetError as error:
-        return f"adapter {shown(one.path)}: copied as it is, though this build would not run it ({error})"
+        return f"adapter {shown(one.path)}: copied as it is, though this build would not run it ({error}){without}"
     if check:
-        other = read_adapter(to, config).parts
+        other = read_adapter(folder, config).parts
         if parts.keys() != other.keys() or not all(_equal(parts[name], other[name]) for name in parts):
             raise NotTheSameError(f"{shown(to)}: differs from the source's adapter {shown(one.path)}")
     ranks = sorted({low.rank for low in parts.values()})
     verified = ", read back and compared" if check else ""
-    return f"adapter {shown(one.path)}: kept, {len(parts)} matrices of rank {', '.join(map(str, ranks))}{verified}"
-
-
-def _copy(one: Kept, to: Path, base: str | None) -> None:
-    """Writes an adapter's files into a folder, over those of the same adapter."""
-    named = None if base is None else _config(one.path)
-    for name in one.files():
-        path, place = one.path / name, to / name
-        if place.exists() and not name.startswith("adapter_"):
-            continue  # beside the same adapter: a card that was changed there
-        with system_errors(place.parent, "written"):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        with system_errors(path, "read"), open(path, "rb") as found, new_file(place) as file:
-            if name == CONFIG_FILE and named is not None:
-                file.write((json.dumps(named | {"base_model_name_or_path": base}, indent=2) + "\n").encode())
-            else:
-                shutil.copyfileobj(found, file, 1 << 22)
+    return f"adapter {shown(one.path)}: kept, {len(parts)} matrices of rank {', '.join(map(str, ranks))}{verified}{without}"
 
 
 def _equal(one: LowRank, other: LowRank) -> bool:
@@ -264,7 +295,7 @@ def _equal(one: LowRank, other: LowRank) -> bool:
 
 def _same(one: Path, other: Path) -> bool:
     """Whether two folders hold the same adapter: its weights to the byte, its configuration but for the base's name."""
-    weights = [sorted(f.name for f in path.glob("adapter_*") if f.name != CONFIG_FILE) for path in (one, other)]
+    weights = [sorted(f.name for f in path.glob("adapter_*") if f.name != CONFIG_FILE and f.is_file()) for path in (one, other)]
     a, b = ({**(_config(path) or {}), "base_model_name_or_path": None} for path in (one, other))
     names = [*weights[0], *([] if _config(one) else [CONFIG_FILE])]  # one that cannot be read is the same if its bytes are
     return weights[0] == weights[1] and a == b and all(filecmp.cmp(one / name, other / name, shallow=False) for name in names)

@@ -79,7 +79,7 @@ def choose(
             (made, taken), rule = best_threshold(weight, gram, unit, stored, head, product), "auto"
         else:
             made, rule, taken = ternarized(weight, how, stored), how.method, alpha if how.method == "threshold" else None
-        wanted[name] = representable(made, weight)
+        wanted[name] = representable(weight, made)
         if gram is None:
             choices[name] = Choice(rule, taken)
         else:

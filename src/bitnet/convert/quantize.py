@@ -328,17 +328,30 @@ def rounded(scales: F32, stored: str) -> F32:
     return scales
 
 
-def representable(made: Weight, source: Weight) -> Weight:
-    """`made`. Raises UnsupportedModelError where its scales are beyond what stores them, so that nothing of the source would remain."""
+def representable(weight: Weight, made: Weight) -> Weight:
+    """`made`, which `weight` has become. Raises UnsupportedModelError where its scales are beyond what stores them.
+
+    Weights that vanish because their scale does are refused where they are more than f16's rounding of the layer's largest, 2^-11 of it:
+    the rows of tokens that never were trained may be 1e-23.
+    """
+    todo = "leave them as they are (--keep), or make them ternary in a format of float32 scales, such as hf, safetensors or gguf-i2_s"
     if made.scales is None:
         return made
-    lost = not made.scales.any() and any(source.values(first, last).any() for first, last in source.spans())
-    if lost or not np.isfinite(made.scales).all():
-        size, limit = ("small", "6e-8 at least") if lost else ("large", "65,504 at most")
+    if not np.isfinite(made.scales).all():
         raise UnsupportedModelError(
-            f"{made.where}: has weights so {size} that f16 does not hold their scale as {made.scheme} ({limit}); leave them as they are "
-            "(--keep), or make them ternary in a format of float32 scales, such as hf, safetensors or gguf-i2_s"
+            f"{made.where}: has weights so large that f16 does not hold their scale as {made.scheme} (65,504 at most); {todo}"
         )
+    if (made.scales == 0).any():
+        largest = vanished = np.float32(0)
+        for first, last in weight.spans():
+            size = np.abs(grouped(weight.values(first, last), made.scales.shape[1])).max(axis=2)  # [rows, groups]
+            gone = (made.scales if len(made.scales) == 1 else made.scales[first:last]) == 0
+            largest, vanished = max(largest, size.max()), max(vanished, np.where(gone, size, 0).max())
+        if vanished > 2.0**-11 * largest:
+            raise UnsupportedModelError(
+                f"{made.where}: has weights so small ({vanished:.1e} at most) that f16 rounds their scale as {made.scheme} to 0 (its "
+                f"smallest number is 5.96e-08); {todo}"
+            )
     return made
 
 

@@ -8,7 +8,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
-from bitnet.convert.adapters import NESTED, is_adapter_alone, is_group
+from bitnet.convert.adapters import NESTED, is_adapter_alone, is_of_adapters
 from bitnet.convert.formats import Format
 from bitnet.errors import BitNetError, UsageError
 from bitnet.files import PathLike, is_gguf, place_of, shown, system_errors
@@ -69,14 +69,8 @@ def check_target(target: Path, sources: list[Path], form: Format) -> None:
         entries = list(os.scandir(target))
         if entries and not (target / "config.json").is_file():
             raise UsageError(f"{where}: is a folder of other things (no config.json, but {shown(entries[0].name)}); name a new one")
-        other = next(
-            (
-                e.name
-                for e in entries
-                if e.is_symlink() or not (e.is_file() or e.name == NESTED or is_adapter_alone(e.path) or is_group(Path(e.path)))
-            ),
-            None,
-        )
+        known = {e.name for e in entries if e.is_file() or e.name == NESTED or is_adapter_alone(e.path) or is_of_adapters(Path(e.path))}
+        other = next((e.name for e in entries if e.is_symlink() or e.name not in known), None)
         if other is not None:
             raise UsageError(f"{where}: holds {shown(other)}, a folder or a link, which would be lost; name a new folder")
 

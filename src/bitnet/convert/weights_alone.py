@@ -97,7 +97,7 @@ def made_ternary(
                 choices[name], made = Choice("least error", alpha), best_rows(weight, how.unit(weight.kind), stored)
             else:
                 made = ternarized(weight, how, stored)
-            weight = representable(made, weight)
+            weight = representable(weight, made)
         after[name], loss = fit(weight, form, requantize, [tensor.scheme, "bf16", "f16", "f32"], beside=False, plain=True)
         losses += [loss] if loss is not None else []
     return before, after, choices, losses

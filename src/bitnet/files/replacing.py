@@ -51,7 +51,7 @@ def new_file(path: PathLike) -> Iterator[BinaryIO]:
                 _keep_mode(target, folder / "new")
                 os.fsync(file.fileno())
             os.replace(folder / "new", target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
 
 @contextmanager
@@ -65,13 +65,13 @@ def new_folder(path: PathLike) -> Iterator[Path]:
             for entry in (folder / "new").iterdir():
                 _keep_mode(target / entry.name, entry)
             _keep_mode(target, folder / "new")
-            _sync_folder(folder / "new")
+            sync_folder(folder / "new")
             if not target.exists():
                 os.rename(folder / "new", target)
             elif not _exchange(folder / "new", target):
                 os.rename(target, folder / "old")
                 os.rename(folder / "new", target)
-            _sync_folder(target.parent)
+            sync_folder(target.parent)
 
 
 def write_synced(path: Path, content: bytes) -> None:
@@ -118,12 +118,17 @@ def _locked_folder(target: Path) -> tuple[Path, int | None]:
             os.close(descriptor)
 
 
+def is_leftover(name: str) -> bool:
+    """Whether a folder of this name is, or was, a writer's."""
+    return _LEFTOVER.fullmatch(name) is not None
+
+
 def remove_leftovers(parent: Path) -> None:
     """Removes from `parent` what writers that are dead have left there, and nothing else."""
     if fcntl is None:
         return
     with suppress(OSError), os.scandir(parent) as entries:
-        found = [Path(entry.path) for entry in entries if _LEFTOVER.fullmatch(entry.name)]
+        found = [Path(entry.path) for entry in entries if is_leftover(entry.name)]
         for folder in found:
             with suppress(OSError):
                 _remove_if_dead(folder)
@@ -164,7 +169,7 @@ def _exchange(one: Path, other: Path) -> bool:
     return hasattr(library, "renamex_np") and library.renamex_np(*names, _SWAP) == 0
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """That the names in it are on the disk; not every system lets a folder be opened for that."""
     with suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
