@@ -228,6 +228,7 @@ def test_what_requantizing_costs_is_printed(tmp_path: Path, bitnet: Run) -> None
             "--ternary and --quantization int8 exclude each other",
         ),
         (["convert", EMBEDDED_MODEL, "-o", "x", "--alpha", "0.1"], "alpha: of quantization 'ternary' only; add it"),
+        (["convert", EMBEDDED_MODEL, "-o", "x", "--method", "gptq", "--calibration", "no.txt"], "method: of quantization 'ternary' only"),
         (["convert", EMBEDDED_MODEL, "-o", "x", "--keep", "q"], "keep: of a quantization only, and none was asked for; add one"),
         (["convert", EMBEDDED_MODEL, "-o", "x", "--ternary", "--alpha", "-1"], "alpha is -1.0; expected a finite number >= 0"),
         (["convert", EMBEDDED_MODEL, "-o", "no/such/m.gguf"], "there is no folder"),

@@ -395,3 +395,6 @@ def test_folders_of_others_beside_one_file_are_not_looked_into(tmp_path: Path) -
     assert any("kept, 7 matrices" in note for note in convert(tmp_path / "m.bin", tmp_path / "one").notes)
     (tmp_path / "project" / "src").mkdir()
     assert not convert(tmp_path / "m.bin", tmp_path / "two").notes and not (tmp_path / "two" / "project").exists()
+    (tmp_path / "project" / "src").rmdir()
+    (tmp_path / "project" / "adapter").rename(tmp_path / "project" / "checkpoint-500")
+    assert not convert(tmp_path / "m.bin", tmp_path / "two").notes

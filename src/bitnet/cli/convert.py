@@ -61,6 +61,7 @@ def convert_model(
     from bitnet.cli.progress import DelayedBar
     from bitnet.convert import convert, weights_alone
     from bitnet.convert.formats import choose
+    from bitnet.convert.quantize import check_asked
     from bitnet.convert.report import check_place, table
     from bitnet.convert.target import named
     from bitnet.errors import naming
@@ -78,6 +79,7 @@ def convert_model(
     if evaluate_bytes is not None and evaluate_bytes < 1:
         raise click.UsageError(f"--evaluate-bytes is {evaluate_bytes}; expected at least 1")
     how = _ternarization(quantization, alpha, alpha_config, keep, method, scale)
+    check_asked(quantization, how, calibration is not None)
     target = named(output)
     report_path = report_file or f"{target}.report.json"
     if quantization is not None:

@@ -21,7 +21,7 @@ from bitnet.convert.choice import check, dequantized, stand_ins, with_latent_wei
 from bitnet.convert.choice import choose as choose_weights
 from bitnet.convert.fit import InexactError, Loss, fit, rebased, shared
 from bitnet.convert.formats import FORMATS, Format, choose
-from bitnet.convert.quantize import SCHEMES, Ternarization
+from bitnet.convert.quantize import Ternarization, check_asked
 from bitnet.convert.report import LAYER_BYTES, REPORT_BYTES, Layer, measure
 from bitnet.convert.source import Model, Weight, read
 from bitnet.convert.target import check_target, keep_others, named, require_disk
@@ -90,17 +90,8 @@ def convert(
     written is not what was meant, and what the readers raise.
     """
     target = named(target)
-    if quantization is not None and quantization not in SCHEMES:
-        raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
+    check_asked(quantization, ternarization, calibration is not None)
     how = ternarization or Ternarization()
-    of_ternary = [name for name in how.given if name != "keep"]
-    if of_ternary and quantization != "ternary":
-        raise UsageError(f"{' and '.join(of_ternary)}: of quantization 'ternary' only; add it (--ternary), or leave that out")
-    if ternarization is not None and quantization is None:
-        what = "keep" if how.given else "ternarization"
-        raise UsageError(f"{what}: of a quantization only, and none was asked for; add one (--ternary, --quantization), or leave that out")
-    if calibration is not None and quantization in (None, "fp16"):
-        raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
     alone = tensors_alone(source) if quantization is not None and merge_adapter is None else None
     if alone is not None:
         weights_alone.check(source, alone, str(quantization), how.calibrated or calibration is not None, tokenizer_json, i2_s)

@@ -34,6 +34,7 @@ from bitnet.tokenizer import replace_surrogates
 
 NESTED = "adapters"  # a folder of adapters beside a model
 _MODELS = ("model.safetensors", "model.safetensors.index.json")
+_CHECKPOINT = re.compile(r"checkpoint-\d+")  # a state of transformers' Trainer, with its optimizer's
 _OF_A_MODEL = re.compile(r"config\.json|((pytorch_)?model|consolidated).*\.(safetensors|bin|pth)(\.index\.json)?")
 
 
@@ -94,7 +95,7 @@ def named(folder: Path) -> list[str]:
     if folder.name.startswith(".") or folder.is_symlink() or not folder.is_dir() or not os.access(folder, os.R_OK | os.X_OK):
         return []
     there = (path for path in folder.iterdir() if not path.name.startswith(".") and not path.is_symlink())
-    names = sorted(path.name for path in there if is_adapter_alone(path))
+    names = sorted(path.name for path in there if is_adapter_alone(path) and not _CHECKPOINT.fullmatch(path.name))
     return names if names and not _is_model(folder) else []
 
 

@@ -167,6 +167,21 @@ def _refuse_twice(keys: list[Any], where: str) -> None:
         raise UsageError(f"{where}: has {shown(repr(twice))} twice, and only one can hold; leave one of the two out")
 
 
+def check_asked(quantization: str | None, ternarization: Ternarization | None, calibrated: bool) -> None:
+    """Raises UsageError for a scheme that is none, and for what is asked of one that does not have it. `calibrated`: a text is given."""
+    if quantization is not None and quantization not in SCHEMES:
+        raise UsageError(f"quantization is {quantization!r}; expected one of {', '.join(SCHEMES)}")
+    given = [] if ternarization is None else ternarization.given
+    of_ternary = [name for name in given if name != "keep"]
+    if of_ternary and quantization != "ternary":
+        raise UsageError(f"{' and '.join(of_ternary)}: of quantization 'ternary' only; add it (--ternary), or leave that out")
+    if ternarization is not None and quantization is None:
+        what = "keep" if given else "ternarization"
+        raise UsageError(f"{what}: of a quantization only, and none was asked for; add one (--ternary, --quantization), or leave that out")
+    if calibrated and quantization in (None, "fp16"):
+        raise UsageError("calibration text is for schemes that choose what weights become; add --ternary, or leave it out")
+
+
 def check_patterns(patterns: Iterable[str], where: str) -> None:
     """Raises UsageError for one that fits no layer of any model: a name that is misspelt."""
     unknown = next((p for p in patterns if not any(fnmatchcase(n, p) for n in _EXAMPLES)), None)
