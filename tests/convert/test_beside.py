@@ -155,7 +155,9 @@ def test_a_tokenizer_for_a_gguf_without_a_vocabulary(tmp_path: Path, target: str
     convert(tmp_path / "m.gguf", tmp_path / target, tokenizer_json=other)
     found = open_checkpoint(tmp_path / target)
     assert ends_of(found, 262) == [1]
-    if target != "out.gguf":
+    if target == "out.gguf":
+        assert found.gguf_metadata["tokenizer.ggml.eos_token_id"] == 1 and found.gguf_metadata["tokenizer.ggml.bos_token_id"] == 0
+    else:
         assert found.tokenizer_config == {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
 
 
@@ -168,6 +170,17 @@ def test_a_tokenizer_whose_kind_goes_without_saying(tmp_path: Path) -> None:
     convert(source, tmp_path / "m.gguf")
     one, other = (load_tokenizer(open_checkpoint(path), 262) for path in (source, tmp_path / "m.gguf"))
     assert one.encode("the abacus") == other.encode("the abacus")
+
+
+@pytest.mark.parametrize("target", ["out", "out.safetensors", "out.gguf"])
+def test_an_empty_template_is_none(tmp_path: Path, target: str) -> None:
+    source = packed_models.write(tmp_path / "source", "qwen3")
+    (source / "chat_template.jinja").unlink()
+    (source / "tokenizer_config.json").write_text('{"chat_template": ""}')
+    assert load_chat_template(open_checkpoint(source)) is None
+    convert(source, tmp_path / target)
+    assert load_chat_template(open_checkpoint(tmp_path / target)) is None
+    assert not (tmp_path / "out" / "chat_template.jinja").exists()
 
 
 @pytest.mark.skipif(os.name == "nt" or sys.platform == "darwin", reason="names are text here")

@@ -103,8 +103,11 @@ class ChatTemplate:
 
 
 def find_template(tokenizer_config: Mapping[str, Any], jinja_file: str | None, gguf_metadata: Mapping[str, Any]) -> str | None:
-    """The source of a model's template: chat_template.jinja, else tokenizer_config.json's, else a GGUF's; None if there is none."""
-    if jinja_file is not None:
+    """The source of a model's template: chat_template.jinja, else tokenizer_config.json's, else a GGUF's; None if there is none.
+
+    An empty one is none.
+    """
+    if jinja_file:
         return jinja_file
     found = tokenizer_config.get("chat_template")
     if isinstance(found, list):  # several by name
@@ -113,7 +116,7 @@ def find_template(tokenizer_config: Mapping[str, Any], jinja_file: str | None, g
         found = gguf_metadata.get("tokenizer.chat_template")
     if found is not None and not isinstance(found, str):
         raise FormatError(f"the model's chat_template is of type {type(found).__name__}; expected a string, or a list with a 'default'")
-    return found
+    return found or None
 
 
 def missing_template(where: str) -> UsageError:

@@ -50,7 +50,8 @@ def texts_of(
             return {"tokenizer.ggml.model": "no_vocab"} | chat
         source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
         ends = tokenizer.ends_of(checkpoint, vocab_size) if stored else ends
-        keys, note = tokenizer.to_gguf(source, raw, checkpoint.tokenizer_config, ends, where)
+        settings = _special_tokens(checkpoint, source) if stored else checkpoint.tokenizer_config
+        keys, note = tokenizer.to_gguf(source, raw, settings, ends, where)
         notes += [note] if note is not None else []
         return keys | chat
     texts: dict[str, Any] = {}
@@ -92,13 +93,18 @@ def _without(checkpoint: Checkpoint, form: Format) -> str:
 
 
 def _named_by_gguf(checkpoint: Checkpoint, written: Tokenizer) -> dict[str, str]:
-    """The tokens that a GGUF names, in Hugging Face's terms."""
-    stored, vocab_size = checkpoint.gguf_metadata, written.vocab_size
-    ids = {name: stored.get(f"tokenizer.ggml.{key}_token_id") for name, key in (("bos", "bos"), ("eos", "eos"), ("pad", "padding"))}
-    special = {f"{name}_token": written.token(i) for name, i in ids.items() if isinstance(i, int)}
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **{name: text for name, text in special.items() if text is not None}}
-    generation = {"bos_token_id": ids["bos"], "eos_token_id": tokenizer.ends_of(checkpoint, vocab_size) or None}
-    return {"tokenizer_config": json_text(settings), "generation_config": json_text(generation)}
+    """What a GGUF names, in Hugging Face's terms."""
+    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(checkpoint, written)}
+    bos, ends = checkpoint.gguf_metadata.get("tokenizer.ggml.bos_token_id"), tokenizer.ends_of(checkpoint, written.vocab_size)
+    return {"tokenizer_config": json_text(settings), "generation_config": json_text({"bos_token_id": bos, "eos_token_id": ends or None})}
+
+
+def _special_tokens(checkpoint: Checkpoint, written: Tokenizer) -> dict[str, str]:
+    """The tokens whose ids a GGUF has, as the tokenizer that is written spells them."""
+    names = {"bos_token": "bos", "eos_token": "eos", "pad_token": "padding"}
+    ids = {name: checkpoint.gguf_metadata.get(f"tokenizer.ggml.{key}_token_id") for name, key in names.items()}
+    found = {name: written.token(token) for name, token in ids.items() if isinstance(token, int)}
+    return {name: text for name, text in found.items() if text is not None}
 
 
 def _utf8(text: str, where: str) -> str:

@@ -7,7 +7,6 @@ The embedding, the head and the norms stay plain numbers there, which is all tha
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -33,7 +32,6 @@ _ROPE = {
     "linear": ("factor",), "dynamic": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor"),
     "yarn": ("factor", "beta_fast", "beta_slow"),
 }  # fmt: skip
-_SURROGATE = re.compile("[\ud800-\udfff]")
 _QUANTIZATION = ("quantization_config", "quantization", "torch_dtype", "dtype", "transformers_version", "auto_map")
 
 
@@ -109,9 +107,8 @@ def documents(config: dict[str, Any], texts: Mapping[str, str]) -> dict[str, str
 
 
 def json_text(value: Mapping[str, Any], sort_keys: bool = False) -> str:
-    """As a file of its own; half of a surrogate pair, which no UTF-8 can hold, and with it all that is not ASCII as the escapes of JSON."""
-    text = json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False)
-    return (json.dumps(value, indent=2, sort_keys=sort_keys) if _SURROGATE.search(text) else text) + "\n"
+    """As a file of its own; half of a surrogate pair, which no UTF-8 can hold, stays the escape that it was."""
+    return json.dumps(value, indent=2, sort_keys=sort_keys, ensure_ascii=False).encode(errors="backslashreplace").decode() + "\n"
 
 
 def _values(array: NDArray[Any]) -> Callable[[], list[NDArray[Any]]]:
