@@ -193,10 +193,12 @@ def test_latent_weights_of_some_layers_leave_the_others_what_they_are(tmp_path: 
             assert np.array_equal(after[name].scales, weight.scales), name  # type: ignore[arg-type]
 
 
-def test_a_model_with_latent_weights_runs_and_is_copied_without_them(tmp_path: Path) -> None:
+def test_a_model_with_latent_weights_runs_and_is_copied_without_them(tmp_path: Path, bitnet: Run) -> None:
     source, _ = with_latent(tmp_path / "m", "_proj")
     plain = packed_models.write(tmp_path / "plain", "qwen3")
     assert np.array_equal(packed_models.logits(source), packed_models.logits(plain))
+    kinds = {row["kind"]: row["parameters"] for row in json.loads(bitnet("inspect", source, "--json").stdout.splitlines()[-1])["tensors"]}
+    assert kinds["latent"] == 0 and "other" not in kinds
     report = convert(source, tmp_path / "out")
     assert report.notes == ["the latent weights of 7 layers are not written, only those that the checkpoint runs"]
     assert np.array_equal(packed_models.logits(tmp_path / "out"), packed_models.logits(plain))

@@ -184,13 +184,18 @@ def describe(checkpoint: Any, progress: Any) -> dict[str, Any]:
 def tensor_groups(
     tensors: dict[str, Tensor], names: dict[str, str], config: dict[str, Any], progress: Any
 ) -> tuple[list[dict[str, Any]], int, int]:
-    """(one record per kind and scheme, zeros among the ternary weights, number of ternary weights). A scale is no parameter, but bytes."""
+    """(one record per kind and scheme, zeros among the ternary weights, number of ternary weights).
+
+    A scale, and a weight that others were made from (latent), is no parameter, but bytes.
+    """
+    from bitnet.models import LATENT
+
     groups: dict[tuple[str, str], dict[str, Any]] = {}
     zeros = trits = 0
     for done, (name, tensor) in enumerate(tensors.items()):
-        is_scale = name.endswith(("_scale", ".scale"))
+        beside = "scales" if name.endswith(("_scale", ".scale")) else "latent" if name.rpartition(".")[2] in LATENT else None
         part = names.get(name, "").rpartition(".")[2]
-        kind = "scales" if is_scale else KINDS.get(part) or next((k for k in ("norm", "bias") if part.endswith(f"_{k}")), "other")
+        kind = beside or KINDS.get(part) or next((k for k in ("norm", "bias") if part.endswith(f"_{k}")), "other")
         size = 1
         for n in tensor.shape:
             size *= n
@@ -199,7 +204,7 @@ def tensor_groups(
             zeros, trits, size = zeros + int((codes == 0).sum()), trits + codes.size, codes.size
         group = groups.setdefault((kind, tensor.scheme), {"kind": kind, "scheme": tensor.scheme, "tensors": 0, "parameters": 0, "bytes": 0})
         group["tensors"] += 1
-        group["parameters"] += 0 if is_scale else size
+        group["parameters"] += 0 if beside else size
         group["bytes"] += tensor.nbytes
         progress(done + 1, len(tensors))
     return list(groups.values()), zeros, trits
