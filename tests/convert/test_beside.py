@@ -26,7 +26,7 @@ Run = Callable[..., Any]
 FILES = {
     "tokenizer.model": b"\x0a\x09pieces", "vocab.json": b'{"a": 0}', "merges.txt": b"#version: 0.2\na b\n",
     "special_tokens_map.json": b'{"bos_token": {"content": "<|begin|>"}, "eos_token": "<|end|>", "unk_token": "a"}',
-    "added_tokens.json": b"{}",
+    "added_tokens.json": b"",
 }  # fmt: skip
 
 

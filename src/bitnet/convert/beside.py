@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from typing import Any
 
 from bitnet.chat import find_template
@@ -10,7 +9,7 @@ from bitnet.convert import tokenizer
 from bitnet.convert.formats import Format
 from bitnet.convert.hf import json_text
 from bitnet.errors import FormatError
-from bitnet.files import PathLike, read_file, shown
+from bitnet.files import PathLike, read_file, shown, system_errors
 from bitnet.files.hf import MAX_TOKENIZER_BYTES
 from bitnet.models import Checkpoint, ModelConfig
 from bitnet.tokenizer import Tokenizer
@@ -25,7 +24,12 @@ def copies(checkpoint: Checkpoint, form: Format, tokenizer_json: PathLike | None
     folder = checkpoint.path
     if not form.folder or tokenizer_json is not None or not folder.is_dir():
         return {}
-    return {name: read_file(folder / name, MAX_TOKENIZER_BYTES) for name in COPIED if os.path.lexists(folder / name)}
+    found = {}
+    for path in (folder / name for name in COPIED):
+        with system_errors(path, "read"):
+            if path.is_file():
+                found[path.name] = path.read_bytes()
+    return found
 
 
 def texts_of(
@@ -85,7 +89,7 @@ def _note_unusable(raw: bytes, vocab_size: int, where: str, notes: list[str]) ->
 def _without(checkpoint: Checkpoint, form: Format) -> str:
     """What to say of a source without a tokenizer that this program reads."""
     folder = checkpoint.path
-    others = [name for name in _TOKENIZERS if folder.is_dir() and os.path.lexists(folder / name)]
+    others = [name for name in _TOKENIZERS if folder.is_dir() and (folder / name).is_file()]
     if not others:
         return "the source has no tokenizer, so the target has none; --tokenizer names one"
     how = "copied as they are" if form.folder else "left behind"
