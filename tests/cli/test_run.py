@@ -125,6 +125,9 @@ def test_damaged_models_are_one_line(bitnet: Bitnet, model_folder: Path, tmp_pat
     (copy / "tokenizer.json").unlink()
     done = bitnet("run", copy, "-p", "a")
     assert done.stderr == f"error: {copy}: no tokenizer.json, neither beside the weights nor in their metadata; name one (--tokenizer)\n"
+    (tmp_path / "text.txt").write_text("a text " * 20)
+    for words in (["run", copy, "-p", "a", "-n", "2"], ["eval", copy, "--data", tmp_path / "text.txt"]):
+        assert bitnet(*words, "--tokenizer", model_folder / "tokenizer.json").exit_code == 0
     done = bitnet("run", tmp_path / "missing", "-p", "a")
     assert done.exit_code == 2 and done.stderr.startswith(f"error: no folder or file named '{tmp_path}/missing'; the embedded models are: ")
     done = bitnet("run", "", "-p", "a")

@@ -87,6 +87,17 @@ def test_the_disk_is_looked_at_first_and_for_the_report_too(tmp_path: Path, monk
         convert(source, tmp_path / name, quantization="ternary", ready=lambda: pytest.fail("it was ready"))
 
 
+def test_the_disk_has_room_for_the_texts_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, free = write(tmp_path / "source", "qwen3"), 1 << 40
+    (source / "vocab.json").write_text("x" * 100_000)
+    (source / "chat_template.jinja").write_text("y" * 100_000)
+    monkeypatch.setattr(target.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 1 << 40, free))
+    convert(source, tmp_path / "out")
+    free = sum(path.stat().st_size for path in (tmp_path / "out").iterdir()) - 90_000
+    with pytest.raises(BitNetError, match=r"out: needs [\d,]+ bytes of disk"):
+        convert(source, tmp_path / "out")
+
+
 @pytest.mark.parametrize("scheme", ["int8", "int4", "fp4"])
 @pytest.mark.parametrize("name", ["out", "out.safetensors", "out.gguf"])
 def test_integers_keep_their_scheme_unless_asked(tmp_path: Path, scheme: str, name: str) -> None:

@@ -14,7 +14,6 @@ from bitnet.machine import require_numpy
 
 @click.command("bitnet-cli", cls=Guarded, context_settings={"help_option_names": ["-h", "--help"]})
 @click.option("--model", "source", default=EMBEDDED_MODEL, show_default=True, metavar="MODEL", help="Embedded name, folder or file.")
-@click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own.")
 @generation_options
 @engine_options
 @output_options

@@ -26,6 +26,7 @@ json_option = click.option("--json", "as_json", is_flag=True, help="End with one
 debug_option = click.option("--debug", is_flag=True, expose_value=False, help="Show the traceback of an error.")
 threads_option = click.option("--threads", type=int, metavar="N", help="Threads. Default: as tuned, else one per core.")
 
+_tokenizer = click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own.")
 adapter_option = click.option(
     "--adapter", metavar="PATH", help="A low-rank adapter (LoRA) to run beside the weights: a folder of PEFT's, or llama.cpp's .gguf."
 )
@@ -69,6 +70,7 @@ _engine = [
         help="Inputs that share an int8 step; 0: one step per token. Default: 0 for ternary and binary weights, else 32.",
     ),
     adapter_option,
+    _tokenizer,
     click.option("--i2-s", type=click.Choice(["x86", "arm"]), default="x86", help="How a GGUF's I2_S tensors were written; arm is rare."),
 ]
 
@@ -148,7 +150,7 @@ conversion_options = _all(  # the keyword arguments of bitnet.cli.convert.conver
     click.option("--evaluate", metavar="FILE", help="A text on which to measure perplexity before and after."),
     click.option("--evaluate-bytes", type=int, metavar="N", help="Only its first N bytes."),
     click.option("--report", "report_file", metavar="FILE", help="Where the report goes as JSON. Default: TARGET.report.json."),
-    click.option("--tokenizer", metavar="FILE", help="A tokenizer.json. Default: the model's own."),
+    _tokenizer,
     click.option("--merge-adapter", metavar="PATH", help="Add a low-rank adapter to the weights, and print what survives of it."),
     click.option("--allow-requantize", is_flag=True, help="Accept what a format cannot hold exactly, and print the error."),
     click.option("--verify/--no-verify", default=True, show_default=True, help="Read what was written and compare every weight."),

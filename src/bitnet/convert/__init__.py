@@ -133,7 +133,8 @@ def convert(
     copied = beside.copies(checkpoint, form, tokenizer_json)
     nbytes = _parts(model, {name: weight for name, (weight, _) in fitted.items()}, form, texts)[2]
     report_bytes = REPORT_BYTES + len(later) * LAYER_BYTES if quantization is not None else 0
-    others = adapters.file_bytes(kept, for_llama_cpp) + sum(map(len, copied.values()))
+    text_bytes = sum(len(text.encode()) for text in texts.values()) if form.folder else 0  # of one file they are in its header
+    others = adapters.file_bytes(kept, for_llama_cpp) + sum(map(len, copied.values())) + text_bytes
     require_disk(target, nbytes + others + report_bytes)
     ready()
 
