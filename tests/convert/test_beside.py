@@ -161,6 +161,14 @@ def test_a_tokenizer_for_a_gguf_without_a_vocabulary(tmp_path: Path, target: str
         assert found.tokenizer_config == {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|begin|>", "eos_token": "<|end|>"}
 
 
+def test_the_end_of_a_text_stays_without_a_tokenizer(tmp_path: Path) -> None:
+    """There and back; a tokenizer that is named later finds it."""
+    source = packed_models.write(tmp_path / "source", "qwen3", texts=False)
+    for before, after in (("source", "m.gguf"), ("m.gguf", "n.gguf"), ("n.gguf", "out"), ("out", "m.safetensors")):
+        convert(tmp_path / before, tmp_path / after)
+        assert ends_of(open_checkpoint(tmp_path / after), 262) == ends_of(open_checkpoint(source), 262) == [1]
+
+
 def test_a_tokenizer_whose_kind_goes_without_saying(tmp_path: Path) -> None:
     """As older versions of the tokenizers library wrote it."""
     source = packed_models.write(tmp_path / "source", "qwen3")

@@ -51,7 +51,8 @@ def texts_of(
         if from_gguf:
             return {key: value for key, value in stored.items() if key.startswith("tokenizer.")} | chat
         if raw is None:
-            return {"tokenizer.ggml.model": "no_vocab"} | chat
+            ids = zip(("eos", "eot", "eom"), tokenizer.ends_of(checkpoint, vocab_size), strict=False)
+            return {"tokenizer.ggml.model": "no_vocab", **{f"tokenizer.ggml.{name}_token_id": token for name, token in ids}} | chat
         source, ends = tokenizer.read(raw, vocab_size, checkpoint.config, checkpoint.generation_config)
         ends = tokenizer.ends_of(checkpoint, vocab_size) if stored else ends
         settings = _special_tokens(checkpoint, source) if stored else checkpoint.tokenizer_config
@@ -61,8 +62,12 @@ def texts_of(
     texts: dict[str, Any] = {}
     if from_gguf:
         raw, _ = tokenizer.to_json(stored, vocab_size, where)
+    if stored:
+        bos, ends = stored.get("tokenizer.ggml.bos_token_id"), tokenizer.ends_of(checkpoint, vocab_size)
+        texts["generation_config"] = json_text({"bos_token_id": bos, "eos_token_id": ends or None})
     if stored and raw is not None:
-        texts |= _named_by_gguf(checkpoint, Tokenizer.from_json(raw, vocab_size))
+        special = _special_tokens(checkpoint, Tokenizer.from_json(raw, vocab_size))
+        texts["tokenizer_config"] = json_text({"tokenizer_class": "PreTrainedTokenizerFast", **special})
     if checkpoint.generation_config:
         texts["generation_config"] = json_text(checkpoint.generation_config)
     if checkpoint.tokenizer_config:
@@ -94,13 +99,6 @@ def _without(checkpoint: Checkpoint, form: Format) -> str:
         return "the source has no tokenizer, so the target has none; --tokenizer names one"
     how = "copied as they are" if form.folder else "left behind"
     return f"the source has no tokenizer.json, but {', '.join(others)}: {how}, for this program reads none of these; --tokenizer names one"
-
-
-def _named_by_gguf(checkpoint: Checkpoint, written: Tokenizer) -> dict[str, str]:
-    """What a GGUF names, in Hugging Face's terms."""
-    settings = {"tokenizer_class": "PreTrainedTokenizerFast", **_special_tokens(checkpoint, written)}
-    bos, ends = checkpoint.gguf_metadata.get("tokenizer.ggml.bos_token_id"), tokenizer.ends_of(checkpoint, written.vocab_size)
-    return {"tokenizer_config": json_text(settings), "generation_config": json_text({"bos_token_id": bos, "eos_token_id": ends or None})}
 
 
 def _special_tokens(checkpoint: Checkpoint, written: Tokenizer) -> dict[str, str]:
