@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from bitnet import sample
-from bitnet.chat import ChatTemplate, find_template
 from bitnet.errors import BitNetError, UnsupportedModelError
 from bitnet.evaluate import statistics, trials
 from bitnet.evaluate.finding import FAILED, OK, WARNING, Finding
 from bitnet.evaluate.perplexity import Score, read_text, score_text
 from bitnet.models import Canonical, Checkpoint, canonical, open_checkpoint
-from bitnet.source import load_tokenizer
+from bitnet.source import load_chat_template, load_tokenizer
 from bitnet.tokenizer import Tokenizer
 from bitnet.transformer import TernaryTransformer
 from bitnet.weights import load_engine
@@ -178,13 +177,11 @@ class Diagnosis:
 
     def _template(self, tokenizer: Tokenizer) -> Finding:
         assert self.checkpoint is not None
-        settings = self.checkpoint.tokenizer_config
         try:
-            source = find_template(settings, self.checkpoint.chat_template, self.checkpoint.gguf_metadata)
-            if source is None:
+            template = load_chat_template(self.checkpoint)
+            if template is None:
                 return Finding("chat template", OK, "none: use plain prompts (a template is never guessed)")
-            special = {f"{name}_token": _special(settings, self.checkpoint, name) for name in ("bos", "eos")}
-            text = ChatTemplate(source, **special, where=self.where).render(CONVERSATION)
+            text = template.render(CONVERSATION)
         except BitNetError as error:
             return Finding("chat template", WARNING, str(error), "plain prompts still work; take the template from the original")
         ids = tokenizer.encode(text, add_special=False, parse_special=True)
@@ -297,15 +294,3 @@ class Diagnosis:
             f"sound: it runs, and predicts English as {'it is known to' if self.known else 'a trained model does'}",
             f"bitnet run {self.where} -p 'Once upon a time'",
         )
-
-
-def _special(settings: dict[str, Any], checkpoint: Checkpoint, name: str) -> str | None:
-    """The text of the BOS or EOS token, as tokenizer_config.json or a GGUF's metadata have it."""
-    found = settings.get(f"{name}_token")
-    if isinstance(found, dict):
-        found = found.get("content")
-    tokens = checkpoint.gguf_metadata.get("tokenizer.ggml.tokens")
-    token = checkpoint.gguf_metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if isinstance(tokens, list) and isinstance(token, int) and 0 <= token < len(tokens):
-        found = tokens[token]
-    return found if isinstance(found, str) else None
